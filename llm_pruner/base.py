@@ -1,0 +1,353 @@
+"""The template every strategy fills in: score, select, remove, heal, save."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from .batching import EvalItem, check_items, encode_batches, fingerprint
+from .checkpoint import save_checkpoint, verify_removal, write_mergekit_yaml
+from .errors import InvalidPlanError
+from .healing import Heal, heal_model
+from .layers import LayerStack
+from .output import check_output
+from .results import LayerScores, PruningPlan, Removes, check_layers
+from .search import RemovalQuality, single_removals
+from .utils import package_versions, progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_PROTECT = (2, 2)
+
+
+class BasePruner(ABC):
+    """Template of a pruning strategy: score the layers, select some, remove them, save.
+
+    Args:
+        model: a causal language model; never changed.
+        tokenizer: its tokenizer; never changed.
+        protect: how many layers at the start and at the end are never selected. On a model of
+            fewer than 8 layers the default shrinks to a quarter of the depth at each end
+            (rounded down); a value that you give is taken as it is.
+        batch_size: sequences per forward pass; does not change a result.
+
+    Attributes:
+        model, tokenizer: as given.
+        layers: the decoder layers, a `LayerStack`.
+        num_layers: how many there are.
+        protect: the protection in force.
+
+    Raises:
+        UnsupportedModelError: the model's layers cannot be found.
+        InvalidPlanError: the protection leaves no layer to remove.
+    """
+
+    name: ClassVar[str] = "custom"
+    unit: ClassVar[str] = "score"
+    removes: ClassVar[Removes] = "lowest"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        protect: tuple[int, int] = DEFAULT_PROTECT,
+        batch_size: int = 8,
+    ) -> None:
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.layers = LayerStack(model)
+        self.num_layers = len(self.layers)
+        if protect is DEFAULT_PROTECT:  # the default itself, not an equal pair somebody gave
+            protect = tuple(min(side, self.num_layers // 4) for side in protect)
+        self.protect = _checked_protection(protect, self.num_layers)
+
+    @abstractmethod
+    def description(self) -> str:
+        """One sentence: what the strategy looks at and what it costs."""
+
+    @abstractmethod
+    def compute_layer_scores(self, eval_data: Sequence[EvalItem]) -> Mapping[int, float]:
+        """One number per layer (0-based); the class attribute `removes` says which end goes."""
+
+    def select_layers(
+        self, scores: Mapping[int, float], ratio: float = 0.2, threshold: float | None = None
+    ) -> list[int]:
+        """The layers to remove, ascending.
+
+        Args:
+            scores: what `compute_layer_scores` returned.
+            ratio: share of all layers to remove, in (0, 1); rounded down to whole layers.
+            threshold: if given, `ratio` is not used: every layer beyond the threshold goes.
+
+        Raises:
+            InvalidPlanError: ratio out of range, rounding to no layer, or asking for more
+                layers than are unprotected.
+        """
+        order = [layer for layer in self._scored(scores).ranked() if layer in self.candidates]
+        if threshold is None:
+            return sorted(order[: self.count_for(ratio)])
+        if self.removes == "highest":
+            return sorted(layer for layer in order if scores[layer] > threshold)
+        return sorted(layer for layer in order if scores[layer] < threshold)
+
+    def choose_layers(
+        self, scores: Mapping[int, float], eval_data: Sequence[EvalItem], **amount: Any
+    ) -> list[int]:
+        """The strategy's final choice. `amount` may hold ratio, threshold, tolerance, n_layers.
+
+        Strategies whose choice is their selection need not know this method.
+        """
+        amount.pop("tolerance", None)
+        n_layers = amount.pop("n_layers", None)
+        if n_layers is not None:
+            amount["ratio"] = n_layers / self.num_layers
+        return self.select_layers(scores, **amount)
+
+    def plan(
+        self, eval_data: Sequence[EvalItem], *, model_id: str = "", **amount: Any
+    ) -> PruningPlan:
+        """Score and choose; nothing is changed or written.
+
+        Args:
+            eval_data: items to score on.
+            model_id: name of the model, for the record.
+            amount: any of ratio, threshold, tolerance, n_layers; the strategy's own default
+                without them.
+
+        Raises:
+            InvalidPlanError: the choice holds a protected layer or none at all.
+        """
+        check_items(eval_data)
+        amount = {key: value for key, value in amount.items() if value is not None}
+        scores = self._scored(self.compute_layer_scores(eval_data))
+        remove = check_layers(self.choose_layers(scores, eval_data, **amount), self.num_layers)
+        self._check_choice(remove, scores)
+        return PruningPlan(
+            model_id=model_id,
+            num_layers=self.num_layers,
+            remove=remove,
+            strategy=self.name,
+            options={**amount, "protect": list(self.protect), **self._options()},
+            scores=scores,
+            steps=self._steps(),
+            data={"items": len(eval_data), "fingerprint": fingerprint(eval_data)},
+            versions=package_versions(),
+        )
+
+    def prune_and_save(
+        self,
+        layers: Sequence[int],
+        output_dir: str | Path,
+        model_id: str,
+        *,
+        heal: Heal = "none",
+        heal_data: Sequence[EvalItem] | None = None,
+        overwrite: bool = False,
+        plan: PruningPlan | None = None,
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Remove `layers` for good and write a complete checkpoint that is checked by reloading.
+
+        The returned model shares the memory of the kept weights with the original, which stays
+        whole; repaired weights are copies.
+
+        Args:
+            layers: 0-based indices to remove.
+            output_dir: folder to write; it appears complete or not at all.
+            model_id: name of the original model, for the record.
+            heal: ``none``; ``linear`` (closed form, no training); ``lora`` (training).
+            heal_data: items to repair with; other items than the choice was made on.
+            overwrite: replace an output folder that is not empty.
+            plan: how the layers were chosen, for the record in ``pruning_plan.json``.
+
+        Raises:
+            InvalidPlanError: indices that do not fit the model, or none.
+            InvalidDataError: healing without data.
+            OutputError: the output exists, or cannot be written.
+            UnsupportedModelError: the architecture cannot express the pruned model, or be healed.
+            VerificationError: the written checkpoint does not compute what it should.
+        """
+        plan = plan or self._manual_plan(layers, model_id)
+        if tuple(sorted(layers)) != plan.remove or not plan.remove:
+            raise InvalidPlanError(
+                f"layers={sorted(layers)} must be at least one layer, and those of the plan "
+                f"({list(plan.remove)})."
+            )
+        check_output(output_dir, overwrite=overwrite)
+        pruned = self.layers.remove(plan.remove)
+        verify_removal(self.layers, plan.remove, pruned)
+        pruned, outcome = heal_model(
+            self.layers, plan.remove, pruned, self.tokenizer, heal, heal_data
+        )
+        plan = replace(plan, options={**plan.options, "heal": outcome})
+        save_checkpoint(pruned, self.tokenizer, plan, output_dir, overwrite=overwrite)
+        return pruned, self.tokenizer
+
+    def _manual_plan(self, layers: Sequence[int], model_id: str) -> PruningPlan:
+        return PruningPlan(
+            model_id=model_id,
+            num_layers=self.num_layers,
+            remove=tuple(layers),
+            strategy=self.name,
+            versions=package_versions(),
+        )
+
+    def export_mergekit_yaml(
+        self, layers: Sequence[int], yaml_path: str | Path, model_id: str
+    ) -> None:
+        """Write a MergeKit passthrough recipe that keeps all layers but `layers`."""
+        write_mergekit_yaml(self.layers, layers, yaml_path, model_id)
+
+    @property
+    def candidates(self) -> range:
+        """The layers that are not protected."""
+        return range(self.protect[0], self.num_layers - self.protect[1])
+
+    def count_for(self, ratio: float) -> int:
+        """How many layers a `ratio` of all layers is, rounded down.
+
+        Raises:
+            InvalidPlanError: out of range, no layer, or more than are unprotected.
+        """
+        first, last = self.protect
+        allowed = (
+            f"the model has {self.num_layers} layers, the first {first} and the last {last} are "
+            f"protected, so 1 to {len(self.candidates)} can go"
+        )
+        if not 0 < ratio < 1:
+            raise InvalidPlanError(f"ratio={ratio} must lie between 0 and 1: {allowed}.")
+        count = int(ratio * self.num_layers + 1e-9)
+        if not 0 < count <= len(self.candidates):
+            raise InvalidPlanError(f"ratio={ratio:.4g} means {count} layers: {allowed}.")
+        return count
+
+    def hidden_states(
+        self, eval_data: Sequence[EvalItem]
+    ) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
+        """The residual stream on `eval_data`, batch by batch, for strategies that read activations.
+
+        Yields:
+            states: L + 1 tensors (sequences, tokens, hidden): the input of every layer, and the
+                output of the last one before the final norm.
+            real: bool (sequences, tokens), false for padding.
+        """
+        batches = encode_batches(self.tokenizer, eval_data, batch_size=self.batch_size)
+        training = self.model.training
+        self.model.eval()
+        try:
+            for batch in progress(batches, "Reading activations"):
+                states: list[torch.Tensor] = []
+
+                def keep(
+                    index: int, entering: torch.Tensor, leaving: torch.Tensor, states: Any = states
+                ) -> None:
+                    states.append(entering)
+                    if index == self.num_layers - 1:
+                        states.append(leaving)
+
+                with torch.inference_mode(), self.layers.observe(keep):
+                    batch = batch.to(self.layers.device)
+                    self.model(**batch.inputs(), use_cache=False)
+                yield states, batch.attention_mask.bool()
+        finally:
+            self.model.train(training)
+
+    def _scored(self, scores: Mapping[int, float]) -> LayerScores:
+        if isinstance(scores, LayerScores):
+            return scores
+        return LayerScores(scores, strategy=self.name, unit=self.unit, removes=self.removes)
+
+    def _check_choice(self, remove: tuple[int, ...], scores: LayerScores) -> None:
+        shielded = [layer for layer in remove if layer not in self.candidates]
+        if shielded:
+            raise InvalidPlanError(
+                f"{type(self).__name__} selected protected layers {shielded}: the first "
+                f"{self.protect[0]} and the last {self.protect[1]} layers must stay."
+            )
+        if not remove:
+            order = [layer for layer in scores.ranked() if layer in self.candidates]
+            raise InvalidPlanError(
+                f"No layer can go at this threshold or tolerance: layer {order[0]}, the cheapest, "
+                f"scores {scores[order[0]]:.4g} ({scores.unit}). Loosen the limit, or ask for a "
+                "number of layers."
+            )
+
+    def _options(self) -> dict[str, Any]:
+        """Constructor options worth recording in a plan."""
+        return {}
+
+    def _steps(self) -> list[dict[str, Any]]:
+        """What a search did, for the plan."""
+        return []
+
+
+class MeasuredPruner(BasePruner):
+    """Base of the strategies that measure the model without layers instead of reading it.
+
+    Args:
+        objective: what quality is: ``nll`` (log-likelihood of the references) or ``similarity``
+            (generated answers against the references).
+        journal: file that keeps every measurement, so that a killed run can be taken up again.
+    """
+
+    removes = "highest"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        protect: tuple[int, int] = DEFAULT_PROTECT,
+        batch_size: int = 8,
+        objective: str = "nll",
+        journal: str | Path | None = None,
+    ) -> None:
+        super().__init__(model, tokenizer, protect=protect, batch_size=batch_size)
+        self.objective, self.journal = objective, journal
+        self._qualities: dict[str, RemovalQuality] = {}
+
+    def quality(self, eval_data: Sequence[EvalItem]) -> RemovalQuality:
+        """The measuring instrument for `eval_data`; what it has measured it remembers."""
+        key = fingerprint(eval_data)
+        if key not in self._qualities:
+            self._qualities[key] = RemovalQuality(
+                self.layers,
+                self.tokenizer,
+                eval_data,
+                objective=self.objective,
+                batch_size=self.batch_size,
+                journal=self.journal,
+            )
+        return self._qualities[key]
+
+    def compute_layer_scores(self, eval_data: Sequence[EvalItem]) -> LayerScores:
+        """Relative change of quality when the layer alone is removed: -0.02 is 2 % worse.
+
+        Costs L + 1 evaluations of the data.
+        """
+        quality = self.quality(eval_data)
+        scores = single_removals(quality, range(self.num_layers))
+        return LayerScores(scores, strategy=self.name, unit=quality.unit, removes=self.removes)
+
+    def _options(self) -> dict[str, Any]:
+        return {"objective": self.objective}
+
+
+def _checked_protection(protect: Sequence[int], num_layers: int) -> tuple[int, int]:
+    if len(protect) != 2 or any(not isinstance(side, int) or side < 0 for side in protect):
+        raise InvalidPlanError(
+            f"protect={tuple(protect)} must be two whole numbers from 0: layers kept at the start "
+            "and at the end."
+        )
+    first, last = protect
+    if first + last >= num_layers:
+        raise InvalidPlanError(
+            f"protect=({first}, {last}) protects all of the model's {num_layers} layers: together "
+            f"they must be below {num_layers}."
+        )
+    return first, last

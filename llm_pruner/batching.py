@@ -1,0 +1,192 @@
+"""Evaluation items to padded token batches; the caller's tokenizer is never changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import InvalidDataError
+from .utils import render_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EvalItem = dict[str, Any] | str
+IGNORED = -100  # the label of a token that is not scored, as in transformers
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token sequences of one batch, padded on one side.
+
+    Attributes:
+        input_ids: (sequences, tokens) int64.
+        attention_mask: (sequences, tokens) int64, 1 for real tokens. Padding is marked here
+            and nowhere else: the value of `input_ids` under the padding has no meaning.
+        labels: (sequences, tokens) int64, `input_ids` where the token is scored, else -100.
+        rows: position in the data of the item each sequence comes from.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    rows: tuple[int, ...]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`."""
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.labels.to(device),
+            self.rows,
+        )
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What a model's forward takes."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+
+def check_items(eval_data: Sequence[EvalItem]) -> Sequence[EvalItem]:
+    """Return `eval_data` if every item can be used.
+
+    Raises:
+        InvalidDataError: no items, an item that is neither text nor a dict with `prompt` and
+            `reference`, or one whose texts are empty or not strings. The message names the item.
+    """
+    if isinstance(eval_data, str | bytes) or not isinstance(eval_data, Sequence):
+        raise InvalidDataError(
+            f"eval_data must be a list of items, got {type(eval_data).__name__}: pass a list of "
+            "dicts with 'prompt' and 'reference', or a list of strings (running text)."
+        )
+    if not eval_data:
+        raise InvalidDataError(
+            "eval_data is empty: at least one item is needed, a dict with 'prompt' and "
+            "'reference' or a string (running text)."
+        )
+    for index, item in enumerate(eval_data):
+        if isinstance(item, str):
+            _check_text(index, "text", item)
+        elif isinstance(item, dict):
+            for field in ("prompt", "reference"):
+                if field not in item:
+                    raise InvalidDataError(
+                        f"eval_data[{index}] has no {field!r} (its fields: {sorted(item)}): every "
+                        "item needs 'prompt' and 'reference'; normalize_item() converts the rows "
+                        "of known datasets."
+                    )
+                _check_text(index, field, item[field])
+        else:
+            raise InvalidDataError(
+                f"eval_data[{index}] is a {type(item).__name__}: items are dicts with 'prompt' "
+                "and 'reference', or strings."
+            )
+    return eval_data
+
+
+def _check_text(index: int, field: str, value: object) -> None:
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise InvalidDataError(
+            f"eval_data[{index}][{field!r}] is a {kind}, not a string: {value!r:.80}"
+        )
+    if not value.strip():
+        raise InvalidDataError(f"eval_data[{index}][{field!r}] is empty: remove or fill the item.")
+
+
+def fingerprint(eval_data: Sequence[EvalItem]) -> str:
+    """Short hash of the items, to tell two data sets apart in a plan or a journal."""
+    text = json.dumps(list(eval_data), sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def encode_batches(
+    tokenizer: PreTrainedTokenizerBase,
+    eval_data: Sequence[EvalItem],
+    *,
+    batch_size: int = 8,
+    max_length: int = 512,
+) -> list[Batch]:
+    """Tokenize items and pad them on the right into batches of similar length.
+
+    A dict becomes the rendered prompt followed by its reference, and only the reference is
+    scored. A string is running text: every token but the first is scored, and a text longer
+    than `max_length` is cut into windows that do not overlap, each opened by the tokenizer's
+    BOS token where it uses one. A prompt that is too long loses its beginning.
+
+    Raises:
+        InvalidDataError: the items cannot be used, or leave no token to score.
+    """
+    rows: list[tuple[int, list[int], list[int]]] = []
+    for index, item in enumerate(check_items(eval_data)):
+        if isinstance(item, str):
+            rows += [(index, ids, ids) for ids in _windows(tokenizer, item, max_length)]
+        else:
+            ids, n_prompt = encode_pair(tokenizer, item["prompt"], item["reference"])
+            labels = [IGNORED] * n_prompt + ids[n_prompt:]
+            rows.append((index, ids[-max_length:], labels[-max_length:]))
+    rows = [row for row in rows if any(label != IGNORED for label in row[2][1:])]
+    if not rows:
+        raise InvalidDataError(
+            f"None of the {len(eval_data)} items leaves a token to score after tokenization: "
+            "texts need at least two tokens."
+        )
+    rows.sort(key=lambda row: (len(row[1]), row[0]))
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return [
+        _pad(rows[start : start + batch_size], pad_id) for start in range(0, len(rows), batch_size)
+    ]
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str
+) -> tuple[list[int], int]:
+    """Token ids of a rendered prompt with its continuation, and how many belong to the prompt.
+
+    The whole is tokenized at once and the prompt's share found by comparison, because tokens
+    at the seam may differ from those of the parts.
+    """
+    text = render_prompt(tokenizer, prompt)
+    special = not getattr(tokenizer, "chat_template", None)
+    seam = "" if text[-1:].isspace() else " "
+    alone = tokenizer(text, add_special_tokens=special)["input_ids"]
+    whole = tokenizer(text + seam + continuation, add_special_tokens=special)["input_ids"]
+    n_prompt = 0
+    for left, right in zip(alone, whole, strict=False):
+        if left != right:
+            break
+        n_prompt += 1
+    return list(whole), min(n_prompt, len(whole) - 1)
+
+
+def _windows(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> list[list[int]]:
+    ids = list(tokenizer(text)["input_ids"])
+    bos = [ids.pop(0)] if ids and ids[0] == tokenizer.bos_token_id else []
+    size = max_length - len(bos)
+    return [bos + ids[start : start + size] for start in range(0, len(ids), size)]
+
+
+def pad_left(sequences: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts padded on the left for generation: (input_ids, attention_mask)."""
+    width = max(map(len, sequences))
+    ids = [[pad_id] * (width - len(s)) + list(s) for s in sequences]
+    mask = [[0] * (width - len(s)) + [1] * len(s) for s in sequences]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def _pad(rows: list[tuple[int, list[int], list[int]]], pad_id: int) -> Batch:
+    width = max(len(ids) for _, ids, _ in rows)
+
+    def stack(values: list[list[int]], fill: int) -> torch.Tensor:
+        return torch.tensor([value + [fill] * (width - len(value)) for value in values])
+
+    return Batch(
+        input_ids=stack([ids for _, ids, _ in rows], pad_id),
+        attention_mask=stack([[1] * len(ids) for _, ids, _ in rows], 0),
+        labels=stack([labels for _, _, labels in rows], IGNORED),
+        rows=tuple(index for index, _, _ in rows),
+    )

@@ -1,0 +1,185 @@
+"""Pruned checkpoints: written, verified by reloading, published; and MergeKit recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from .errors import InvalidPlanError, OutputError, VerificationError
+from .layers import LayerStack
+from .output import PLAN_FILE, staged_output
+from .results import PruningPlan, check_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROBE_TOKENS = 16
+# Largest difference of logits, relative to the largest logit, that rounding explains.
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
+HALF_TOLERANCE = 3e-2
+
+
+def save_checkpoint(
+    pruned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: PruningPlan,
+    output_dir: str | Path,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a complete plain checkpoint with its plan, reload it, and only then publish it.
+
+    Raises:
+        OutputError: it cannot be written.
+        VerificationError: it does not load cleanly, or computes something else than `pruned`.
+    """
+    with staged_output(output_dir, overwrite=overwrite) as stage:
+        pruned.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+        plan.save(stage / PLAN_FILE)
+        verify_checkpoint(stage, pruned)
+
+
+def verify_removal(stack: LayerStack, removed: Sequence[int], pruned: PreTrainedModel) -> None:
+    """Check in memory that `pruned` computes what the bypassed original computes.
+
+    The cached forward is compared with the uncached one too, unless the original itself
+    differs there.
+
+    Raises:
+        VerificationError: it does not; the message says by how much.
+    """
+    original: Any = stack.model
+    ids = _probe(pruned)
+    with torch.inference_mode(), _evaluating(original), _evaluating(pruned):
+        with stack.bypass(removed):
+            want = original(input_ids=ids, use_cache=False).logits
+        got = pruned(input_ids=ids, use_cache=False).logits
+        _demand_equal(got, want, "The pruned model and the bypassed original")
+        whole = original(input_ids=ids, use_cache=False).logits[:, -1]
+        cached = _cached_logits(original, ids)
+        if cached is None or _difference(cached, whole) > _tolerance(whole):
+            return
+        stepwise = _cached_logits(pruned, ids)
+        assert stepwise is not None
+        _demand_equal(stepwise, got[:, -1], "The pruned model with and without cache")
+
+
+def verify_checkpoint(folder: str | Path, model: PreTrainedModel) -> None:
+    """Reload a checkpoint with stock transformers and compare it with `model`.
+
+    Raises:
+        VerificationError: missing, unexpected or mismatched tensors, or other logits.
+    """
+    from transformers import AutoModelForCausalLM
+
+    custom = type(model).__module__.startswith("transformers_modules")
+    reloaded, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=model.dtype, output_loading_info=True, trust_remote_code=custom
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise VerificationError(
+                f"The written checkpoint does not reload cleanly: {len(info[kind])} {kind}, "
+                f"such as {sorted(map(str, info[kind]))[0]}. Nothing was left behind."
+            )
+    ids = _probe(model)
+    reloaded = reloaded.to(model.device).eval()
+    with torch.inference_mode(), _evaluating(model):
+        want = model(input_ids=ids, use_cache=False).logits
+        got = reloaded(input_ids=ids, use_cache=False).logits
+    _demand_equal(got, want, "The reloaded checkpoint and the pruned model")
+
+
+def write_mergekit_yaml(
+    stack: LayerStack, layers: Sequence[int], yaml_path: str | Path, model_id: str
+) -> None:
+    """Write a MergeKit passthrough recipe that keeps all layers of `model_id` but `layers`.
+
+    ``layer_range`` is half open: [0, 3] keeps layers 0, 1, 2. The dtype is the model's own.
+
+    Raises:
+        InvalidPlanError: indices that do not fit the model, or none.
+        OutputError: the file cannot be written.
+    """
+    removed = check_layers(layers, len(stack))
+    if not removed:
+        raise InvalidPlanError("layers=[]: a recipe that removes nothing is no recipe.")
+    edges = [-1, *removed, len(stack)]
+    slices = [
+        {"sources": [{"model": model_id, "layer_range": [left + 1, right]}]}
+        for left, right in pairwise(edges)
+        if right - left > 1
+    ]
+    dtype = str(next(stack.model.parameters()).dtype).removeprefix("torch.")
+    recipe = {"slices": slices, "merge_method": "passthrough", "dtype": dtype}
+    path = Path(yaml_path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"Cannot write the recipe {str(path)!r}: {error}.") from error
+
+
+def _probe(model: Any) -> torch.Tensor:
+    """A fixed sequence of tokens within the model's vocabulary and length, (1, tokens)."""
+    config = model.config.get_text_config(decoder=True)
+    length = min(PROBE_TOKENS, getattr(config, "max_position_embeddings", None) or PROBE_TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (1, length), generator=generator)
+    return ids.to(next(model.parameters()).device)
+
+
+def _cached_logits(model: Any, ids: torch.Tensor) -> torch.Tensor | None:
+    """Logits of the last token, the last half of `ids` fed one by one through the cache.
+
+    None for a model without a key-value cache.
+    """
+    half = ids.shape[1] // 2
+    output = model(input_ids=ids[:, :half], use_cache=True)
+    if getattr(output, "past_key_values", None) is None:
+        return None
+    for position in range(half, ids.shape[1]):
+        output = model(
+            input_ids=ids[:, position : position + 1],
+            attention_mask=torch.ones_like(ids[:, : position + 1]),
+            past_key_values=output.past_key_values,
+            use_cache=True,
+        )
+    logits: torch.Tensor = output.logits[:, -1]
+    return logits
+
+
+def _difference(got: torch.Tensor, want: torch.Tensor) -> float:
+    got, want = got.double(), want.double()
+    return ((got - want).abs().max() / want.abs().max().clamp_min(1e-12)).item()
+
+
+def _tolerance(logits: torch.Tensor) -> float:
+    return TOLERANCE.get(logits.dtype, HALF_TOLERANCE)
+
+
+def _demand_equal(got: torch.Tensor, want: torch.Tensor, who: str) -> None:
+    difference = _difference(got, want)
+    if not difference <= _tolerance(want):  # written so that NaN fails
+        raise VerificationError(
+            f"{who} compute different logits (relative difference {difference:.2g}, allowed "
+            f"{_tolerance(want):.2g}). Nothing was written. If the weights are finite, please "
+            "report this architecture."
+        )
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

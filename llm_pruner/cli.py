@@ -1,0 +1,344 @@
+"""The ``llm-pruner`` command: reads arguments, calls the library, prints.
+
+Knows nothing a script could not call. Everything heavy is imported after the arguments have
+been checked, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .errors import InvalidPlanError, LLMPrunerError
+from .output import check_output
+from .registry import BUILTIN, check_strategy_name, get_strategy
+from .results import PruningPlan, PruningReport
+from .utils import DEMO_MODEL, logger, package_versions
+
+if TYPE_CHECKING:
+    from .base import BasePruner
+
+INTERRUPTED = 130
+
+EPILOG = """\
+examples:
+  llm-pruner --model demo --strategy smart --n-layers 3 --output pruned_demo --visualize
+  llm-pruner --model my/model --strategy pruneme --ratio 0.25 --dry-run
+  llm-pruner --model my/model --layers 3,7,11 --heal lora --output pruned_model
+
+exit codes: 0 done; 2 usage; 3 unusable model or data; 4 output or environment;
+6 verification failed; 130 interrupted (take it up again with --resume)
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, one flat list of options."""
+    parser = argparse.ArgumentParser(
+        prog="llm-pruner",
+        description="Remove whole decoder layers from a Hugging Face language model, and measure "
+        "what it costs. Layer numbers are 0-based everywhere.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    _add_input(parser.add_argument_group("model and data"))
+    _add_choice(parser.add_argument_group("which layers, and how many"))
+    _add_output(parser.add_argument_group("output"))
+    return parser
+
+
+def _add_input(group: Any) -> None:
+    add = group.add_argument
+    add("--model", required=True, metavar="M", help="'demo', a local folder or a hub id")
+    add("--device", help="cpu, cuda, cuda:1, mps, or auto to spread over devices (default: best)")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add(
+        "--eval-dataset",
+        metavar="D",
+        help="a local .jsonl/.json/.csv/.txt file or folder, a dataset name or hub id "
+        "(default: the demo's own with --model demo, else six benchmarks of the hub)",
+    )
+    add(
+        "--n-samples",
+        type=int,
+        default=80,
+        metavar="N",
+        help="items to choose layers on; as many others judge the result (default: 80)",
+    )
+    add("--batch-size", type=int, default=8, metavar="N", help="sequences at a time (default: 8)")
+    add("--seed", type=int, default=0, help="random seed of sampling and healing (default: 0)")
+
+
+def _add_choice(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--strategy",
+        default="smart",
+        metavar="S",
+        help=f"{', '.join(BUILTIN)}, a plug-in's name, or FILE.py:CLASS (default: smart)",
+    )
+    add("--ratio", type=float, help="share of all layers to remove, e.g. 0.25")
+    add("--n-layers", type=int, metavar="K", help="exactly K layers")
+    add(
+        "--threshold",
+        type=float,
+        help="remove every layer beyond this score; ablation and smart: relative change of "
+        "quality, e.g. -0.02 for at most 2 %% worse",
+    )
+    add("--tolerance", type=float, help="smart: largest total loss of quality, e.g. 0.015")
+    add("--layers", metavar="3,7,11", help="remove these layers; nothing is scored")
+    add("--plan", metavar="FILE", help="remove the layers of a plan made by --dry-run --json")
+    add("--protect", metavar="A,B", help="never remove the first A and last B layers (2,2)")
+    add(
+        "--objective",
+        metavar="O",
+        help="ablation and smart: nll (log-likelihood of references) or similarity (of answers)",
+    )
+    add("--resume", action="store_true", help="reuse the measurements of an interrupted run")
+
+
+def _add_output(group: Any) -> None:
+    add = group.add_argument
+    add("--output", default="./pruned_model", metavar="DIR", help="default: ./pruned_model")
+    add("--overwrite", action="store_true", help="replace an earlier output of llm-pruner")
+    add(
+        "--heal",
+        default="none",
+        choices=["none", "linear", "lora"],
+        help="repair the weights after the cut (default: none)",
+    )
+    add("--heal-data", metavar="D", help="what to repair with (default: more of --eval-dataset)")
+    add("--export-yaml", metavar="PATH", help="also write a MergeKit recipe")
+    add("--visualize", action="store_true", help="draw figures into DIR/figures")
+    add("--dry-run", action="store_true", help="print scores and plan; write nothing")
+    add("--json", action="store_true", help="print the result as JSON")
+    add("--quiet", action="store_true", help="no progress, no notes")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.ERROR if args.quiet else logging.INFO)
+    try:
+        _check(args)
+        _run(args)
+    except LLMPrunerError as error:
+        if os.environ.get("LLM_PRUNER_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        words = list(sys.argv[1:] if argv is None else argv)
+        again = shlex.join(["llm-pruner", *words, *([] if args.resume else ["--resume"])])
+        print(f"\ninterrupted; nothing half-written. Resume with: {again}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what is wrong in the arguments themselves, before anything is loaded."""
+    check_strategy_name(args.strategy)
+    args.layers = _integers("--layers", args.layers)
+    args.protect = _integers("--protect", args.protect)
+    if args.protect is not None and len(args.protect) != 2:
+        raise InvalidPlanError(f"--protect takes two numbers, A,B; got {len(args.protect)}.")
+    amounts = {
+        name: getattr(args, name.replace("-", "_"))
+        for name in ("layers", "plan", "ratio", "n-layers", "threshold")
+    }
+    given = [f"--{name}" for name, value in amounts.items() if value is not None]
+    if len(given) > 1:
+        raise InvalidPlanError(f"{' and '.join(given)} exclude each other: give one.")
+    if args.ratio is not None and not 0 < args.ratio < 1:
+        raise InvalidPlanError(f"--ratio {args.ratio} must lie between 0 and 1, e.g. 0.25.")
+    for name in ("n_samples", "n_layers", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InvalidPlanError(f"--{name.replace('_', '-')} {value} must be at least 1.")
+    if not args.dry_run:
+        check_output(args.output, overwrite=args.overwrite)
+
+
+def _integers(option: str, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidPlanError(
+            f"{option} {text!r} must be whole numbers separated by commas, e.g. 3,7,11."
+        ) from None
+
+
+def _run(args: argparse.Namespace) -> None:
+    from transformers import logging as transformers_logging
+    from transformers import set_seed
+
+    from .utils import disable_progress_bars, load_model
+    from .workflow import carry_out, draw_figures, load_data
+
+    transformers_logging.set_verbosity_error()
+    if args.quiet or not sys.stderr.isatty():
+        disable_progress_bars()
+    set_seed(args.seed)
+    logger.info("Loading %s", args.model)
+    model, tokenizer = load_model(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
+    pruner = _make_pruner(args, model, tokenizer)
+    source = args.eval_dataset or (DEMO_MODEL if args.model == DEMO_MODEL else None)
+    data = load_data(
+        source,
+        args.n_samples,
+        heal_source=args.heal_data,
+        healing=args.heal != "none" and not args.dry_run,
+        seed=args.seed,
+    )
+    plan = _make_plan(args, pruner, data.scoring)
+    if args.dry_run:
+        print(plan.to_json() if args.json else plan_text(plan), end="")
+        return
+    logger.info("Removing layers %s", list(plan.remove))
+    report, pruned = carry_out(
+        pruner,
+        plan,
+        args.output,
+        data.judging,
+        heal=args.heal,
+        heal_data=data.healing,
+        overwrite=args.overwrite,
+        seed=args.seed,
+    )
+    figures = draw_figures(pruner, pruned, report, data.judging) if args.visualize else []
+    if args.export_yaml:
+        pruner.export_mergekit_yaml(plan.remove, args.export_yaml, args.model)
+    if args.json:
+        print(report.to_json(), end="")
+    else:
+        print(report_text(report), end="")
+        for path in [*figures, *([Path(args.export_yaml)] if args.export_yaml else [])]:
+            print(f"Wrote {path}")
+
+
+def _make_pruner(args: argparse.Namespace, model: Any, tokenizer: Any) -> BasePruner:
+    """The strategy, with those options that were given and that it has."""
+    from .base import MeasuredPruner
+
+    cls = get_strategy(args.strategy)
+    options: dict[str, Any] = {"batch_size": args.batch_size}
+    if args.protect is not None:
+        options["protect"] = tuple(args.protect)
+    measured = issubclass(cls, MeasuredPruner)
+    if args.objective is not None:
+        if not measured:
+            raise InvalidPlanError(
+                f"--objective has no meaning for {args.strategy!r}, which reads activations: leave "
+                "it out, or use ablation or smart."
+            )
+        options["objective"] = args.objective
+    if measured and not args.dry_run and args.layers is None and args.plan is None:
+        journal = Path(f"{args.output.rstrip('/')}.journal.jsonl")
+        if not args.resume:
+            journal.unlink(missing_ok=True)
+        options["journal"] = journal
+    return cls(model, tokenizer, **options)
+
+
+def _make_plan(args: argparse.Namespace, pruner: BasePruner, scoring: Any) -> PruningPlan:
+    if args.layers is not None:
+        return PruningPlan(
+            model_id=args.model,
+            num_layers=pruner.num_layers,
+            remove=tuple(args.layers),
+            versions=package_versions(),
+        )
+    if args.plan is not None:
+        plan = PruningPlan.load(args.plan)
+        plan.check_fits(pruner.num_layers)
+        return plan
+    logger.info("Scoring %d layers: %s", pruner.num_layers, pruner.description())
+    return pruner.plan(
+        scoring,
+        model_id=args.model,
+        ratio=args.ratio,
+        threshold=args.threshold,
+        tolerance=args.tolerance,
+        n_layers=args.n_layers,
+    )
+
+
+def plan_text(plan: PruningPlan) -> str:
+    """A plan for people: the scores, and what would go."""
+    lines = []
+    if plan.scores is not None:
+        lines.append(f"layer  {plan.scores.unit}")
+        for layer, score in plan.scores.items():
+            mark = "  remove" if layer in plan.remove else ""
+            lines.append(f"{layer:5d}  {score:+.6g}{mark}")
+    for step in plan.steps:
+        verb = "cut" if step["kept"] else "rolled back"
+        lines.append(f"{verb} layer {step['layer']}: total change {step['change']:+.4f}")
+    lines.append(_headline("Would remove", plan))
+    return "\n".join(lines) + "\n"
+
+
+def _headline(verb: str, plan: PruningPlan) -> str:
+    return (
+        f"{verb} {len(plan.remove)} of {plan.num_layers} layers (0-based): {list(plan.remove)}  "
+        f"[{plan.strategy}]"
+    )
+
+
+def report_text(report: PruningReport) -> str:
+    """A report for people: one row per quantity, before and after."""
+    before, after = report.before, report.after
+    rows = [
+        ("layers", before.layers, after.layers, "{:,.0f}"),
+        ("parameters", before.parameters, after.parameters, "{:,.0f}"),
+        ("size (MB)", before.bytes / 1e6, after.bytes / 1e6, "{:,.2f}"),
+        ("generation (tokens/s)", before.tokens_per_second, after.tokens_per_second, "{:,.0f}"),
+        ("perplexity", before.perplexity, after.perplexity, "{:,.3f}"),
+    ]
+    if before.similarity is not None and after.similarity is not None:
+        rows.append(("answer similarity", before.similarity, after.similarity, "{:.3f}"))
+    for task, score in (before.tasks or {}).items():
+        name = "task mean" if task == "mean" else f"  {task}"
+        rows.append((name, score, (after.tasks or {})[task], "{:.3f}"))
+    lines = [_headline("Removed", report.plan), ""]
+    lines.append(f"{'':24}{'before':>14}{'after':>14}{'change':>10}")
+    for name, old, new, style in rows:
+        change = f"{(new - old) / old:+.1%}" if old else ""
+        lines.append(f"{name:24}{style.format(old):>14}{style.format(new):>14}{change:>10}")
+    lines += ["", _footnote(report)]
+    return "\n".join(lines) + "\n"
+
+
+def _footnote(report: PruningReport) -> str:
+    heal = report.heal
+    healed = ""
+    if heal["method"] != "none":
+        verdict = "kept" if heal["accepted"] else "rolled back"
+        healed = (
+            f"Healing ({heal['method']}, {verdict}): held-out loss {heal['full']:.4f} full, "
+            f"{heal['cut']:.4f} cut, {heal['healed']:.4f} healed.\n"
+        )
+    return (
+        f"{healed}Quality on {report.evaluation_data['items']} items that played no part in the "
+        f"choice.\nCheckpoint, reloaded and verified: {report.output_dir}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

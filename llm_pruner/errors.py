@@ -1,0 +1,89 @@
+"""Every error this package raises on purpose.
+
+    LLMPrunerError
+    |-- UnsupportedModelError (TypeError)    the model has no layer stack we can prune exactly
+    |-- InvalidPlanError (ValueError)        layers, ratio, threshold or protection that cannot be
+    |-- InvalidDataError (ValueError)        calibration or evaluation data that cannot be used
+    |-- NonFiniteError (ArithmeticError)     a score or a loss came out NaN or infinite
+    |-- UnknownNameError (LookupError)       no strategy, objective or dataset of that name
+    |-- LoadError (OSError)                  a model or dataset could not be found or read
+    |-- OutputError (OSError)                the output cannot be written where it was asked for
+    |-- VerificationError (RuntimeError)     a written checkpoint does not compute what it should
+    `-- MissingDependencyError (ImportError) an optional package is needed
+
+Each is also the builtin a Python programmer would expect, so ``except ValueError`` works.
+``exit_code`` is what the command line returns for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LLMPrunerError(Exception):
+    """Base of all errors of this package."""
+
+    exit_code = 1
+
+
+class UnsupportedModelError(LLMPrunerError, TypeError):
+    """The model has no decoder stack that can be pruned exactly."""
+
+    exit_code = 3
+
+
+class InvalidPlanError(LLMPrunerError, ValueError):
+    """Layers, ratio, threshold or protection that cannot be."""
+
+    exit_code = 2
+
+
+class InvalidDataError(LLMPrunerError, ValueError):
+    """Calibration or evaluation data that cannot be used."""
+
+    exit_code = 3
+
+
+class NonFiniteError(LLMPrunerError, ArithmeticError):
+    """A score or a loss came out NaN or infinite."""
+
+    exit_code = 3
+
+
+class UnknownNameError(LLMPrunerError, LookupError):
+    """No strategy, objective or dataset of that name."""
+
+    exit_code = 2
+
+    @classmethod
+    def of(cls, kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+        """Build the message: the value, the nearest known name, all known names."""
+        known = sorted(known)
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return cls(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+class LoadError(LLMPrunerError, OSError):
+    """A model or dataset could not be found or read."""
+
+    exit_code = 3
+
+
+class OutputError(LLMPrunerError, OSError):
+    """The output cannot be written where it was asked for."""
+
+    exit_code = 4
+
+
+class VerificationError(LLMPrunerError, RuntimeError):
+    """A written checkpoint does not compute what it should."""
+
+    exit_code = 6
+
+
+class MissingDependencyError(LLMPrunerError, ImportError):
+    """An optional package is needed for what was asked."""
+
+    exit_code = 4

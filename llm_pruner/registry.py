@@ -1,0 +1,127 @@
+"""Strategies by name: the built-in ones, those a script registers, and those of plug-ins.
+
+Kept apart from `pruners.py` so that names can be listed and checked before torch is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from .errors import InvalidPlanError, LoadError, UnknownNameError
+
+if TYPE_CHECKING:
+    from .pruners import BasePruner
+
+S = TypeVar("S", bound="type[BasePruner]")
+
+BUILTIN = ("ablation", "avss", "pruneme", "smart")
+ENTRY_POINTS = "llm_pruner.strategies"
+_registered: dict[str, type[BasePruner]] = {}
+
+
+def register_strategy(name: str) -> Callable[[S], S]:
+    """Class decorator: make a strategy usable by `name`, in `get_strategy` and on the command line.
+
+    Example:
+        >>> from llm_pruner import BasePruner, register_strategy
+        >>> @register_strategy("deepest-first")
+        ... class DeepestFirst(BasePruner):
+        ...     def description(self):
+        ...         return "Removes the deepest layers."
+        ...     def compute_layer_scores(self, eval_data):
+        ...         return {i: float(-i) for i in range(self.num_layers)}
+
+    Raises:
+        InvalidPlanError: another class already has the name.
+    """
+
+    def decorate(cls: S) -> S:
+        known = _registered.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise InvalidPlanError(
+                f"Strategy name {name!r} is already taken by {known.__module__}."
+                f"{known.__qualname__}: choose another name."
+            )
+        cls.name = name
+        _registered[name] = cls
+        return cls
+
+    return decorate
+
+
+def strategy_names() -> list[str]:
+    """Every name `get_strategy` knows: built-in, registered, and from installed plug-ins."""
+    return sorted({*BUILTIN, *_registered, *_plugins()})
+
+
+def get_strategy(name: str) -> type[BasePruner]:
+    """The strategy class called `name`.
+
+    Args:
+        name: a name of `strategy_names`, or ``FILE.py:NAME`` for a class, or a registered
+            name, in a Python file; the file is run.
+
+    Raises:
+        UnknownNameError: no such strategy; the message lists the known ones.
+        LoadError: the file or plug-in cannot be imported.
+    """
+    if ":" in name:
+        return _from_file(name)
+    if name in BUILTIN:
+        importlib.import_module(f"{__package__}.pruners")
+    elif name not in _registered and name in _plugins():
+        return _load_plugin(name)
+    if name not in _registered:
+        raise UnknownNameError.of("strategy", name, strategy_names())
+    return _registered[name]
+
+
+def check_strategy_name(name: str) -> None:
+    """Raise as `get_strategy` would for a name it cannot know, without importing anything."""
+    if ":" in name:
+        path = Path(name.rpartition(":")[0])
+        if not path.is_file():
+            raise LoadError(f"Strategy file {str(path)!r} does not exist (from {name!r}).")
+    elif name not in strategy_names():
+        raise UnknownNameError.of("strategy", name, strategy_names())
+
+
+def _plugins() -> dict[str, importlib.metadata.EntryPoint]:
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def _load_plugin(name: str) -> type[BasePruner]:
+    try:
+        cls: type[BasePruner] = _plugins()[name].load()
+    except (ImportError, AttributeError) as error:
+        raise LoadError(f"Plug-in strategy {name!r} cannot be imported: {error}.") from error
+    return register_strategy(name)(cls)
+
+
+def _from_file(name: str) -> type[BasePruner]:
+    check_strategy_name(name)
+    from .pruners import BasePruner
+
+    path, _, wanted = name.rpartition(":")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise LoadError(f"{path!r} is not a Python file: write FILE.py:NAME.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise LoadError(f"{path!r} cannot be run: {type(error).__name__}: {error}") from error
+    found = getattr(module, wanted, None) or _registered.get(wanted)
+    if not (inspect.isclass(found) and issubclass(found, BasePruner)):
+        classes = [
+            key
+            for key, value in vars(module).items()
+            if inspect.isclass(value) and issubclass(value, BasePruner) and value is not BasePruner
+        ]
+        raise UnknownNameError.of(f"strategy in {path}", wanted, classes)
+    return found

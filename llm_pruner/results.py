@@ -1,0 +1,286 @@
+"""Values that strategies produce and files carry: scores, a plan, a report; JSON both ways."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from .errors import InvalidPlanError, NonFiniteError
+
+Removes = Literal["lowest", "highest"]
+
+
+class LayerScores(dict[int, float]):
+    """One finite number per layer (0-based), and what it means.
+
+    A plain ``dict[int, float]`` to everybody who does not ask for more.
+
+    Attributes:
+        strategy: name of the strategy that made the scores.
+        unit: what one number is, for axis labels.
+        removes: which end of the scale goes first, ``lowest`` or ``highest``.
+        blocks: where the strategy looks at runs of layers, the score of each run:
+            ``blocks[start][length - 1]``; otherwise None.
+
+    Raises:
+        NonFiniteError: a score is NaN or infinite; the message names the layers.
+    """
+
+    def __init__(
+        self,
+        scores: Mapping[int, float],
+        *,
+        strategy: str = "custom",
+        unit: str = "score",
+        removes: Removes = "lowest",
+        blocks: list[list[float]] | None = None,
+    ) -> None:
+        super().__init__({int(layer): float(score) for layer, score in sorted(scores.items())})
+        bad = [layer for layer, score in self.items() if not math.isfinite(score)]
+        if bad:
+            raise NonFiniteError(
+                f"{strategy} gives no finite score for layers {bad}: the model's weights or "
+                "activations there are NaN or overflow. Check the checkpoint, or load it with "
+                "dtype float32."
+            )
+        self.strategy, self.unit, self.removes, self.blocks = strategy, unit, removes, blocks
+
+    def ranked(self) -> list[int]:
+        """Layers in the order in which they should go, first to go first.
+
+        Of two equal scores the deeper layer goes first.
+        """
+        sign = 1.0 if self.removes == "lowest" else -1.0
+        return sorted(self, key=lambda layer: (sign * self[layer], -layer))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict; `from_dict` is its inverse."""
+        return {
+            "strategy": self.strategy,
+            "unit": self.unit,
+            "removes": self.removes,
+            "scores": {str(layer): score for layer, score in self.items()},
+            "blocks": self.blocks,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerScores:
+        """The scores that `to_dict` described."""
+        data = dict(data)
+        scores = {int(layer): score for layer, score in data.pop("scores").items()}
+        return cls(scores, **data)
+
+
+class _JsonFile:
+    """Saving and loading of the dataclasses below, with a format tag that is checked."""
+
+    FORMAT: str
+
+    def to_json(self) -> str:
+        """The value as indented JSON text."""
+        body = {name: _plain(value) for name, value in self._items()}
+        return json.dumps({"format": self.FORMAT, **body}, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The value that `to_json` wrote.
+
+        Raises:
+            InvalidPlanError: the text is not JSON of this kind; the message says why.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InvalidPlanError(f"Not valid JSON: {error}.") from error
+        found = data.pop("format", None) if isinstance(data, dict) else None
+        if found != cls.FORMAT:
+            raise InvalidPlanError(f"Expected a file of format {cls.FORMAT!r}, found {found!r}.")
+        known = {entry.name for entry in fields(cls)}  # type: ignore[arg-type]
+        if set(data) - known:
+            raise InvalidPlanError(
+                f"Unknown fields {sorted(set(data) - known)} in a {cls.FORMAT!r} file; "
+                f"known: {sorted(known)}."
+            )
+        try:
+            return cls._build(data)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise InvalidPlanError(f"Incomplete {cls.FORMAT!r} file: {error}.") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON to `path`."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            InvalidPlanError: the file is missing or not of this kind.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidPlanError(f"Cannot read {str(path)!r}: {error}.") from error
+        return cls.from_json(text)
+
+    def _items(self) -> Iterator[tuple[str, Any]]:
+        for entry in fields(self):  # type: ignore[arg-type]
+            yield entry.name, getattr(self, entry.name)
+
+    @classmethod
+    def _build(cls, data: dict[str, Any]) -> Self:
+        return cls(**data)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, LayerScores):
+        return value.to_dict()
+    if isinstance(value, PruningPlan):
+        return json.loads(value.to_json())
+    if isinstance(value, tuple):
+        return list(value)
+    return value
+
+
+@dataclass(frozen=True)
+class PruningPlan(_JsonFile):
+    """Which layers of which model to remove, and why.
+
+    Attributes:
+        model_id: the model as it was named.
+        num_layers: its number of decoder layers.
+        remove: the 0-based indices to remove, ascending.
+        strategy: the strategy's name, or ``manual``.
+        options: what the strategy was asked for (ratio, threshold, protect, ...).
+        scores: the layer scores, if the strategy made any.
+        steps: what a search tried and measured, if there was one.
+        data: fingerprint and size of the data the choice rests on.
+        versions: of the packages that made it.
+
+    Raises:
+        InvalidPlanError: indices out of range, repeated, or nothing left.
+    """
+
+    FORMAT = "llm_pruner.plan/1"
+
+    model_id: str
+    num_layers: int
+    remove: tuple[int, ...]
+    strategy: str = "manual"
+    options: dict[str, Any] = field(default_factory=dict)
+    scores: LayerScores | None = None
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "remove", check_layers(self.remove, self.num_layers))
+
+    @property
+    def keep(self) -> tuple[int, ...]:
+        """The 0-based indices that stay, ascending."""
+        gone = set(self.remove)
+        return tuple(index for index in range(self.num_layers) if index not in gone)
+
+    def check_fits(self, num_layers: int) -> None:
+        """Raise InvalidPlanError if the plan was made for a model of another depth."""
+        if num_layers != self.num_layers:
+            raise InvalidPlanError(
+                f"The plan is for a model of {self.num_layers} layers ({self.model_id!r}), this "
+                f"one has {num_layers}: use the plan's model, or score this one."
+            )
+
+    @classmethod
+    def _build(cls, data: dict[str, Any]) -> PruningPlan:
+        data["remove"] = tuple(data["remove"])
+        if data.get("scores") is not None:
+            data["scores"] = LayerScores.from_dict(data["scores"])
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured on one model, before or after.
+
+    Attributes:
+        parameters: number of parameters.
+        bytes: their size in memory.
+        layers: number of decoder layers.
+        perplexity: exp of the mean negative log-likelihood (nats per token) of the references
+            or texts of the evaluation data.
+        similarity: mean cosine similarity of generated answers to references, in [-1, 1];
+            None where the data has no references.
+        tasks: score in [0, 1] per task of the evaluation data, and ``mean``; None likewise.
+        tokens_per_second: generated tokens per second.
+    """
+
+    parameters: int
+    bytes: int
+    layers: int
+    perplexity: float
+    similarity: float | None
+    tasks: dict[str, float] | None
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class PruningReport(_JsonFile):
+    """A plan that was carried out: what it cost and what it bought.
+
+    Attributes:
+        plan: the plan.
+        output_dir: where the checkpoint lies.
+        before: the original model.
+        after: the pruned (and healed) model.
+        heal: what each repair did to the held-out loss; empty without healing.
+        evaluation_data: fingerprint and size of the data behind `before` and `after`.
+        seed: the random seed.
+        seconds: duration of the whole run.
+    """
+
+    FORMAT = "llm_pruner.report/1"
+
+    plan: PruningPlan
+    output_dir: str
+    before: Measurement
+    after: Measurement
+    heal: dict[str, Any] = field(default_factory=dict)
+    evaluation_data: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    seconds: float = 0.0
+
+    def _items(self) -> Iterator[tuple[str, Any]]:
+        for name, value in super()._items():
+            yield name, asdict(value) if isinstance(value, Measurement) else value
+
+    @classmethod
+    def _build(cls, data: dict[str, Any]) -> PruningReport:
+        data["plan"] = PruningPlan.from_json(json.dumps(data["plan"]))
+        data["before"] = Measurement(**data["before"])
+        data["after"] = Measurement(**data["after"])
+        return cls(**data)
+
+
+def check_layers(layers: Any, num_layers: int) -> tuple[int, ...]:
+    """`layers` as an ascending tuple of 0-based indices into a stack of `num_layers`.
+
+    Raises:
+        InvalidPlanError: not integers, out of range, negative, repeated, or every layer.
+    """
+    allowed = f"indices are whole numbers from 0 to {num_layers - 1}, the model's last layer"
+    indices = list(layers)
+    for index in indices:
+        if isinstance(index, bool) or not hasattr(index, "__index__"):
+            raise InvalidPlanError(f"Layer {index!r} is not an index: {allowed}.")
+        if not 0 <= index < num_layers:
+            raise InvalidPlanError(f"Layer {index} is out of range: {allowed}.")
+    repeated = sorted({int(index) for index in indices if indices.count(index) > 1})
+    if repeated:
+        raise InvalidPlanError(f"Layers {repeated} are listed more than once: list each once.")
+    if len(indices) == num_layers:
+        raise InvalidPlanError(f"All {num_layers} layers would be removed: keep at least one.")
+    return tuple(sorted(int(index) for index in indices))

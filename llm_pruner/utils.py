@@ -1,0 +1,174 @@
+"""Plumbing shared by the other modules: devices, prompts, progress, loading a model."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import logging
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .errors import LoadError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger("llm_pruner")
+T = TypeVar("T")
+
+DEMO_MODEL = "demo"
+DEMO_DIR = Path(__file__).parent / "demo"
+_progress_bars = True
+
+
+def get_device() -> torch.device:
+    """The best device of this machine: CUDA, then MPS, then the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Number of parameters, each shared (tied) tensor counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the parameters in memory, each shared (tied) tensor counted once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """Short hash of a model's config and of a sample of every tensor, to tell models apart."""
+    config = getattr(model, "config", None)
+    digest = hashlib.sha256(config.to_json_string().encode() if config is not None else b"")
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 256)].float().cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def format_prompt(q: str) -> str:
+    """``Question: ...`` newline ``Answer:``, the plain question format of base models.
+
+    A prompt that already ends in ``Answer:`` is returned as it is.
+    """
+    q = q.strip()
+    return q if q.endswith("Answer:") else f"Question: {q}\nAnswer:"
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The text a model should be given for `prompt`.
+
+    That is the tokenizer's own chat template where there is one (with the opening of the
+    assistant's turn), and `format_prompt` otherwise.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": prompt}]
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+    return format_prompt(prompt)
+
+
+def clean_output(text: str) -> str:
+    """A generated answer without what a model adds around it.
+
+    Cuts at the first invented follow-up question, strips a repeated ``Answer:`` label and
+    surrounding white space, and joins the remaining lines with single spaces.
+    """
+    text = text.split("\nQuestion:")[0].strip()
+    text = text.removeprefix("Answer:")
+    return " ".join(text.split())
+
+
+def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    """`items` with a progress bar on stderr, unless stderr is no terminal or bars are off."""
+    from tqdm.auto import tqdm
+
+    return tqdm(
+        items,
+        desc=description,
+        total=total,
+        leave=False,
+        dynamic_ncols=True,
+        file=sys.stderr,
+        disable=None if _progress_bars else True,
+    )
+
+
+def disable_progress_bars() -> None:
+    """Show no progress bars from now on, neither ours nor those of transformers."""
+    from transformers.utils.logging import disable_progress_bar
+
+    global _progress_bars
+    _progress_bars = False
+    disable_progress_bar()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of this package and of those whose numbers it passes on."""
+    names = ("torch", "transformers")
+    own = importlib.import_module(__package__).__version__
+    return {"llm_pruner": own, **{name: importlib.metadata.version(name) for name in names}}
+
+
+def resolve_model_id(model_id: str) -> str:
+    """The folder of the embedded model for ``demo``, and `model_id` itself otherwise."""
+    return str(DEMO_DIR) if model_id == DEMO_MODEL else model_id
+
+
+def load_model(
+    model_id: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, ready for evaluation.
+
+    Args:
+        model_id: ``demo``, a local folder, or an id on the Hugging Face hub.
+        device: where to put it; the best device of the machine if None; ``auto`` spreads it
+            over all devices with accelerate.
+        dtype: ``auto`` (as stored), or ``float32``, ``bfloat16``, ``float16``.
+        trust_remote_code: run code that comes with the checkpoint. Off unless asked for.
+
+    Raises:
+        LoadError: the model cannot be found or read; the message says what to do.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = resolve_model_id(model_id)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    placement = {"device_map": "auto"} if str(device) == "auto" else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **placement, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise LoadError(explain_load_failure("model", model_id, error)) from error
+    if not placement:
+        model = model.to(device or get_device())
+    return model.eval(), tokenizer
+
+
+def explain_load_failure(kind: str, name: str, error: Exception) -> str:
+    """One message for everything that can go wrong when something is fetched by name."""
+    reason = " ".join(str(error).split())
+    if len(reason) > 300:
+        reason = reason[:297] + "..."
+    return (
+        f"Cannot load {kind} {name!r}: {type(error).__name__}: {reason} "
+        f"Give a local path or an id that exists on huggingface.co; without a network only "
+        f"local paths, the local cache and 'demo' work."
+    )

@@ -1,0 +1,208 @@
+"""A whole job: divide the data, carry a plan out, measure before and after, draw figures.
+
+What the command line does, as functions for scripts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .base import BasePruner
+from .batching import EvalItem, check_items, fingerprint
+from .data import load_eval_dataset, split_items
+from .evaluation import HolisticEvaluator, ModelEvaluator, compare_speed, perplexity
+from .healing import Heal
+from .results import Measurement, PruningPlan, PruningReport
+from .utils import DEMO_MODEL, count_bytes, count_parameters, logger
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+REPORT_FILE = "pruning_report.json"
+FIGURES = "figures"
+HEAL_ITEMS = 4  # healing takes this many times as many items as scoring, where there are as many
+
+
+@dataclass(frozen=True)
+class DataSplit:
+    """Items for three purposes, none in two of them.
+
+    Attributes:
+        scoring: what layers are chosen on.
+        healing: what weights are repaired on; empty without healing.
+        judging: what quality before and after is reported on.
+    """
+
+    scoring: list[EvalItem]
+    healing: list[EvalItem]
+    judging: list[EvalItem]
+
+
+def load_data(
+    source: str | None,
+    n_samples: int = 80,
+    *,
+    heal_source: str | None = None,
+    healing: bool = False,
+    seed: int = 0,
+) -> DataSplit:
+    """Load `n_samples` items to score and as many others to judge; more to heal with if asked.
+
+    Args:
+        source: see `load_eval_dataset`; ``demo`` takes judging items from the demo's own
+            evaluation set.
+        n_samples: items for each purpose; healing takes up to four times as many.
+        heal_source: another source for the healing items; the rest of `source` if None.
+        healing: whether items to heal with are needed.
+        seed: of the sampling.
+
+    Raises:
+        LoadError, InvalidDataError: the source cannot be read or holds too few items.
+    """
+    own_judging = source == DEMO_MODEL
+    from_source = healing and heal_source is None
+    shares = 1 + (0 if own_judging else 1) + (HEAL_ITEMS if from_source else 0)
+    pool = load_eval_dataset(n_samples * shares, source, seed=seed)
+    if own_judging:
+        judging = load_eval_dataset(n_samples, "demo-eval", seed=seed)
+    else:
+        judging, pool = split_items(pool, min(n_samples, len(pool) // shares), seed=seed)
+    heal_items: list[EvalItem] = []
+    if from_source:
+        pool, heal_items = split_items(pool, min(n_samples, len(pool) // 2), seed=seed)
+    elif healing:
+        heal_items = load_eval_dataset(n_samples * HEAL_ITEMS, heal_source, seed=seed)
+    return DataSplit(pool, heal_items, judging)
+
+
+def carry_out(
+    pruner: BasePruner,
+    plan: PruningPlan,
+    output_dir: str | Path,
+    judging: Sequence[EvalItem],
+    *,
+    heal: Heal = "none",
+    heal_data: Sequence[EvalItem] | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+) -> tuple[PruningReport, PreTrainedModel]:
+    """Prune, heal and save as `plan` says, and measure both models on `judging`.
+
+    The report is written beside the checkpoint as ``pruning_report.json``.
+
+    Raises:
+        InvalidPlanError: the plan was made for a model with another number of layers.
+        Also what `BasePruner.prune_and_save` and the evaluators raise.
+    """
+    start = time.monotonic()
+    plan.check_fits(pruner.num_layers)
+    check_items(judging)
+    model, tokenizer = pruner.model, pruner.tokenizer
+    quality_before = measure_quality(model, tokenizer, judging, pruner.batch_size)
+    pruned, _ = pruner.prune_and_save(
+        plan.remove,
+        output_dir,
+        plan.model_id,
+        heal=heal,
+        heal_data=heal_data,
+        overwrite=overwrite,
+        plan=plan,
+    )
+    saved = PruningPlan.load(Path(output_dir) / "pruning_plan.json")
+    quality_after = measure_quality(pruned, tokenizer, judging, pruner.batch_size)
+    logger.info("Measuring generation speed")
+    speeds = compare_speed([model, pruned], tokenizer)
+    before, after = (
+        Measurement(
+            layers=layers,
+            parameters=count_parameters(measured),
+            bytes=count_bytes(measured),
+            tokens_per_second=speed,
+            **quality,
+        )
+        for layers, measured, speed, quality in (
+            (plan.num_layers, model, speeds[0], quality_before),
+            (len(plan.keep), pruned, speeds[1], quality_after),
+        )
+    )
+    report = PruningReport(
+        plan=saved,
+        output_dir=str(output_dir),
+        before=before,
+        after=after,
+        heal=saved.options["heal"],
+        evaluation_data={"items": len(judging), "fingerprint": fingerprint(judging)},
+        seed=seed,
+        seconds=time.monotonic() - start,
+    )
+    report.save(Path(output_dir) / REPORT_FILE)
+    return report, pruned
+
+
+def measure_quality(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[EvalItem],
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Perplexity, and for items with references the similarity of answers and task scores.
+
+    Returns:
+        ``perplexity``, ``similarity`` and ``tasks`` as `Measurement` describes them; the last
+        two None for running text.
+    """
+    questions = [item for item in items if isinstance(item, dict)]
+    quality: dict[str, Any] = {
+        "perplexity": perplexity(model, tokenizer, items, batch_size=batch_size),
+        "similarity": None,
+        "tasks": None,
+    }
+    if questions:
+        room = {"batch_size": batch_size}
+        quality["similarity"] = ModelEvaluator(model, tokenizer, **room).evaluate(questions)
+        quality["tasks"] = HolisticEvaluator(model, tokenizer, **room).run_benchmark(questions)
+    return quality
+
+
+def draw_figures(
+    pruner: BasePruner,
+    pruned: PreTrainedModel,
+    report: PruningReport,
+    judging: Sequence[EvalItem],
+) -> list[Path]:
+    """Draw what the report and the two models show into ``figures/`` of the output folder.
+
+    Returns the files written: activations and next tokens always, layer scores where layers
+    were scored, the benchmark where the data has references.
+    """
+    from . import visualization
+
+    folder = Path(report.output_dir) / FIGURES
+    plan = report.plan
+    first = judging[0]
+    prompt = first if isinstance(first, str) else first["prompt"]
+    written = [folder / "activation_comparison.png", folder / "semantic_comparison.png"]
+    visualization.plot_activation_comparison(
+        pruner.model, pruner.tokenizer, prompt, list(plan.remove), save_path=written[0]
+    )
+    visualization.plot_semantic_comparison(
+        pruner.model, pruned, pruner.tokenizer, prompt, save_path=written[1]
+    )
+    if plan.scores is not None:
+        written.append(folder / "layer_importance.png")
+        visualization.plot_layer_importance(plan.scores, removed=plan.remove, save_path=written[-1])
+    if report.before.tasks and report.after.tasks:
+        written.append(folder / "holistic_benchmark.png")
+        counts: dict[str, int] = {}
+        for item in judging:
+            if isinstance(item, dict):
+                task = str(item.get("task") or "other")
+                counts[task] = counts.get(task, 0) + 1
+        visualization.plot_holistic_benchmark(
+            report.before.tasks, report.after.tasks, counts, save_path=written[-1]
+        )
+    return written
