@@ -13,6 +13,7 @@ import torch
 from .batching import EvalItem, check_items, encode_batches, fingerprint
 from .checkpoint import save_checkpoint, verify_removal, write_mergekit_yaml
 from .errors import InvalidPlanError
+from .evaluation import evaluating
 from .healing import Heal, heal_model
 from .layers import LayerStack
 from .output import check_output
@@ -64,7 +65,8 @@ class BasePruner(ABC):
         self.layers = LayerStack(model)
         self.num_layers = len(self.layers)
         if protect is DEFAULT_PROTECT:  # the default itself, not an equal pair somebody gave
-            protect = tuple(min(side, self.num_layers // 4) for side in protect)
+            shallow = self.num_layers // 4
+            protect = (min(protect[0], shallow), min(protect[1], shallow))
         self.protect = _checked_protection(protect, self.num_layers)
 
     @abstractmethod
@@ -237,25 +239,19 @@ class BasePruner(ABC):
             real: bool (sequences, tokens), false for padding.
         """
         batches = encode_batches(self.tokenizer, eval_data, batch_size=self.batch_size)
-        training = self.model.training
-        self.model.eval()
-        try:
-            for batch in progress(batches, "Reading activations"):
-                states: list[torch.Tensor] = []
+        states: list[torch.Tensor] = []
 
-                def keep(
-                    index: int, entering: torch.Tensor, leaving: torch.Tensor, states: Any = states
-                ) -> None:
-                    states.append(entering)
-                    if index == self.num_layers - 1:
-                        states.append(leaving)
+        def keep(index: int, entering: torch.Tensor, leaving: torch.Tensor) -> None:
+            states.append(entering)
+            if index == self.num_layers - 1:
+                states.append(leaving)
 
-                with torch.inference_mode(), self.layers.observe(keep):
-                    batch = batch.to(self.layers.device)
-                    self.model(**batch.inputs(), use_cache=False)
-                yield states, batch.attention_mask.bool()
-        finally:
-            self.model.train(training)
+        for batch in progress(batches, "Reading activations"):
+            states.clear()
+            batch = batch.to(self.layers.device)
+            with evaluating(self.model), self.layers.observe(keep):
+                self.model(**batch.inputs(), use_cache=False)
+            yield list(states), batch.attention_mask.bool()
 
     def _scored(self, scores: Mapping[int, float]) -> LayerScores:
         if isinstance(scores, LayerScores):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import torch
 import yaml
 
 from .errors import InvalidPlanError, OutputError, VerificationError
+from .evaluation import evaluating
 from .layers import LayerStack
 from .output import PLAN_FILE, staged_output
 from .results import PruningPlan, check_layers
@@ -57,7 +57,7 @@ def verify_removal(stack: LayerStack, removed: Sequence[int], pruned: PreTrained
     """
     original: Any = stack.model
     ids = _probe(pruned)
-    with torch.inference_mode(), _evaluating(original), _evaluating(pruned):
+    with evaluating(original), evaluating(pruned):
         with stack.bypass(removed):
             want = original(input_ids=ids, use_cache=False).logits
         got = pruned(input_ids=ids, use_cache=False).logits
@@ -80,9 +80,10 @@ def verify_checkpoint(folder: str | Path, model: PreTrainedModel) -> None:
     from transformers import AutoModelForCausalLM
 
     custom = type(model).__module__.startswith("transformers_modules")
-    reloaded, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=model.dtype, output_loading_info=True, trust_remote_code=custom
     )
+    reloaded, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise VerificationError(
@@ -90,8 +91,8 @@ def verify_checkpoint(folder: str | Path, model: PreTrainedModel) -> None:
                 f"such as {sorted(map(str, info[kind]))[0]}. Nothing was left behind."
             )
     ids = _probe(model)
-    reloaded = reloaded.to(model.device).eval()
-    with torch.inference_mode(), _evaluating(model):
+    reloaded.to(model.device)
+    with evaluating(model), evaluating(reloaded):
         want = model(input_ids=ids, use_cache=False).logits
         got = reloaded(input_ids=ids, use_cache=False).logits
     _demand_equal(got, want, "The reloaded checkpoint and the pruned model")
@@ -173,13 +174,3 @@ def _demand_equal(got: torch.Tensor, want: torch.Tensor, who: str) -> None:
             f"{_tolerance(want):.2g}). Nothing was written. If the weights are finite, please "
             "report this architecture."
         )
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -180,13 +180,13 @@ def _integers(option: str, text: str | None) -> list[int] | None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from transformers import logging as transformers_logging
     from transformers import set_seed
+    from transformers.utils import logging as transformers_logging
 
     from .utils import disable_progress_bars, load_model
     from .workflow import carry_out, draw_figures, load_data
 
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity(logging.ERROR)
     if args.quiet or not sys.stderr.isatty():
         disable_progress_bars()
     set_seed(args.seed)

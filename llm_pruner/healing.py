@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Heal = Literal["none", "linear", "lora"]
 HELD_OUT = 0.25  # share of the healing data that judges the repair and never trains it
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # in units of the mean eigenvalue of the Gram matrix
+RIDGES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # in units of the mean eigenvalue of the Gram matrix
 LORA_EPOCHS = 30
 LORA_MAX_STEPS = 1000
 
@@ -211,7 +211,7 @@ def _distil(
             raise NonFiniteError(
                 f"The healing loss became {loss.item()} at step {step}: load the model in float32."
             )
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
@@ -221,17 +221,19 @@ def _distil(
             if held < best:
                 best, state = held, copy.deepcopy(get_peft_model_state_dict(student))
             student.train()
-    return state
+    adapters: dict[str, torch.Tensor] = state
+    return adapters
 
 
-def _divergence(teacher: nn.Module, student: nn.Module, batch: Batch) -> torch.Tensor:
+def _divergence(teacher: Any, student: Any, batch: Batch) -> torch.Tensor:
     """KL(teacher || student) per real token, in nats."""
     with torch.no_grad():
         target = teacher(**batch.inputs(), use_cache=False).logits.float().log_softmax(-1)
     output = student(**batch.inputs(), use_cache=False).logits.float().log_softmax(-1)
     per_token = (target.exp() * (target - output)).sum(-1)
     real = batch.attention_mask.bool()
-    return per_token[real].mean()
+    mean: torch.Tensor = per_token[real].mean()
+    return mean
 
 
 def _copy_model(pruned: PreTrainedModel) -> PreTrainedModel:

@@ -188,7 +188,7 @@ def _hidden_out(output: Any) -> torch.Tensor:
     return hidden
 
 
-def _find_path(model: nn.Module) -> str:
+def _find_path(model: Any) -> str:
     """Dotted name of the decoder's layer list."""
     config = getattr(model, "config", None)
     name = type(model).__name__
@@ -224,7 +224,7 @@ def _find_path(model: nn.Module) -> str:
             f"Several lists in {name} could be the decoder layers: {sorted(outermost)}. Name one, "
             "LayerStack(model, path='...')."
         )
-    return next(iter(outermost))
+    return str(next(iter(outermost)))
 
 
 def _layer_list(model: nn.Module, path: str) -> nn.ModuleList:

@@ -24,7 +24,7 @@ Mask = tuple[int, ...]
 class NllObjective:
     """Quality as minus the mean negative log-likelihood of the references, in nats per token."""
 
-    unit = "relative change of the mean log-likelihood of the references"
+    unit = "relative change of log-likelihood"
     generates = False
 
     def __init__(
@@ -40,7 +40,7 @@ class NllObjective:
 class SimilarityObjective:
     """Quality as the mean cosine similarity of generated answers to the references."""
 
-    unit = "relative change of the semantic similarity of answers to references"
+    unit = "relative change of answer similarity"
     generates = True
 
     def __init__(

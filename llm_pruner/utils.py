@@ -96,7 +96,7 @@ def progress(items: Iterable[T], description: str, total: int | None = None) -> 
     """`items` with a progress bar on stderr, unless stderr is no terminal or bars are off."""
     from tqdm.auto import tqdm
 
-    return tqdm(
+    bar: Iterable[T] = tqdm(
         items,
         desc=description,
         total=total,
@@ -105,15 +105,17 @@ def progress(items: Iterable[T], description: str, total: int | None = None) -> 
         file=sys.stderr,
         disable=None if _progress_bars else True,
     )
+    return bar
 
 
 def disable_progress_bars() -> None:
     """Show no progress bars from now on, neither ours nor those of transformers."""
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging as transformers_logging
 
     global _progress_bars
     _progress_bars = False
-    disable_progress_bar()
+    silence: Any = transformers_logging.disable_progress_bar
+    silence()
 
 
 def package_versions() -> dict[str, str]:
@@ -154,7 +156,7 @@ def load_model(
     placement = {"device_map": "auto"} if str(device) == "auto" else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **placement, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **placement, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise LoadError(explain_load_failure("model", model_id, error)) from error
     if not placement:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .base import BasePruner
 from .batching import EvalItem, check_items, fingerprint
 from .data import load_eval_dataset, split_items
-from .evaluation import HolisticEvaluator, ModelEvaluator, compare_speed, perplexity
+from .evaluation import HolisticEvaluator, compare_speed, perplexity
 from .healing import Heal
 from .results import Measurement, PruningPlan, PruningReport
 from .utils import DEMO_MODEL, count_bytes, count_parameters, logger
@@ -162,9 +162,9 @@ def measure_quality(
         "tasks": None,
     }
     if questions:
-        room = {"batch_size": batch_size}
-        quality["similarity"] = ModelEvaluator(model, tokenizer, **room).evaluate(questions)
-        quality["tasks"] = HolisticEvaluator(model, tokenizer, **room).run_benchmark(questions)
+        evaluator = HolisticEvaluator(model, tokenizer, batch_size=batch_size)
+        quality["similarity"] = evaluator.evaluate(questions)
+        quality["tasks"] = evaluator.run_benchmark(questions)
     return quality
 
 

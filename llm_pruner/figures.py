@@ -1,0 +1,127 @@
+"""How every figure looks: size, fonts and colours; and how it is made, written and shown."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from .errors import OutputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMN, PAGE = 3.4, 7.0  # inches
+BLUE, ORANGE, GREEN = "#0173b2", "#de8f05", "#029e73"  # seaborn's palette "colorblind"
+METADATA = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+SMALL = ("xtick.labelsize", "ytick.labelsize", "legend.fontsize")
+MEDIUM = ("font.size", "axes.labelsize", "axes.titlesize")
+HIDDEN = ("axes.spines.top", "axes.spines.right", "legend.frameon")
+STYLE: dict[str, Any] = {
+    **dict.fromkeys(SMALL, 6.5),
+    **dict.fromkeys(MEDIUM, 7.0),
+    **dict.fromkeys(HIDDEN, False),
+    "figure.titlesize": 8,
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "axes.linewidth": 0.6,
+    "hatch.linewidth": 0.6,
+    "lines.linewidth": 1.0,
+    "text.parse_math": False,  # a prompt may contain "$"
+    "savefig.dpi": 300,
+    "svg.hashsalt": "llm_pruner",
+    "pdf.fonttype": 42,
+}
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Our look inside the block, whatever the caller's is; the caller's is back after it."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(cast(Any, STYLE))
+        yield
+
+
+def new_figure(
+    width: float, heights: list[float], columns: int = 1, widths: Sequence[float] | None = None
+) -> tuple[Figure, Any]:
+    """A figure outside pyplot, and its axes by row and column."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, sum(heights) + 0.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    ratios: dict[str, Any] = {"height_ratios": heights, "width_ratios": widths}
+    return figure, figure.subplots(len(heights), columns, squeeze=False, **ratios)
+
+
+def legend_below(figure: Figure, axes: Any) -> None:
+    """One row of legend under the figure."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+
+
+def printable(text: str) -> str:
+    """`text` with line ends, control characters and what the font lacks made visible."""
+    from matplotlib.font_manager import findfont, get_font
+
+    glyphs = get_font(findfont(STYLE["font.family"])).get_charmap()
+    return "".join(
+        c if c.isprintable() and ord(c) in glyphs else c.encode("unicode_escape").decode()
+        for c in text.replace("\n", "\u21b5")
+    )
+
+
+def wrap(text: str, inches: float, most: int | None = None) -> str:
+    """`text` in lines of that width, measured in the font; at most `most` of them."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    measured = text_to_path.get_text_width_height_descent(text, FontProperties(size=7), False)
+    room = int(0.9 * inches * 72 * len(text) / max(measured[0], 1.0))
+    return textwrap.fill(text, max(8, room), max_lines=most, placeholder=" \u2026")
+
+
+def check_path(save_path: str | Path | None) -> Path | None:
+    """`save_path` as a path; OutputError if its suffix is not one of a figure."""
+    path = None if save_path is None else Path(save_path)
+    if path is not None and path.suffix.lower() not in METADATA:
+        raise OutputError(
+            f"Cannot write a figure to {str(path)!r}: the name must end in {', '.join(METADATA)}."
+        )
+    return path
+
+
+def finish(figure: Figure, title: str, path: Path | None, show: bool) -> Figure:
+    """Add the title, write the figure if there is a path, show it if asked for."""
+    figure.suptitle(wrap(title, 0.87 * figure.get_figwidth()))
+    if path is not None:
+        suffix = path.suffix.lower()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix[1:], metadata=METADATA[suffix])
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(buffer.getvalue())
+        except OSError as error:
+            raise OutputError(f"Cannot write the figure to {str(path)!r}: {error}.") from error
+    if show:
+        _show(figure)
+    return figure
+
+
+def _show(figure: Figure) -> None:
+    """Lend the figure to a pyplot window until that is closed."""
+    import matplotlib.pyplot as plt
+
+    own = figure.canvas
+    manager: Any = plt.figure(figsize=figure.get_size_inches()).canvas.manager
+    manager.canvas.figure = figure
+    figure.set_canvas(manager.canvas)
+    plt.show(block=True)
+    plt.close(manager.num)
+    figure.set_canvas(own)

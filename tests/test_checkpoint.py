@@ -1,0 +1,233 @@
+"""Output folders and checkpoints: complete or absent, verified, nobody else's files lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+import pytest
+import torch
+import yaml
+from conftest import N_LAYERS, tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm_pruner import SmartPruner, checkpoint
+from llm_pruner.checkpoint import verify_checkpoint, verify_removal, write_mergekit_yaml
+from llm_pruner.errors import InvalidPlanError, OutputError, VerificationError
+from llm_pruner.layers import LayerStack
+from llm_pruner.output import PLAN_FILE, check_output, staged_output
+from llm_pruner.results import PruningPlan
+
+IDS = torch.arange(3, 15).reshape(1, 12)
+
+
+@pytest.fixture
+def pruner(llama, tokenizer):
+    return SmartPruner(llama, tokenizer)
+
+
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_the_output_is_a_complete_plain_checkpoint(pruner, tokenizer, tmp_path):
+    pruned, same = pruner.prune_and_save([2, 5], tmp_path / "out", "some/model")
+    assert same is tokenizer
+    names = set(tree(tmp_path / "out"))
+    assert {"config.json", "generation_config.json", "model.safetensors"} <= names
+    assert {"tokenizer.json", "tokenizer_config.json", PLAN_FILE} <= names
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.inference_mode():
+        assert torch.equal(reloaded(IDS).logits, pruned(IDS).logits)
+    text = "the cat sat"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text) == tokenizer(text)
+    plan = PruningPlan.load(tmp_path / "out" / PLAN_FILE)
+    assert plan.remove == (2, 5)
+    assert plan.model_id == "some/model"
+    assert tree(tmp_path)[0] == "out", "no staging folder is left"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_modes_follow_the_umask(pruner, tmp_path):
+    before = os.umask(0o027)
+    try:
+        pruner.prune_and_save([2], tmp_path / "out", "m")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+    assert stat.S_IMODE((tmp_path / "out" / "model.safetensors").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_and_tied_weights_are_kept(tokenizer, tmp_path, dtype):
+    model = tiny_llama(tie_word_embeddings=True).to(dtype)
+    pruned, _ = SmartPruner(model, tokenizer).prune_and_save([3], tmp_path / "out", "m")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert reloaded.dtype == dtype
+    assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+    assert pruned.lm_head.weight is model.lm_head.weight
+
+
+def test_a_folder_that_is_not_empty_is_refused(pruner, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="is not empty: choose another, or replace it"):
+        pruner.prune_and_save([2], tmp_path, "m")
+    with pytest.raises(OutputError, match=f"has no {PLAN_FILE}, so llm_pruner did not write"):
+        pruner.prune_and_save([2], tmp_path, "m", overwrite=True)
+    assert tree(tmp_path) == ["notes.txt"]
+
+
+def test_an_earlier_output_is_replaced_when_asked(pruner, tmp_path):
+    out = tmp_path / "out"
+    pruner.prune_and_save([2], out, "m")
+    with pytest.raises(OutputError, match="not empty"):
+        pruner.prune_and_save([3, 4], out, "m")
+    assert PruningPlan.load(out / PLAN_FILE).remove == (2,)
+    pruner.prune_and_save([3, 4], out, "m", overwrite=True)
+    assert PruningPlan.load(out / PLAN_FILE).remove == (3, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failure_in_the_middle_leaves_the_old_output(pruner, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    pruner.prune_and_save([2], out, "m")
+    before = {path: (out / path).read_bytes() for path in tree(out)}
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(pruner.tokenizer), "save_pretrained", full_disk)
+    with pytest.raises(OutputError, match="No space left on device"):
+        pruner.prune_and_save([3], out, "m", overwrite=True)
+    assert {path: (out / path).read_bytes() for path in tree(out)} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), KeyboardInterrupt()])
+def test_nothing_is_left_after_any_exception(tmp_path, error):
+    def write_half():
+        with staged_output(tmp_path / "out") as stage:
+            (stage / "half").write_text("x")
+            raise error
+
+    with pytest.raises(type(error)):
+        write_half()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_impossible_places_are_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="is not a folder"):
+        check_output(tmp_path / "file")
+    with pytest.raises(OutputError, match="cannot be written"):
+        check_output(tmp_path / "file" / "below")
+    with pytest.raises(OutputError, match="cannot be written"):
+        check_output("/proc/nothing/here")
+    assert check_output(tmp_path / "new" / "deep") == tmp_path / "new" / "deep"
+    assert tree(tmp_path) == ["file"], "checking creates nothing"
+
+
+def damage_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1.01
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def drop_tensor(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def one_layer_less(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_weights, "compute different logits"),
+        (drop_tensor, "1 missing_keys, such as model.layers.1.mlp.down_proj.weight"),
+        (one_layer_less, "unexpected_keys"),
+    ],
+)
+def test_verification_finds_damage(llama, tmp_path, damage, message):
+    llama.save_pretrained(tmp_path)
+    verify_checkpoint(tmp_path, llama)
+    damage(tmp_path)
+    with pytest.raises(VerificationError, match=message):
+        verify_checkpoint(tmp_path, llama)
+
+
+def test_a_failed_verification_leaves_no_output(pruner, tmp_path, monkeypatch):
+    write = type(pruner.model).save_pretrained
+
+    def write_and_damage(self, folder, **options):
+        write(self, folder, **options)
+        damage_weights(folder)
+
+    monkeypatch.setattr(type(pruner.model), "save_pretrained", write_and_damage)
+    with pytest.raises(VerificationError, match="compute different logits"):
+        pruner.prune_and_save([3], tmp_path / "out", "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verification_in_memory_finds_a_wrong_layer_and_a_wrong_slot(llama):
+    stack = LayerStack(llama)
+    verify_removal(stack, [3], stack.remove([3]))
+    with pytest.raises(VerificationError, match="bypassed original compute different"):
+        verify_removal(stack, [3], stack.remove([4]))
+    stale = stack.remove([3])
+    for layer in stale.model.layers[3:]:
+        layer.self_attn.layer_idx -= 1
+    with pytest.raises(VerificationError, match="with and without cache"):
+        verify_removal(stack, [3], stale)
+
+
+def test_nan_weights_do_not_pass(llama):
+    with torch.no_grad():
+        llama.model.layers[2].mlp.down_proj.weight[0, 0] = float("nan")
+    stack = LayerStack(llama)
+    with pytest.raises(VerificationError, match="relative difference nan"):
+        verify_removal(stack, [5], stack.remove([5]))
+
+
+@pytest.mark.parametrize(
+    ("removed", "ranges"),
+    [
+        ([3, 4], [[0, 3], [5, 8]]),
+        ([0], [[1, 8]]),
+        ([7], [[0, 7]]),
+        ([1, 3], [[0, 1], [2, 3], [4, 8]]),
+        ([0, 1, 6, 7], [[2, 6]]),
+    ],
+)
+def test_mergekit_recipe(llama, tmp_path, removed, ranges):
+    path = tmp_path / "deep" / "recipe.yaml"
+    write_mergekit_yaml(LayerStack(llama.half()), removed, path, "some/model")
+    recipe = yaml.safe_load(path.read_text())
+    found = [entry["sources"][0] for entry in recipe["slices"]]
+    assert [source["layer_range"] for source in found] == ranges
+    kept = [layer for start, end in ranges for layer in range(start, end)]
+    assert kept == [layer for layer in range(N_LAYERS) if layer not in removed]
+    assert {source["model"] for source in found} == {"some/model"}
+    assert (recipe["merge_method"], recipe["dtype"]) == ("passthrough", "float16")
+
+
+def test_mergekit_refusals(llama, tmp_path):
+    with pytest.raises(InvalidPlanError, match="removes nothing"):
+        write_mergekit_yaml(LayerStack(llama), [], tmp_path / "r.yaml", "m")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="Cannot write the recipe"):
+        write_mergekit_yaml(LayerStack(llama), [2], tmp_path / "file" / "r.yaml", "m")
+
+
+def test_tolerances_are_tight():
+    assert checkpoint.TOLERANCE[torch.float32] <= 2e-5
