@@ -1,0 +1,86 @@
+"""A whole job: disjoint data, an honest report, figures of what was measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import WORDS
+
+from llm_pruner import PruneMePruner, carry_out, load_data
+from llm_pruner.errors import InvalidDataError, InvalidPlanError
+from llm_pruner.evaluation import perplexity
+from llm_pruner.results import PruningPlan, PruningReport
+from llm_pruner.workflow import draw_figures
+
+TEXTS = [f"{a} {b} on the {c}" for a in WORDS for b in WORDS for c in WORDS[:3]]
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS[:200]))
+    return str(path)
+
+
+@pytest.mark.parametrize("healing", [False, True])
+@pytest.mark.parametrize("n", [4, 20, 60])
+def test_no_item_serves_two_purposes(source, n, healing):
+    data = load_data(source, n, healing=healing)
+    parts = [set(data.scoring), set(data.healing), set(data.judging)]
+    assert sum(map(len, parts)) == len(set().union(*parts))
+    assert bool(data.healing) == healing
+    assert data.scoring
+    assert data.judging
+    assert len(data.scoring) <= n
+    assert len(data.judging) <= n
+    if n == 4:
+        assert (len(data.scoring), len(data.judging)) == (4, 4)
+
+
+def test_the_demo_is_judged_on_its_own_evaluation_set():
+    from llm_pruner import load_eval_dataset
+
+    data = load_data("demo", 30, healing=True)
+    own = {item["prompt"] for item in load_eval_dataset(200, "demo-eval")}
+    assert {item["prompt"] for item in data.judging} <= own
+    assert not {item["prompt"] for item in [*data.scoring, *data.healing]} & own
+    assert not {i["prompt"] for i in data.scoring} & {i["prompt"] for i in data.healing}
+    assert len(data.scoring) == len(data.judging) == 30
+    assert len(data.healing) >= 90
+
+
+def test_the_same_seed_gives_the_same_split(source):
+    assert load_data(source, 10, seed=3) == load_data(source, 10, seed=3)
+    assert load_data(source, 10, seed=3) != load_data(source, 10, seed=4)
+
+
+def test_too_little_data_is_an_error(tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"text": "the cat sat"}')
+    with pytest.raises(InvalidDataError, match="items"):
+        load_data(str(tmp_path / "one.jsonl"), 4)
+
+
+def test_a_plan_is_carried_out(llama, tokenizer, tmp_path):
+    pruner = PruneMePruner(llama, tokenizer)
+    plan = pruner.plan(TEXTS[:10], model_id="tiny", ratio=0.25)
+    report, pruned = carry_out(pruner, plan, tmp_path / "out", TEXTS[50:60], seed=5)
+    assert PruningReport.load(tmp_path / "out" / "pruning_report.json") == report
+    assert report.plan.remove == plan.remove
+    assert report.after.perplexity == pytest.approx(perplexity(pruned, tokenizer, TEXTS[50:60]))
+    assert report.before.perplexity == pytest.approx(perplexity(llama, tokenizer, TEXTS[50:60]))
+    assert report.before.similarity is None
+    assert report.before.tasks is None
+    assert report.evaluation_data["items"] == 10
+    assert report.seed == 5
+    written = draw_figures(pruner, pruned, report, TEXTS[50:60])
+    assert all(path.stat().st_size > 1000 for path in written)
+    assert len(written) == 3
+
+
+def test_a_plan_for_another_model_is_refused(llama, tokenizer, tmp_path):
+    with pytest.raises(InvalidPlanError, match="for a model of 6 layers"):
+        carry_out(
+            PruneMePruner(llama, tokenizer), PruningPlan("m", 6, (2,)), tmp_path / "o", TEXTS[:2]
+        )
+    assert not (tmp_path / "o").exists()
