@@ -35,7 +35,7 @@ _HOME = {
     "load_eval_dataset": "data",
     "load_model": "utils",
     "normalize_item": "data",
-    "perplexity": "evaluation",
+    "perplexity": "likelihood",
     "plot_activation_comparison": "visualization",
     "plot_holistic_benchmark": "visualization",
     "plot_layer_importance": "visualization",

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from .batching import EvalItem, check_items, encode_batches, fingerprint
+from .batching import EvalItem, check_items, fingerprint
 from .checkpoint import save_checkpoint, verify_removal, write_mergekit_yaml
 from .errors import InvalidPlanError
-from .evaluation import evaluating
 from .healing import Heal, heal_model
 from .layers import LayerStack
+from .likelihood import encode_for, evaluating
 from .output import check_output
 from .results import LayerScores, PruningPlan, Removes, check_layers
 from .search import RemovalQuality, single_removals
@@ -238,7 +238,7 @@ class BasePruner(ABC):
                 output of the last one before the final norm.
             real: bool (sequences, tokens), false for padding.
         """
-        batches = encode_batches(self.tokenizer, eval_data, batch_size=self.batch_size)
+        batches = encode_for(self.model, self.tokenizer, eval_data, self.batch_size)
         states: list[torch.Tensor] = []
 
         def keep(index: int, entering: torch.Tensor, leaving: torch.Tensor) -> None:

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from .errors import InvalidPlanError, OutputError, VerificationError
-from .evaluation import evaluating
 from .layers import LayerStack
+from .likelihood import evaluating
 from .output import PLAN_FILE, staged_output
 from .results import PruningPlan, check_layers
 

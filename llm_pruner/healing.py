@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
-from .batching import Batch, EvalItem, encode_batches
+from .batching import Batch, EvalItem
 from .data import split_items
 from .errors import (
     InvalidDataError,
@@ -21,8 +21,8 @@ from .errors import (
     NonFiniteError,
     UnsupportedModelError,
 )
-from .evaluation import sequence_nll
 from .layers import LayerStack
+from .likelihood import batch_nll, encode_for
 from .utils import logger, progress
 
 if TYPE_CHECKING:
@@ -81,23 +81,19 @@ def heal_model(
             "than those the layers were chosen on."
         )
     train, held_out = split_items(list(heal_data), 1 - HELD_OUT)
-    data = _Data(encode_batches(tokenizer, train), encode_batches(tokenizer, held_out))
+    data = _Data(
+        encode_for(stack.model, tokenizer, train), encode_for(stack.model, tokenizer, held_out)
+    )
     method = heal_linear if heal == "linear" else heal_lora
-    full, cut = held_out_loss(stack.model, data.held_out), held_out_loss(pruned, data.held_out)
+    full, cut = batch_nll(stack.model, data.held_out), batch_nll(pruned, data.held_out)
     candidate = method(stack, removed, pruned, data.train, data.held_out)
-    healed = held_out_loss(candidate, data.held_out)
+    healed = batch_nll(candidate, data.held_out)
     accepted = healed < cut
     logger.info("Held-out loss: full %.4f, cut %.4f, healed %.4f", full, cut, healed)
     if not accepted:
         logger.warning("Healing did not lower the held-out loss and was rolled back.")
     record = {"method": heal, "full": full, "cut": cut, "healed": healed, "accepted": accepted}
     return (candidate if accepted else pruned), record
-
-
-def held_out_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Mean negative log-likelihood of the scored tokens, in nats per token."""
-    total, count = sequence_nll(model, batches)
-    return float(total.sum() / count.sum())
 
 
 def heal_linear(
@@ -217,7 +213,7 @@ def _distil(
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % max(1, steps // 10) == 0:
-            held = held_out_loss(student, held_out)
+            held = batch_nll(student, held_out)
             if held < best:
                 best, state = held, copy.deepcopy(get_peft_model_state_dict(student))
             student.train()
@@ -369,7 +365,7 @@ def _fold_best(
     linear.weight = nn.Parameter(weight, linear.weight.requires_grad)  # no longer the full model's
     if bias is not None:
         linear.bias = nn.Parameter(bias, linear.bias.requires_grad)
-    best, chosen = held_out_loss(model, held_out), (weight, bias)
+    best, chosen = batch_nll(model, held_out), (weight, bias)
     scale = gram.diagonal().mean()
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for ridge in RIDGES:
@@ -377,7 +373,7 @@ def _fold_best(
         linear.weight.data = _times(weight, update, isinstance(linear, nn.Linear))
         if bias is not None:
             linear.bias.data = (bias.double() @ update).to(bias.dtype)
-        loss = held_out_loss(model, held_out)
+        loss = batch_nll(model, held_out)
         if loss < best:
             best = loss
             chosen = (linear.weight.data, linear.bias.data if bias is not None else None)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .batching import EvalItem, encode_batches, fingerprint
+from .batching import EvalItem, fingerprint
 from .errors import InvalidPlanError, NonFiniteError, OutputError, UnknownNameError
-from .evaluation import ModelEvaluator, sequence_nll
+from .evaluation import ModelEvaluator
 from .layers import LayerStack
+from .likelihood import batch_nll, encode_for
 from .utils import logger, model_fingerprint, progress
 
 if TYPE_CHECKING:
@@ -28,13 +29,16 @@ class NllObjective:
     generates = False
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, eval_data: Sequence[EvalItem], batch_size: int
+        self,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        eval_data: Sequence[EvalItem],
+        batch_size: int,
     ) -> None:
-        self._batches = encode_batches(tokenizer, eval_data, batch_size=batch_size)
+        self._batches = encode_for(model, tokenizer, eval_data, batch_size)
 
     def __call__(self, model: torch.nn.Module) -> float:
-        total, count = sequence_nll(model, self._batches)
-        return -float(total.sum() / count.sum())
+        return -batch_nll(model, self._batches)
 
 
 class SimilarityObjective:
@@ -44,7 +48,11 @@ class SimilarityObjective:
     generates = True
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, eval_data: Sequence[EvalItem], batch_size: int
+        self,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        eval_data: Sequence[EvalItem],
+        batch_size: int,
     ) -> None:
         self._tokenizer, self._data, self._batch_size = tokenizer, eval_data, batch_size
 
@@ -125,7 +133,7 @@ class RemovalQuality:
         if objective not in OBJECTIVES:
             raise UnknownNameError.of("objective", objective, OBJECTIVES)
         self.stack = stack
-        self._measure = OBJECTIVES[objective](tokenizer, eval_data, batch_size)
+        self._measure = OBJECTIVES[objective](stack.model, tokenizer, eval_data, batch_size)
         self._journal = Journal(journal) if journal is not None else None
         self._key = f"{model_fingerprint(stack.model)}:{fingerprint(eval_data)}:{objective}"
         self._known = self._journal.read(self._key) if self._journal else {}

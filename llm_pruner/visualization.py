@@ -288,7 +288,7 @@ def _streams(
     model: Any, tokenizer: Any, prompt: str, layers: Iterable[int]
 ) -> list[dict[int, torch.Tensor]]:
     """Of the full and of the pruned model: the state entering each layer, and the output."""
-    from .evaluation import evaluating
+    from .likelihood import evaluating
     from .layers import LayerStack
 
     stack = LayerStack(model)
@@ -417,7 +417,7 @@ def _continue(
 
 def _next_token(model: Any, tokenizer: Any, prompt: str) -> torch.Tensor:
     """Probability of every token after the prompt."""
-    from .evaluation import evaluating
+    from .likelihood import evaluating
 
     with evaluating(model):
         logits = model(**_encode(model, tokenizer, prompt), use_cache=False).logits
@@ -451,7 +451,7 @@ def _describe(row: _Continuation, embedder: Any) -> list[tuple[str, str, float]]
 
 
 def _similarity(texts: list[str], embedder: Any) -> str:
-    from .evaluation import embed, load_embedder
+    from .similarity import embed, load_embedder
 
     if not all(texts):
         return "not defined (empty answer)"

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from .base import BasePruner
 from .batching import EvalItem, check_items, fingerprint
 from .data import load_eval_dataset, split_items
-from .evaluation import HolisticEvaluator, compare_speed, perplexity
+from .evaluation import HolisticEvaluator, compare_speed
 from .healing import Heal
+from .likelihood import perplexity
 from .results import Measurement, PruningPlan, PruningReport
 from .utils import DEMO_MODEL, count_bytes, count_parameters, logger
 
@@ -163,8 +164,9 @@ def measure_quality(
     }
     if questions:
         evaluator = HolisticEvaluator(model, tokenizer, batch_size=batch_size)
-        quality["similarity"] = evaluator.evaluate(questions)
-        quality["tasks"] = evaluator.run_benchmark(questions)
+        answers = evaluator.generate([item["prompt"] for item in questions])
+        quality["similarity"] = evaluator.evaluate(questions, answers)
+        quality["tasks"] = evaluator.run_benchmark(questions, answers)
     return quality
 
 

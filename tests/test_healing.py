@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 from llm_pruner import healing
 from llm_pruner.batching import encode_batches
 from llm_pruner.errors import InvalidDataError, InvalidPlanError, UnsupportedModelError
-from llm_pruner.healing import heal_linear, heal_lora, heal_model, held_out_loss
+from llm_pruner.healing import heal_linear, heal_lora, heal_model
 from llm_pruner.layers import LayerStack
+from llm_pruner.likelihood import batch_nll
 
 REMOVED = [3, 4, 6]
 
@@ -51,7 +52,7 @@ def test_closed_form_is_the_ridge_solution(llama, tokenizer, monkeypatch):
     ridge = 0.01
     monkeypatch.setattr(healing, "RIDGES", (ridge,))
     falling = itertools.count(0, -1)
-    monkeypatch.setattr(healing, "held_out_loss", lambda model, batches: next(falling))
+    monkeypatch.setattr(healing, "batch_nll", lambda model, batches: next(falling))
     stack = LayerStack(llama)
     healed = heal_linear(stack, [3, 4], stack.remove([3, 4]), data, data)
 
@@ -105,13 +106,13 @@ def test_lora_returns_the_best_state(llama, tokenizer, monkeypatch):
     stack = LayerStack(llama)
     data = encode_batches(tokenizer, items(40))
     losses = []
-    real = healing.held_out_loss
+    real = healing.batch_nll
 
     def watched(model, batches):
         losses.append(real(model, batches))
         return losses[-1]
 
-    monkeypatch.setattr(healing, "held_out_loss", watched)
+    monkeypatch.setattr(healing, "batch_nll", watched)
     healed = heal_lora(stack, REMOVED, stack.remove(REMOVED), data[:3], data[3:])
     assert real(healed, data[3:]) == pytest.approx(min(losses), rel=1e-4)
 
@@ -140,9 +141,7 @@ def test_losses_in_the_record_are_those_of_items_held_out(llama, tokenizer):
     data = items(40)
     _, record = heal_model(stack, REMOVED, stack.remove(REMOVED), tokenizer, "linear", data)
     _, held_out = split_items(data, 0.75)
-    assert record["full"] == pytest.approx(
-        held_out_loss(llama, encode_batches(tokenizer, held_out))
-    )
+    assert record["full"] == pytest.approx(batch_nll(llama, encode_batches(tokenizer, held_out)))
 
 
 def test_no_linear_map_before_the_cut(llama, tokenizer):

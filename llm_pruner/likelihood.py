@@ -1,0 +1,197 @@
+"""How likely a model finds given texts: the loss per sequence, per token, and perplexity."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from .batching import IGNORED, Batch, EvalItem, encode_batches
+from .errors import InvalidDataError, NonFiniteError
+from .utils import progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK_ELEMENTS = 2**24  # float32 logits held at once beside the model's own: 64 MiB
+NO_POSITION_LIMIT = 2**20
+HINT = "activations are NaN or overflow. Check the checkpoint, or load it with dtype float32."
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; every module's own mode is back afterwards.
+
+    Not ``inference_mode``, after which a model that caches buffers could not be trained.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def sequence_nll(
+    model: torch.nn.Module, batches: Iterable[Batch]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood of each sequence's scored tokens, by one pass over the batches.
+
+    Which side is padded and what stands under the padding does not matter. Softmax in float32
+    (float64 for a float64 model), sums in float64.
+
+    Returns:
+        Sums in nats and numbers of scored tokens: two (sequences,) float64 tensors on the CPU,
+        in the order of the batches.
+
+    Raises:
+        NonFiniteError: a sum is NaN or infinite; the message names the items.
+        InvalidDataError: no batch, or token ids that the model does not have.
+    """
+    sums, counts, rows = [], [], list[int]()
+    with evaluating(model):
+        for batch in batches:
+            nll, owner = _token_nll(model, batch)
+            size = len(batch.rows)
+            sums.append(torch.zeros(size, dtype=torch.float64).index_add_(0, owner, nll))
+            counts.append(torch.bincount(owner, minlength=size).double())
+            rows += batch.rows
+    if not rows:
+        raise InvalidDataError("No batches: at least one sequence is needed.")
+    total = torch.cat(sums)
+    bad = sorted({row for row, ok in zip(rows, total.isfinite().tolist(), strict=True) if not ok})
+    if bad:
+        raise NonFiniteError(
+            f"The log-likelihood of {len(bad)} of {len(set(rows))} items is NaN or infinite "
+            f"(items {bad[:10]}): the model's weights or {HINT}"
+        )
+    return total, torch.cat(counts)
+
+
+def _token_nll(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """NLL of each scored token (float64, nats) and the sequence it belongs to; on the CPU."""
+    batch = _pad_right(batch)
+    check_ids(model, batch.input_ids)
+    owner, position = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    if not len(owner):
+        return torch.zeros(0, dtype=torch.float64), owner
+    width = batch.input_ids.shape[1]
+    wanted = {"use_cache": False, "logits_to_keep": width - int(position.min())}
+    accepted = inspect.signature(model.forward).parameters
+    options = {name: value for name, value in wanted.items() if name in accepted}
+    inputs = batch.to(input_device(model)).inputs()
+    logits = model(**inputs, **options).logits  # of the last positions, or of all
+    labels = batch.labels[owner, position + 1]
+    column = position - (width - logits.shape[1])
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    step = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+    table, parts = torch.stack([owner, column, labels]).to(logits.device), []
+    for start in range(0, len(owner), step):
+        row, place, label = table[:, start : start + step]
+        scores = logits[row, place].to(exact)  # (step, vocabulary)
+        parts.append(cross_entropy(scores, label, reduction="none"))
+    return torch.cat(parts).cpu().double(), owner
+
+
+def _pad_right(batch: Batch) -> Batch:
+    """The batch with its real tokens first, and an id that every model has as padding."""
+    order = batch.attention_mask.argsort(dim=1, descending=True, stable=True)
+    tensors = (batch.input_ids, batch.attention_mask, batch.labels)
+    ids, mask, labels = (tensor.gather(1, order).cpu() for tensor in tensors)
+    return Batch(ids.masked_fill(mask == 0, 0), mask, labels, batch.rows)
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids have to be: with the embedding, or on the CPU if that is offloaded."""
+    device: torch.device = next(model.get_input_embeddings().parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def check_ids(model: Any, ids: torch.Tensor) -> None:
+    """Raise InvalidDataError if `ids` holds a token that the model does not have."""
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is not None and int(ids.max()) >= known:
+        raise InvalidDataError(
+            f"Token id {int(ids.max())} is outside the model's vocabulary (0 to {known - 1}): the "
+            "tokenizer belongs to another model. Load both from the same checkpoint."
+        )
+
+
+def position_limit(model: Any) -> int:
+    """The longest sequence the model's config allows, in tokens."""
+    config = model.config.get_text_config()
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next(filter(None, limits), NO_POSITION_LIMIT)
+
+
+def at_least_one(**values: int) -> None:
+    """Raise InvalidDataError if one of the named values is below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise InvalidDataError(f"{name}={value} must be at least 1.")
+
+
+def encode_for(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_data: Sequence[EvalItem],
+    batch_size: int = 8,
+    max_length: int = 512,
+) -> list[Batch]:
+    """`encode_batches` with `max_length` lowered to what the model has positions for."""
+    length = min(max_length, position_limit(model))
+    return encode_batches(tokenizer, eval_data, batch_size=batch_size, max_length=length)
+
+
+def batch_nll(model: torch.nn.Module, batches: Iterable[Batch]) -> float:
+    """Mean of `sequence_nll` over all scored tokens, in nats per token."""
+    total, count = sequence_nll(model, batches)
+    return float(total.sum() / count.sum())
+
+
+def mean_nll(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_data: Sequence[EvalItem],
+    *,
+    batch_size: int = 8,
+    max_length: int = 512,
+) -> float:
+    """Mean negative log-likelihood of references or running texts, in nats per token.
+
+    Every scored token weighs the same. `max_length` is lowered to the model's own limit.
+
+    Raises:
+        InvalidDataError: the data cannot be used.
+        NonFiniteError: the model gives NaN or infinite likelihoods.
+    """
+    at_least_one(batch_size=batch_size)
+    batches = encode_for(model, tokenizer, eval_data, batch_size, max_length)
+    return batch_nll(model, progress(batches, "likelihood"))
+
+
+def perplexity(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_data: Sequence[EvalItem],
+    *,
+    batch_size: int = 8,
+    max_length: int = 512,
+) -> float:
+    """``exp`` of `mean_nll`: 1 is perfect, the size of the vocabulary is pure guessing.
+
+    Raises:
+        InvalidDataError: the data cannot be used.
+        NonFiniteError: the model gives NaN or infinite likelihoods, or ``exp`` overflows.
+    """
+    nll = mean_nll(model, tokenizer, eval_data, batch_size=batch_size, max_length=max_length)
+    if nll > 700:
+        raise NonFiniteError(f"A mean loss of {nll:.0f} nats has no perplexity: use mean_nll.")
+    return math.exp(nll)
