@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llm_pruner import evaluation, visualization
+from llm_pruner import evaluation, similarity, visualization
 from llm_pruner.errors import (
     InvalidDataError,
     InvalidPlanError,
@@ -367,7 +367,7 @@ def test_without_an_embedder_the_figure_says_so(model, pruned, tokenizer, monkey
     def none():
         raise MissingDependencyError("not here")
 
-    monkeypatch.setattr(evaluation, "load_embedder", none)
+    monkeypatch.setattr(similarity, "load_embedder", none)
     figure = plot_semantic_comparison(model, pruned, tokenizer, PROMPT, max_new_tokens=4)
     last = figure.axes[1].texts[-1].get_text()
     assert last == "semantic similarity: not computed (no sentence embedder)"
