@@ -19,7 +19,7 @@ from .likelihood import encode_for, evaluating
 from .output import check_output
 from .results import LayerScores, PruningPlan, Removes, check_layers
 from .search import RemovalQuality, single_removals
-from .utils import package_versions, progress
+from .utils import model_fingerprint, package_versions, progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +43,7 @@ class BasePruner(ABC):
         layers: the decoder layers, a `LayerStack`.
         num_layers: how many there are.
         protect: the protection in force.
+        steps: what the last search tried and kept; empty for strategies that do not search.
 
     Raises:
         UnsupportedModelError: the model's layers cannot be found.
@@ -61,7 +62,10 @@ class BasePruner(ABC):
         protect: tuple[int, int] = DEFAULT_PROTECT,
         batch_size: int = 8,
     ) -> None:
+        if type(batch_size) is not int or batch_size < 1:
+            raise InvalidPlanError(f"batch_size={batch_size} must be a whole number from 1.")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.steps: list[dict[str, Any]] = []
         self.layers = LayerStack(model)
         self.num_layers = len(self.layers)
         if protect is DEFAULT_PROTECT:  # the default itself, not an equal pair somebody gave
@@ -99,45 +103,84 @@ class BasePruner(ABC):
         return sorted(layer for layer in order if scores[layer] < threshold)
 
     def choose_layers(
-        self, scores: Mapping[int, float], eval_data: Sequence[EvalItem], **amount: Any
+        self,
+        scores: Mapping[int, float],
+        eval_data: Sequence[EvalItem],
+        *,
+        ratio: float | None = None,
+        threshold: float | None = None,
+        tolerance: float | None = None,
+        n_layers: int | None = None,
     ) -> list[int]:
-        """The strategy's final choice. `amount` may hold ratio, threshold, tolerance, n_layers.
+        """The strategy's final choice, by at most one of ratio, threshold and n_layers.
 
         Strategies whose choice is their selection need not know this method.
         """
-        amount.pop("tolerance", None)
-        n_layers = amount.pop("n_layers", None)
+        if tolerance is not None:
+            raise InvalidPlanError(
+                f"tolerance={tolerance} has no meaning for {self.name!r}, which does not measure "
+                "a choice as a whole: leave it out, or use smart."
+            )
         if n_layers is not None:
-            amount["ratio"] = n_layers / self.num_layers
-        return self.select_layers(scores, **amount)
+            ratio = self.check_count(n_layers) / self.num_layers
+        amount = {"ratio": ratio, "threshold": threshold}
+        given = {name: value for name, value in amount.items() if value is not None}
+        return self.select_layers(scores, **given)
 
     def plan(
-        self, eval_data: Sequence[EvalItem], *, model_id: str = "", **amount: Any
+        self,
+        eval_data: Sequence[EvalItem],
+        *,
+        model_id: str = "",
+        ratio: float | None = None,
+        threshold: float | None = None,
+        tolerance: float | None = None,
+        n_layers: int | None = None,
     ) -> PruningPlan:
         """Score and choose; nothing is changed or written.
 
         Args:
             eval_data: items to score on.
             model_id: name of the model, for the record.
-            amount: any of ratio, threshold, tolerance, n_layers; the strategy's own default
-                without them.
+            ratio, threshold, n_layers: how much to remove, by at most one of them; the
+                strategy's own default without any. `n_layers` is an exact number.
+            tolerance: for strategies that measure their choice as a whole.
 
         Raises:
-            InvalidPlanError: the choice holds a protected layer or none at all.
+            InvalidPlanError: an amount that cannot be, or a choice that holds a protected layer
+                or none at all.
         """
         check_items(eval_data)
-        amount = {key: value for key, value in amount.items() if value is not None}
+        amounts = {"ratio": ratio, "threshold": threshold, "n_layers": n_layers}
+        given = {name: value for name, value in amounts.items() if value is not None}
+        if len(given) > 1:
+            raise InvalidPlanError(f"{' and '.join(given)} exclude each other: give one.")
+        if n_layers is not None:
+            self.check_count(n_layers)
+        if ratio is not None:
+            self.count_for(ratio)
         scores = self._scored(self.compute_layer_scores(eval_data))
-        remove = check_layers(self.choose_layers(scores, eval_data, **amount), self.num_layers)
-        self._check_choice(remove, scores)
+        chosen = self.choose_layers(
+            scores,
+            eval_data,
+            ratio=ratio,
+            threshold=threshold,
+            tolerance=tolerance,
+            n_layers=n_layers,
+        )
+        remove = check_layers(chosen, self.num_layers)
+        self.refuse_protected(remove)
+        if not remove:
+            self._refuse_empty(scores)
+        extent = given if tolerance is None else {**given, "tolerance": tolerance}
         return PruningPlan(
             model_id=model_id,
             num_layers=self.num_layers,
             remove=remove,
             strategy=self.name,
-            options={**amount, "protect": list(self.protect), **self._options()},
+            options={**extent, "protect": list(self.protect), **self._options()},
             scores=scores,
-            steps=self._steps(),
+            steps=self.steps,
             data={"items": len(eval_data), "fingerprint": fingerprint(eval_data)},
             versions=package_versions(),
         )
@@ -175,6 +218,7 @@ class BasePruner(ABC):
             VerificationError: the written checkpoint does not compute what it should.
         """
         plan = plan or self._manual_plan(layers, model_id)
+        plan.check_fits(self.num_layers)
         if tuple(sorted(layers)) != plan.remove or not plan.remove:
             raise InvalidPlanError(
                 f"layers={sorted(layers)} must be at least one layer, and those of the plan "
@@ -214,19 +258,46 @@ class BasePruner(ABC):
         """How many layers a `ratio` of all layers is, rounded down.
 
         Raises:
-            InvalidPlanError: out of range, no layer, or more than are unprotected.
+            InvalidPlanError: out of range, no layer, or more than may go.
         """
-        first, last = self.protect
-        allowed = (
-            f"the model has {self.num_layers} layers, the first {first} and the last {last} are "
-            f"protected, so 1 to {len(self.candidates)} can go"
-        )
         if not 0 < ratio < 1:
-            raise InvalidPlanError(f"ratio={ratio} must lie between 0 and 1: {allowed}.")
+            raise InvalidPlanError(f"ratio={ratio} must lie between 0 and 1: {self._extent()}.")
         count = int(ratio * self.num_layers + 1e-9)
-        if not 0 < count <= len(self.candidates):
-            raise InvalidPlanError(f"ratio={ratio:.4g} means {count} layers: {allowed}.")
+        if not 0 < count <= self._most():
+            raise InvalidPlanError(f"ratio={ratio:.4g} means {count} layers: {self._extent()}.")
         return count
+
+    def check_count(self, n_layers: object) -> int:
+        """`n_layers` if so many layers can go.
+
+        Raises:
+            InvalidPlanError: no whole number, or out of range.
+        """
+        if type(n_layers) is not int or not 0 < n_layers <= self._most():
+            raise InvalidPlanError(
+                f"n_layers={n_layers} must be from 1 to {self._most()}: {self._extent()}."
+            )
+        return n_layers
+
+    def refuse_protected(self, layers: Sequence[int]) -> None:
+        """Raise InvalidPlanError if a protected layer is among `layers`."""
+        shielded = [layer for layer in layers if layer not in self.candidates]
+        if shielded:
+            raise InvalidPlanError(
+                f"Layers {shielded} are protected: the first {self.protect[0]} and the last "
+                f"{self.protect[1]} of {self.num_layers} layers must stay. Change protect= "
+                "(--protect) if you mean it."
+            )
+
+    def _most(self) -> int:
+        return min(len(self.candidates), self.num_layers - 1)
+
+    def _extent(self) -> str:
+        first, last = self.protect
+        return (
+            f"the model has {self.num_layers} layers, the first {first} and the last {last} are "
+            f"protected, so 1 to {self._most()} can go"
+        )
 
     def hidden_states(
         self, eval_data: Sequence[EvalItem]
@@ -258,28 +329,17 @@ class BasePruner(ABC):
             return scores
         return LayerScores(scores, strategy=self.name, unit=self.unit, removes=self.removes)
 
-    def _check_choice(self, remove: tuple[int, ...], scores: LayerScores) -> None:
-        shielded = [layer for layer in remove if layer not in self.candidates]
-        if shielded:
-            raise InvalidPlanError(
-                f"{type(self).__name__} selected protected layers {shielded}: the first "
-                f"{self.protect[0]} and the last {self.protect[1]} layers must stay."
-            )
-        if not remove:
-            order = [layer for layer in scores.ranked() if layer in self.candidates]
-            raise InvalidPlanError(
-                f"No layer can go at this threshold or tolerance: layer {order[0]}, the cheapest, "
-                f"scores {scores[order[0]]:.4g} ({scores.unit}). Loosen the limit, or ask for a "
-                "number of layers."
-            )
+    def _refuse_empty(self, scores: LayerScores) -> None:
+        order = [layer for layer in scores.ranked() if layer in self.candidates]
+        raise InvalidPlanError(
+            f"No layer can go at this threshold or tolerance: layer {order[0]}, the cheapest, "
+            f"scores {scores[order[0]]:.4g} ({scores.unit}). Loosen the limit, or ask for a "
+            "number of layers."
+        )
 
     def _options(self) -> dict[str, Any]:
         """Constructor options worth recording in a plan."""
         return {}
-
-    def _steps(self) -> list[dict[str, Any]]:
-        """What a search did, for the plan."""
-        return []
 
 
 class MeasuredPruner(BasePruner):
@@ -309,7 +369,7 @@ class MeasuredPruner(BasePruner):
 
     def quality(self, eval_data: Sequence[EvalItem]) -> RemovalQuality:
         """The measuring instrument for `eval_data`; what it has measured it remembers."""
-        key = fingerprint(eval_data)
+        key = f"{model_fingerprint(self.model)}:{fingerprint(eval_data)}"
         if key not in self._qualities:
             self._qualities[key] = RemovalQuality(
                 self.layers,

@@ -22,7 +22,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .layers import LayerStack
-from .likelihood import batch_nll, encode_for
+from .likelihood import batch_nll, encode_for, evaluating
 from .utils import logger, progress
 
 if TYPE_CHECKING:
@@ -293,7 +293,7 @@ def _is_added(stack: LayerStack, position: int, linear: nn.Module) -> bool:
     ids = torch.tensor([[0, 1]], device=stack.device)
     handle = linear.register_forward_hook(nudge)
     try:
-        with torch.inference_mode(), stack.observe(keep):
+        with evaluating(stack.model), stack.observe(keep):
             for _ in range(2):
                 stack.model(input_ids=ids, use_cache=False)
     finally:
@@ -326,7 +326,7 @@ def _regression_sums(
         if index == last_removed:
             seen["target"] = leaving
 
-    with _hooked(linear, keep_added), torch.inference_mode():
+    with _hooked(linear, keep_added), evaluating(teacher.model), evaluating(student.model):
         for batch in progress(batches, "Healing (linear)"):
             batch = batch.to(teacher.device)
             with teacher.observe(keep_target):
@@ -341,7 +341,7 @@ def _regression_sums(
             cross = cross + added.T @ (target - stream)
     assert isinstance(gram, torch.Tensor)
     assert isinstance(cross, torch.Tensor)
-    return gram.clone(), cross.clone()
+    return gram, cross
 
 
 @contextmanager

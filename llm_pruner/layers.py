@@ -9,6 +9,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from .configs import layer_counts, prune_config, text_config
 from .errors import UnsupportedModelError
+from .likelihood import evaluating
 from .results import check_layers
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -47,7 +49,7 @@ class LayerStack(Sequence[nn.Module]):
     def __init__(self, model: nn.Module, path: str | None = None) -> None:
         self.model = model
         self.path = _find_path(model) if path is None else path
-        self._returns: list[int | None] | None = None
+        self._forms: list[_ReturnForm] | None = None
         _layer_list(model, self.path)
 
     def __len__(self) -> int:
@@ -102,7 +104,7 @@ class LayerStack(Sequence[nn.Module]):
             InvalidPlanError: `indices` do not fit the stack.
         """
         removed = check_layers(indices, len(self))
-        returns = self._return_shapes() if removed else []
+        returns = self._return_forms() if removed else []
         layers = self._list
         originals = {index: layers[index] for index in removed}
         try:
@@ -140,37 +142,107 @@ class LayerStack(Sequence[nn.Module]):
         _sync_with_skeleton(self.model, pruned, self.path, kept)
         return pruned
 
-    def _return_shapes(self) -> list[int | None]:
-        """For each layer: None if it returns a tensor, else the length of its tuple."""
-        if self._returns is None:
-            found: dict[int, int | None] = {}
+    def _return_forms(self) -> list[_ReturnForm]:
+        """How each layer returns its result, learned from one forward pass of two tokens."""
+        if self._forms is None:
+            calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
 
             def hook(index: int) -> Callable[..., None]:
-                def call(module: nn.Module, args: Any, output: Any) -> None:
-                    found[index] = len(output) if isinstance(output, tuple) else None
+                def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                    calls[index] = (args, kwargs, output)
 
                 return call
 
-            with ExitStack() as handles, torch.inference_mode():
+            with ExitStack() as handles, evaluating(self.model):
                 for index, layer in enumerate(self):
-                    handles.callback(layer.register_forward_hook(hook(index)).remove)
-                self.model(input_ids=torch.tensor([[0, 1]], device=self.device))
-            self._returns = [found.get(index) for index in range(len(self))]
-        return self._returns
+                    handle = layer.register_forward_hook(hook(index), with_kwargs=True)
+                    handles.callback(handle.remove)
+                self.model(input_ids=torch.tensor([[0, 1]], device=self.device), use_cache=False)
+            self._forms = _learn_forms(calls, len(self))
+        return self._forms
+
+
+Source = int | str | None  # a positional argument, a keyword argument, or nothing
+
+
+@dataclass(frozen=True)
+class _ReturnForm:
+    """What a layer returns, and from which of its own inputs a stand-in takes each part.
+
+    Attributes:
+        build: makes the layer's kind of result from the parts; None for a bare tensor.
+        sources: for each part, the input that the next layer would get it as.
+    """
+
+    build: Callable[[list[Any]], Any] | None = None
+    sources: tuple[Source, ...] = ()
+
+
+def _learn_forms(
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]], n_layers: int
+) -> list[_ReturnForm]:
+    """Return forms from what went in and out of the layers in one pass.
+
+    A layer may return more than the hidden state, and some of it is carried to the next layer
+    (a router's state, attention indices). Where part j of a result reappears as an input of the
+    next layer, a stand-in has to hand its own such input on.
+    """
+    forms: list[_ReturnForm] = []
+    for index in range(n_layers):
+        output = calls[index][2] if index in calls else None
+        if not isinstance(output, tuple | list):
+            forms.append(_ReturnForm())
+            continue
+        args, kwargs, _ = calls.get(index + 1, ((), {}, None))
+        inputs = _by_source(args, kwargs)
+        sources = tuple(
+            None if part is None else next((k for k, v in inputs.items() if v is part), None)
+            for part in output
+        )
+        forms.append(_ReturnForm(_builder(output), sources))
+    known = {len(form.sources): form for form in forms if form.sources and _goes_on(form)}
+    return [
+        form if not form.sources or _goes_on(form) else known.get(len(form.sources), form)
+        for form in forms
+    ]
+
+
+def _goes_on(form: _ReturnForm) -> bool:
+    """Whether anything the layer returns was seen to go on (not so for the last layer)."""
+    return any(source is not None for source in form.sources)
+
+
+def _builder(output: tuple[Any, ...] | list[Any]) -> Callable[[list[Any]], Any]:
+    kind: Any = type(output)
+    build: Callable[[list[Any]], Any] = getattr(kind, "_make", kind)  # of a named tuple, or not
+    return build
+
+
+def _by_source(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Source, Any]:
+    inputs: dict[Source, Any] = dict(enumerate(args))
+    inputs.update(kwargs)
+    return inputs
 
 
 class _Bypass(nn.Module):
     """Stands in for a layer: hands its input on, answers every attribute like the layer."""
 
-    def __init__(self, layer: nn.Module, returns: int | None) -> None:
+    def __init__(self, layer: nn.Module, form: _ReturnForm) -> None:
         super().__init__()
         # Not a submodule: the layer's parameters must not appear a second time.
         object.__setattr__(self, "_layer", layer)
-        object.__setattr__(self, "_extra", None if returns is None else returns - 1)
+        object.__setattr__(self, "_form", form)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = _hidden_in(args, kwargs)
-        return hidden if self._extra is None else (hidden, *[None] * self._extra)
+        form: _ReturnForm = self.__dict__["_form"]
+        if form.build is None:
+            return hidden
+        inputs = _by_source(args, kwargs)
+        parts = [None if source is None else inputs.get(source) for source in form.sources]
+        if not _goes_on(form):
+            parts[0] = hidden
+        return form.build(parts)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_layer"], name)
@@ -183,7 +255,7 @@ def _hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 def _hidden_out(output: Any) -> torch.Tensor:
-    hidden = output[0] if isinstance(output, tuple) else output
+    hidden = output[0] if isinstance(output, tuple | list) else output
     assert isinstance(hidden, torch.Tensor)
     return hidden
 

@@ -27,6 +27,7 @@ Item = dict[str, Any]
 
 
 def digest(*parts: object) -> bytes:
+    """A hash that does not change between runs, to shuffle and split by."""
     return hashlib.sha256(repr(parts).encode()).digest()
 
 
@@ -276,6 +277,7 @@ def normalize_item(item: Mapping[str, Any] | str, dataset_name: str) -> EvalItem
 
 
 def to_item(item: object, dataset_name: str) -> EvalItem:
+    """`normalize_item` without the dataset's name in its errors."""
     if isinstance(item, str):
         return _text(item, "the text")
     if not isinstance(item, Mapping):

@@ -5,6 +5,7 @@ A new one is a subclass of `BasePruner` with `description()` and `compute_layer_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -92,7 +93,7 @@ class AVSSPruner(BasePruner):
         for states, real in self.hidden_states(eval_data):
             for index, output in enumerate(states[1:]):
                 weight = real.to(output.device).double().unsqueeze(-1)
-                mean = (output.double() * weight).sum(1) / weight.sum(1)
+                mean = output.double().masked_fill(weight == 0, 0.0).sum(1) / weight.sum(1)
                 variance[index].update(mean.var(dim=-1))
                 sparse[index].update(output[weight.squeeze(-1).bool()].abs() < 1e-5)
         return {
@@ -114,7 +115,7 @@ class AVSSPruner(BasePruner):
                 entering[index].update(x)
                 sparse[index].update(update.abs() < 0.1 * size)
         return {
-            index: (added[index].variance / entering[index].variance)
+            index: (added[index].variance / (entering[index].variance or math.nan))
             / ((sparse[index].total + 0.5) / sparse[index].count)
             for index in range(self.num_layers)
         }
@@ -215,10 +216,6 @@ class SmartPruner(MeasuredPruner):
     Cost: L + 1 evaluations for the scores, then one per candidate and round.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.steps: list[dict[str, Any]] = []  # of the last optimize_selection
-
     def description(self) -> str:
         return "Cuts layer by layer, measuring each combination; rolls back what costs too much."
 
@@ -253,9 +250,11 @@ class SmartPruner(MeasuredPruner):
             tried is in `.steps`.
 
         Raises:
-            InvalidPlanError: candidates do not fit the model, or are fewer than `n_layers`.
+            InvalidPlanError: candidates do not fit the model, are protected, or are fewer than
+                `n_layers`.
         """
         pool = self.candidates if candidates is None else check_layers(candidates, self.num_layers)
+        self.refuse_protected(pool)
         kept, self.steps = greedy_removal(
             self.quality(eval_data),
             list(pool),
@@ -265,19 +264,21 @@ class SmartPruner(MeasuredPruner):
         return kept
 
     def choose_layers(
-        self, scores: Mapping[int, float], eval_data: Sequence[EvalItem], **amount: Any
+        self,
+        scores: Mapping[int, float],
+        eval_data: Sequence[EvalItem],
+        *,
+        ratio: float | None = None,
+        threshold: float | None = None,
+        tolerance: float | None = None,
+        n_layers: int | None = None,
     ) -> list[int]:
         """An exact number (n_layers, or ratio) from all layers, or what the tolerance allows."""
-        n_layers = amount.get("n_layers")
-        if "ratio" in amount:
-            n_layers = self.count_for(amount["ratio"])
-        if n_layers is not None:
+        if n_layers is not None or ratio is not None:
+            n_layers = self.check_count(n_layers) if ratio is None else self.count_for(ratio)
             return self.optimize_selection(None, eval_data, n_layers=n_layers)
-        threshold = {key: amount[key] for key in ("threshold",) if key in amount}
-        tolerance = {key: amount[key] for key in ("tolerance",) if key in amount}
-        return self.optimize_selection(
-            self.select_layers(scores, **threshold), eval_data, **tolerance
-        )
-
-    def _steps(self) -> list[dict[str, Any]]:
-        return self.steps
+        limit = {} if threshold is None else {"threshold": threshold}
+        candidates = self.select_layers(scores, **limit)
+        if tolerance is None:
+            return self.optimize_selection(candidates, eval_data)
+        return self.optimize_selection(candidates, eval_data, tolerance)

@@ -8,14 +8,15 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
 from .errors import InvalidPlanError, LoadError, UnknownNameError
 
 if TYPE_CHECKING:
-    from .pruners import BasePruner
+    from .base import BasePruner
 
 S = TypeVar("S", bound="type[BasePruner]")
 
@@ -42,10 +43,11 @@ def register_strategy(name: str) -> Callable[[S], S]:
 
     def decorate(cls: S) -> S:
         known = _registered.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
+        taken = known is not None and _full_name(known) != _full_name(cls)
+        if taken or (name in BUILTIN and cls.__module__ != f"{__package__}.pruners"):
+            owner = _full_name(known) if known is not None else f"{__package__}.pruners"
             raise InvalidPlanError(
-                f"Strategy name {name!r} is already taken by {known.__module__}."
-                f"{known.__qualname__}: choose another name."
+                f"Strategy name {name!r} is already taken by {owner}: choose another name."
             )
         cls.name = name
         _registered[name] = cls
@@ -95,33 +97,51 @@ def _plugins() -> dict[str, importlib.metadata.EntryPoint]:
     return {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
 
 
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _is_strategy(found: object) -> TypeGuard[type[BasePruner]]:
+    from .base import BasePruner
+
+    if not inspect.isclass(found) or inspect.isabstract(found):
+        return False
+    return issubclass(found, BasePruner)
+
+
 def _load_plugin(name: str) -> type[BasePruner]:
     try:
-        cls: type[BasePruner] = _plugins()[name].load()
-    except (ImportError, AttributeError) as error:
-        raise LoadError(f"Plug-in strategy {name!r} cannot be imported: {error}.") from error
-    return register_strategy(name)(cls)
+        found = _plugins()[name].load()
+    except Exception as error:
+        raise LoadError(
+            f"Plug-in strategy {name!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    if not _is_strategy(found):
+        raise LoadError(f"Plug-in strategy {name!r} is {found!r}, not a subclass of BasePruner.")
+    return register_strategy(name)(found)
 
 
 def _from_file(name: str) -> type[BasePruner]:
     check_strategy_name(name)
-    from .pruners import BasePruner
-
     path, _, wanted = name.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    # A name of its own, so that a file called torch.py hides nothing.
+    spec = importlib.util.spec_from_file_location(f"_strategy_file_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
         raise LoadError(f"{path!r} is not a Python file: write FILE.py:NAME.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[spec.name]
         raise LoadError(f"{path!r} cannot be run: {type(error).__name__}: {error}") from error
-    found = getattr(module, wanted, None) or _registered.get(wanted)
-    if not (inspect.isclass(found) and issubclass(found, BasePruner)):
-        classes = [
-            key
-            for key, value in vars(module).items()
-            if inspect.isclass(value) and issubclass(value, BasePruner) and value is not BasePruner
-        ]
-        raise UnknownNameError.of(f"strategy in {path}", wanted, classes)
-    return found
+    own = {
+        key: value
+        for cls in vars(module).values()
+        if _is_strategy(cls) and cls.__module__ == spec.name
+        for key, value in ((cls.__name__, cls), (cls.name, cls))
+        if key != "custom"
+    }
+    if wanted not in own:
+        raise UnknownNameError.of(f"strategy in {path}", wanted, own)
+    return own[wanted]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from .errors import InvalidPlanError, NonFiniteError
 
@@ -28,6 +28,7 @@ class LayerScores(dict[int, float]):
 
     Raises:
         NonFiniteError: a score is NaN or infinite; the message names the layers.
+        InvalidPlanError: `removes` is something else.
     """
 
     def __init__(
@@ -39,6 +40,8 @@ class LayerScores(dict[int, float]):
         removes: Removes = "lowest",
         blocks: list[list[float]] | None = None,
     ) -> None:
+        if removes not in get_args(Removes):
+            raise InvalidPlanError(f"removes={removes!r} must be 'lowest' or 'highest'.")
         super().__init__({int(layer): float(score) for layer, score in sorted(scores.items())})
         bad = [layer for layer, score in self.items() if not math.isfinite(score)]
         if bad:
@@ -107,8 +110,8 @@ class _JsonFile:
             )
         try:
             return cls._build(data)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise InvalidPlanError(f"Incomplete {cls.FORMAT!r} file: {error}.") from error
+        except (InvalidPlanError, TypeError, KeyError, AttributeError, ValueError) as error:
+            raise InvalidPlanError(f"Damaged {cls.FORMAT!r} file: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write the JSON to `path`."""
@@ -178,6 +181,8 @@ class PruningPlan(_JsonFile):
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if type(self.num_layers) is not int or self.num_layers < 1:
+            raise InvalidPlanError(f"num_layers={self.num_layers!r} must be a whole number from 1.")
         object.__setattr__(self, "remove", check_layers(self.remove, self.num_layers))
 
     @property

@@ -13,7 +13,7 @@ from .errors import InvalidPlanError, NonFiniteError, OutputError, UnknownNameEr
 from .evaluation import ModelEvaluator
 from .layers import LayerStack
 from .likelihood import batch_nll, encode_for
-from .utils import logger, model_fingerprint, progress
+from .utils import logger, model_fingerprint, progress, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -78,11 +78,19 @@ class Journal:
         self.path = Path(path)
 
     def read(self, key: str) -> dict[Mask, float]:
-        """All measurements recorded under `key`."""
+        """All measurements recorded under `key`.
+
+        Raises:
+            OutputError: the file cannot be read.
+        """
         known: dict[Mask, float] = {}
         if not self.path.exists():
             return known
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise OutputError(f"Cannot read the journal {str(self.path)!r}: {error}.") from error
+        for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
                 if entry["key"] == key:
@@ -99,8 +107,10 @@ class Journal:
         """
         line = json.dumps({"key": key, "removed": removed, "quality": quality})
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            with self.path.open("ab+") as file:
+                if file.tell() and (file.seek(-1, 2), file.read())[1] != b"\n":
+                    file.write(b"\n")  # a crash cut the last line short
+                file.write(f"{line}\n".encode())
         except OSError as error:
             raise OutputError(f"Cannot write the journal {str(self.path)!r}: {error}.") from error
 
@@ -135,7 +145,14 @@ class RemovalQuality:
         self.stack = stack
         self._measure = OBJECTIVES[objective](stack.model, tokenizer, eval_data, batch_size)
         self._journal = Journal(journal) if journal is not None else None
-        self._key = f"{model_fingerprint(stack.model)}:{fingerprint(eval_data)}:{objective}"
+        self._key = ":".join(
+            (
+                model_fingerprint(stack.model),
+                tokenizer_fingerprint(tokenizer),
+                fingerprint(eval_data),
+                objective,
+            )
+        )
         self._known = self._journal.read(self._key) if self._journal else {}
         self.measured = 0  # masks measured by this object, not taken from the journal
 
@@ -214,15 +231,15 @@ def greedy_removal(
     Raises:
         InvalidPlanError: more layers are asked for than there are candidates.
     """
-    if n_layers is not None and not 0 < n_layers <= len(candidates):
+    most = min(len(candidates), len(quality.stack) - 1)
+    if n_layers is not None and not (type(n_layers) is int and 0 < n_layers <= most):
         raise InvalidPlanError(
-            f"n_layers={n_layers} must be from 1 to {len(candidates)}, the number of layers that "
-            "may go: ask for fewer, or protect fewer."
+            f"n_layers={n_layers} must be from 1 to {most}, the number of layers that may go: ask "
+            "for fewer, or protect fewer."
         )
     removed: list[int] = []
     steps: list[dict[str, Any]] = []
-    limit = min(n_layers or len(candidates), len(candidates), len(quality.stack) - 1)
-    while len(removed) < limit:
+    while len(removed) < (n_layers or most):
         left = [index for index in candidates if index not in removed]
         tried = {
             index: quality.change([*removed, index])

@@ -58,6 +58,17 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Short hash of what decides how a prompt becomes tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = (
+        type(tokenizer).__name__,
+        str(getattr(tokenizer, "chat_template", None)),
+        backend.to_str() if backend is not None else str(len(tokenizer)),
+    )
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
 def format_prompt(q: str) -> str:
     """``Question: ...`` newline ``Answer:``, the plain question format of base models.
 

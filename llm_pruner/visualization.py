@@ -288,8 +288,8 @@ def _streams(
     model: Any, tokenizer: Any, prompt: str, layers: Iterable[int]
 ) -> list[dict[int, torch.Tensor]]:
     """Of the full and of the pruned model: the state entering each layer, and the output."""
-    from .likelihood import evaluating
     from .layers import LayerStack
+    from .likelihood import evaluating
 
     stack = LayerStack(model)
     removed = check_layers(layers, len(stack))
