@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from .architectures import as_stored, loadable_config
 from .errors import InvalidPlanError, OutputError, VerificationError
 from .layers import LayerStack
 from .likelihood import evaluating
@@ -40,10 +41,19 @@ def save_checkpoint(
         VerificationError: it does not load cleanly, or computes something else than `pruned`.
     """
     with staged_output(output_dir, overwrite=overwrite) as stage:
-        pruned.save_pretrained(stage)
+        write_model(pruned, stage)
         tokenizer.save_pretrained(stage)
         plan.save(stage / PLAN_FILE)
         verify_checkpoint(stage, pruned)
+
+
+def write_model(model: PreTrainedModel, folder: Path) -> None:
+    """`save_pretrained`, with a config and weights that load as the model that was saved."""
+    with as_stored(model):
+        model.save_pretrained(folder)
+    config = loadable_config(model)
+    if config is not model.config:
+        config.save_pretrained(folder)
 
 
 def verify_removal(stack: LayerStack, removed: Sequence[int], pruned: PreTrainedModel) -> None:

@@ -1,12 +1,16 @@
 """Model configs: which field counts layers, and how each per-layer field follows a removal.
 
-Rules are data. A field that no rule names and that depends on the position of a layer is caught
-by the comparison with a freshly built model in `layers.py`, which then refuses the removal.
+Rules are data: one line per field. A field that no rule names and that depends on the position
+of a layer is caught by the comparison with a freshly built model in `layers.py`, which then
+refuses the removal.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 COUNT_FIELDS = (
@@ -17,66 +21,173 @@ COUNT_FIELDS = (
     "decoder_layers",
     "num_decoder_layers",
     "num_blocks",
+    "num_layers_per_stack",
 )
+
+# Configs whose decoder is described by a part that get_text_config() does not know.
+DECODER_PARTS = {"blt": "global_config"}
 
 # Lists as long as the stack that do not have one entry per layer.
 NOT_PER_LAYER = ("architectures", "token_id", "token_ids", "factor", "factors", "multipliers")
 
 
-def _renumber(value: list[int], kept: Sequence[int]) -> list[int]:
-    """Values are layer indices: drop the removed ones, renumber the others."""
-    new = {old: position for position, old in enumerate(kept)}
-    return [new[index] for index in value if index in new]
+@dataclass(frozen=True)
+class Removal:
+    """A removal as a config sees it: the 0-based layers that stay, of how many."""
+
+    kept: tuple[int, ...]
+    num_layers: int
+
+    def renumber(self, value: Sequence[int], first: int = 0) -> list[int]:
+        """Layer indices, counted from `first`: those of kept layers, renumbered."""
+        new = {old: position for position, old in enumerate(self.kept)}
+        return [new[index - first] + first for index in value if index - first in new]
+
+    def prefix(self, value: int) -> int:
+        """The first `value` layers are special: how many of them are kept."""
+        return sum(index < value for index in self.kept)
+
+    def suffix(self, value: int) -> int:
+        """The last `value` layers are special: how many of them are kept."""
+        return sum(index >= self.num_layers - value for index in self.kept)
+
+    def rekey(self, value: dict[Any, Any]) -> dict[int, Any]:
+        """Keyed by layer index: the entries of kept layers under their new index."""
+        return {new: value[old] for new, old in enumerate(self.kept) if old in value}
 
 
-def _prefix(value: int, kept: Sequence[int]) -> int:
-    """The first `value` layers are special: count those that are kept."""
-    return sum(index < value for index in kept)
+Rule = Callable[[Any, Removal], Any]
+
+# Fields that hold layer indices or counts of leading or trailing layers.
+FIELD_RULES: dict[str, Rule] = {
+    "mlp_only_layers": lambda value, removal: removal.renumber(value),
+    "moe_layers": lambda value, removal: removal.renumber(value),
+    "full_attn_idxs": lambda value, removal: removal.renumber(value),
+    "attn_layer_indices": lambda value, removal: removal.renumber(value),
+    "cross_attention_layers": lambda value, removal: removal.renumber(value),
+    "hybrid_layer_ids": lambda value, removal: removal.renumber(value),
+    "rope_scaling_layers": lambda value, removal: removal.renumber(value),
+    "local_layer_ids": lambda value, removal: removal.renumber(value),
+    "ple_layer_ids": lambda value, removal: removal.renumber(value, first=1),
+    "first_k_dense_replace": lambda value, removal: removal.prefix(value),
+    "num_dense_layers": lambda value, removal: removal.prefix(value),
+    "moe_layer_start_index": lambda value, removal: removal.prefix(value),
+    "num_kv_shared_layers": lambda value, removal: removal.suffix(value),
+}
+
+# Constants that contain the layer count, by model type.
+SCALED_FIELDS: dict[tuple[str, str], Rule] = {
+    # every branch is multiplied by scale_depth / sqrt(num_hidden_layers)
+    ("minicpm3", "scale_depth"): lambda value, removal: (
+        value * math.sqrt(len(removal.kept) / removal.num_layers)
+    ),
+}
 
 
-# Fields that hold layer indices or counts of leading layers. One line per field.
-SPECIAL_RULES: dict[str, Callable[[Any, Sequence[int]], Any]] = {
-    "mlp_only_layers": _renumber,
-    "moe_layers": _renumber,
-    "full_attn_idxs": _renumber,
-    "attn_layer_indices": _renumber,
-    "cross_attention_layers": _renumber,
-    "rope_scaling_layers": _renumber,
-    "local_layer_ids": _renumber,
-    "first_k_dense_replace": _prefix,
-    "num_dense_layers": _prefix,
-    "moe_layer_start_index": _prefix,
+@dataclass(frozen=True)
+class Pattern:
+    """A kind of layer that a config can only express as a rule over the index.
+
+    Attributes:
+        fields: the config's fields that make up the rule.
+        is_special: whether layer i is of the kind, given the fields' values.
+        values: every setting worth trying for a stack of n layers.
+    """
+
+    fields: tuple[str, ...]
+    is_special: Callable[[int, tuple[int, ...]], bool]
+    values: Callable[[int], Any]
+
+
+def _period(n: int) -> Any:
+    return ((period, offset) for period in range(1, n + 2) for offset in range(period))
+
+
+PATTERNS: dict[str, tuple[Pattern, ...]] = {
+    "jamba": (
+        Pattern(("attn_layer_period", "attn_layer_offset"), lambda i, v: i % v[0] == v[1], _period),
+        Pattern(
+            ("expert_layer_period", "expert_layer_offset"), lambda i, v: i % v[0] == v[1], _period
+        ),
+    ),
+    "ernie4_5_moe": (
+        Pattern(
+            ("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index"),
+            lambda i, v: (i + 1) % v[0] == 0 and v[1] <= i <= v[2],
+            lambda n: product(range(1, n + 2), range(n + 1), range(n)),
+        ),
+    ),
 }
 
 
 def text_config(config: Any) -> Any:
     """The config that describes the decoder: `config` itself, or the text part of a composite."""
+    part = DECODER_PARTS.get(getattr(config, "model_type", ""))
+    if part is not None:
+        return getattr(config, part)
     get = getattr(config, "get_text_config", None)
     return get(decoder=True) if get else config
 
 
 def layer_counts(config: Any) -> set[int]:
-    """Every value of a layer-counting field of `config`."""
+    """Every value of a layer-counting field of `config`; of a derived count if there is none."""
     values = {vars(config).get(name) for name in COUNT_FIELDS}
-    return {value for value in values if isinstance(value, int) and not isinstance(value, bool)}
+    counts = {value for value in values if isinstance(value, int) and not isinstance(value, bool)}
+    derived = getattr(config, "num_hidden_layers", None)
+    return counts or ({derived} if isinstance(derived, int) else set())
 
 
 def prune_config(config: Any, kept: Sequence[int], num_layers: int) -> None:
     """Rewrite `config` in place for the layers `kept` out of `num_layers`.
 
-    Layer counts become ``len(kept)``, lists with one entry per layer are sliced, and fields of
-    layer indices or leading-layer counts follow `SPECIAL_RULES`. A count field with another
-    value (an encoder's) is left alone.
+    Layer counts become ``len(kept)``, lists with one entry per layer are sliced, fields of
+    layer indices follow `FIELD_RULES`, and kinds that only a rule over the index expresses get
+    another setting of the rule (`PATTERNS`), if there is one. A count field with another value
+    (an encoder's) is left alone.
     """
+    removal = Removal(tuple(kept), num_layers)
+    model_type = getattr(config, "model_type", "")
+    patterns = PATTERNS.get(model_type, ())
+    in_patterns = {name for pattern in patterns for name in pattern.fields}
+    settings = [_refit(config, pattern, removal) for pattern in patterns]
+    overrides = _per_layer_overrides(config)
+    if overrides:
+        config.per_layer_config = None  # it is checked against the layer count: back at the end
     for name, value in list(vars(config).items()):
-        if name in SPECIAL_RULES:
-            if value is not None:
-                setattr(config, name, SPECIAL_RULES[name](value, kept))
+        rule = SCALED_FIELDS.get((model_type, name)) or FIELD_RULES.get(name)
+        if value is None or name in in_patterns or name.startswith("_"):
+            continue
+        if rule is not None:
+            setattr(config, name, rule(value, removal))
         elif name in COUNT_FIELDS:
             if value == num_layers:
                 setattr(config, name, len(kept))
         elif _is_per_layer(name, value, num_layers):
             setattr(config, name, type(value)(value[index] for index in kept))
+    for setting in settings:
+        for name, value in setting.items():
+            setattr(config, name, value)
+    if overrides:
+        config.per_layer_config = removal.rekey(overrides)
+
+
+def _refit(config: Any, pattern: Pattern, removal: Removal) -> dict[str, int]:
+    """Values of the pattern's fields that give every kept layer its kind; else unchanged.
+
+    Unchanged values lead to a refusal when the pruned model is compared with its config.
+    """
+    now = tuple(getattr(config, name) for name in pattern.fields)
+    wanted = [pattern.is_special(index, now) for index in removal.kept]
+    for values in pattern.values(len(wanted)):
+        if [pattern.is_special(index, values) for index in range(len(wanted))] == wanted:
+            return dict(zip(pattern.fields, values, strict=True))
+    return {}
+
+
+def _per_layer_overrides(config: Any) -> dict[int, Any]:
+    """What single layers override in a heterogeneous config, as plain dicts by index."""
+    spec = vars(config).get("_heterogeneity_spec")
+    return {} if spec is None else dict(spec.per_layer_overrides)
 
 
 def _is_per_layer(name: str, value: Any, num_layers: int) -> bool:

@@ -126,7 +126,7 @@ def heal_linear(
                 "heal='linear' needs a layer before the first cut; layer 0 was removed. Protect "
                 "it, or use heal='lora'."
             )
-        healed_stack = LayerStack(healed, stack.path)
+        healed_stack = LayerStack(healed, stack.paths[0])
         linear = _adding_linear(healed_stack, position)
         gram, cross = _regression_sums(stack, healed_stack, position, block[-1], linear, train)
         _fold_best(healed, linear, gram, cross, held_out)

@@ -5,8 +5,6 @@ The only module that knows how models are built.
 
 from __future__ import annotations
 
-import copy
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,15 +13,14 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from .configs import layer_counts, prune_config, text_config
+from .configs import layer_counts, text_config
 from .errors import UnsupportedModelError
 from .likelihood import evaluating
 from .results import check_layers
+from .surgery import cut_layers
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 
-# Attributes in which a layer remembers its place, to address its slot of the KV cache.
-SLOT_NAMES = ("layer_idx", "layer_id", "layer_number")
 OTHER_TOWERS = ("vision", "visual", "audio", "image", "speech")
 
 
@@ -39,7 +36,9 @@ class LayerStack(Sequence[nn.Module]):
 
     Attributes:
         model: the model.
-        path: dotted name of the layer list inside the model.
+        paths: dotted name of the layer list inside the model; of all of them where a layer is
+            made of entries of several lists (XLM's attentions, feed-forwards and norms) or two
+            stacks share one depth (HRM).
 
     Raises:
         UnsupportedModelError: no stack or several stacks fit, an encoder-decoder model, or
@@ -48,9 +47,10 @@ class LayerStack(Sequence[nn.Module]):
 
     def __init__(self, model: nn.Module, path: str | None = None) -> None:
         self.model = model
-        self.path = _find_path(model) if path is None else path
-        self._forms: list[_ReturnForm] | None = None
-        _layer_list(model, self.path)
+        self.paths = _find_paths(model) if path is None else (path,)
+        self._forms: dict[str, list[_ReturnForm]] = {}
+        for name in self.paths:
+            _layer_list(model, name)
 
     def __len__(self) -> int:
         return len(self._list)
@@ -64,7 +64,7 @@ class LayerStack(Sequence[nn.Module]):
 
     @property
     def _list(self) -> nn.ModuleList:
-        return _layer_list(self.model, self.path)
+        return _layer_list(self.model, self.paths[0])
 
     @property
     def device(self) -> torch.device:
@@ -77,7 +77,16 @@ class LayerStack(Sequence[nn.Module]):
 
         Both tensors are (sequences, tokens, hidden), as they are: padding included. A bypassed
         layer is not reported. The hooks are gone when the block ends, also after an error.
+
+        Raises:
+            UnsupportedModelError: the layers are not one list (see `paths`).
         """
+        if len(self.paths) > 1:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} has its layers in several lists ({self.paths}), so "
+                "there is no hidden state between them to read: use a strategy that measures "
+                "(ablation, smart)."
+            )
 
         def hook(index: int) -> Callable[..., None]:
             def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -104,16 +113,22 @@ class LayerStack(Sequence[nn.Module]):
             InvalidPlanError: `indices` do not fit the stack.
         """
         removed = check_layers(indices, len(self))
-        returns = self._return_forms() if removed else []
-        layers = self._list
-        originals = {index: layers[index] for index in removed}
+        forms = {path: self._return_forms(path) for path in self.paths} if removed else {}
+        in_parts = len({path.rpartition(".")[0] for path in self.paths}) < len(self.paths)
+        originals = [
+            (path, index, _layer_list(self.model, path)[index])
+            for path in forms
+            for index in removed
+        ]
         try:
-            for index, layer in originals.items():
-                layers[index] = _Bypass(layer, returns[index])
+            for path, index, layer in originals:
+                adds = in_parts and not isinstance(layer, nn.LayerNorm)
+                stand_in = _Bypass(layer, forms[path][index], adds=adds)
+                _layer_list(self.model, path)[index] = stand_in
             yield self.model
         finally:
-            for index, layer in originals.items():
-                layers[index] = layer
+            for path, index, layer in originals:
+                _layer_list(self.model, path)[index] = layer
 
     def remove(self, indices: Iterable[int]) -> Any:
         """A new model without the layers `indices`.
@@ -130,21 +145,12 @@ class LayerStack(Sequence[nn.Module]):
         """
         removed = set(check_layers(indices, len(self)))
         kept = [index for index in range(len(self)) if index not in removed]
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        pruned = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
-        layers = _layer_list(pruned, self.path)
-        _replace_module(pruned, self.path, nn.ModuleList(layers[index] for index in kept))
-        config = getattr(pruned, "config", None)
-        if config is None or not hasattr(type(pruned), "_from_config"):
-            _renumber_by_rank(pruned.get_submodule(self.path), kept)
-            return pruned
-        prune_config(text_config(config), kept, len(self))
-        _sync_with_skeleton(self.model, pruned, self.path, kept)
-        return pruned
+        return cut_layers(self.model, self.paths, kept)
 
-    def _return_forms(self) -> list[_ReturnForm]:
-        """How each layer returns its result, learned from one forward pass of two tokens."""
-        if self._forms is None:
+    def _return_forms(self, path: str) -> list[_ReturnForm]:
+        """How each layer of a list returns its result, learned from one pass of two tokens."""
+        if path not in self._forms:
+            layers = _layer_list(self.model, path)
             calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
 
             def hook(index: int) -> Callable[..., None]:
@@ -154,12 +160,12 @@ class LayerStack(Sequence[nn.Module]):
                 return call
 
             with ExitStack() as handles, evaluating(self.model):
-                for index, layer in enumerate(self):
+                for index, layer in enumerate(layers):
                     handle = layer.register_forward_hook(hook(index), with_kwargs=True)
                     handles.callback(handle.remove)
                 self.model(input_ids=torch.tensor([[0, 1]], device=self.device), use_cache=False)
-            self._forms = _learn_forms(calls, len(self))
-        return self._forms
+            self._forms[path] = _learn_forms(calls, len(layers))
+        return self._forms[path]
 
 
 Source = int | str | None  # a positional argument, a keyword argument, or nothing
@@ -227,14 +233,17 @@ def _by_source(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Source, An
 class _Bypass(nn.Module):
     """Stands in for a layer: hands its input on, answers every attribute like the layer."""
 
-    def __init__(self, layer: nn.Module, form: _ReturnForm) -> None:
+    def __init__(self, layer: nn.Module, form: _ReturnForm, *, adds: bool = False) -> None:
         super().__init__()
         # Not a submodule: the layer's parameters must not appear a second time.
         object.__setattr__(self, "_layer", layer)
         object.__setattr__(self, "_form", form)
+        object.__setattr__(self, "_adds", adds)  # its result is added to its input elsewhere
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = _hidden_in(args, kwargs)
+        if self.__dict__["_adds"]:
+            hidden = torch.zeros_like(hidden)
         form: _ReturnForm = self.__dict__["_form"]
         if form.build is None:
             return hidden
@@ -260,8 +269,8 @@ def _hidden_out(output: Any) -> torch.Tensor:
     return hidden
 
 
-def _find_path(model: Any) -> str:
-    """Dotted name of the decoder's layer list."""
+def _find_paths(model: Any) -> tuple[str, ...]:
+    """Dotted name of the decoder's layer list, or of the lists that make up its layers."""
     config = getattr(model, "config", None)
     name = type(model).__name__
     if config is None:
@@ -291,12 +300,14 @@ def _find_path(model: Any) -> str:
             f"No list of {sorted(counts)} modules was found in {name}: name the list of layers, "
             "LayerStack(model, path='...')."
         )
-    if len(outermost) > 1:
+    parents = {path.rpartition(".")[0] for path in outermost}
+    kinds = {type(layer) for module in outermost.values() for layer in module}
+    if len(outermost) > 1 and len(parents) > 1 and len(kinds) > 1:
         raise UnsupportedModelError(
             f"Several lists in {name} could be the decoder layers: {sorted(outermost)}. Name one, "
             "LayerStack(model, path='...')."
         )
-    return str(next(iter(outermost)))
+    return tuple(outermost)
 
 
 def _layer_list(model: nn.Module, path: str) -> nn.ModuleList:
@@ -309,109 +320,3 @@ def _layer_list(model: nn.Module, path: str) -> nn.ModuleList:
             f"{path!r} of {type(model).__name__} is a {type(found).__name__}, not a list of layers."
         )
     return found
-
-
-def _replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
-
-
-def _renumber_by_rank(layers: nn.Module, kept: Sequence[int]) -> None:
-    """Without a config to build from: slots that held the old index get the new one."""
-    for position, old in enumerate(kept):
-        for module in layers.get_submodule(str(position)).modules():
-            for slot in SLOT_NAMES:
-                if vars(module).get(slot) == old:
-                    setattr(module, slot, position)
-
-
-def _sync_with_skeleton(
-    original: nn.Module, pruned: nn.Module, path: str, kept: Sequence[int]
-) -> None:
-    """Give `pruned` every attribute that a model built from its config has.
-
-    Two models without memory are built, from the old and from the new config. Where a kept
-    layer differs between them, its behaviour depends on its position: a cache slot is copied,
-    anything else is refused. Outside the layers a difference follows from the layer count and
-    is copied.
-    """
-    before, after = _skeleton(original), _skeleton(pruned)
-    _compare_tensors(pruned, after)
-    depends: list[str] = []
-    targets = dict(pruned.named_modules())
-    references = dict(before.named_modules())
-    for name, module in after.named_modules():
-        old_name = _old_name(name, path, kept)
-        old, new = _plain(references[old_name]), _plain(module)
-        for key in old.keys() | new.keys():
-            if old.get(key) == new.get(key):
-                continue
-            if key in SLOT_NAMES or old_name == name:
-                setattr(targets[name], key, new[key])
-            else:
-                depends.append(f"{old_name}.{key} ({old.get(key)!r} -> {new.get(key)!r})")
-    if depends:
-        raise UnsupportedModelError(
-            f"{type(original).__name__} without these layers cannot be written exactly: kept "
-            f"layers would change with their position: {'; '.join(sorted(depends)[:5])}. "
-            "Choose other layers."
-        )
-
-
-def _old_name(name: str, path: str, kept: Sequence[int]) -> str:
-    """The name that a module of the pruned model had in the original."""
-    prefix = path + "."
-    if not name.startswith(prefix):
-        return name
-    position, dot, rest = name[len(prefix) :].partition(".")
-    return f"{prefix}{kept[int(position)]}{dot}{rest}"
-
-
-def _skeleton(model: Any) -> nn.Module:
-    """A model without memory, built from the config as it will be read back from disk."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            model.config.save_pretrained(folder)
-            config = type(model.config).from_pretrained(folder)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UnsupportedModelError(
-                f"The config of {type(model).__name__} without these layers is not valid: {error}"
-            ) from error
-    with torch.device("meta"):
-        built = type(model)._from_config(config)
-    assert isinstance(built, nn.Module)
-    return built
-
-
-def _compare_tensors(pruned: nn.Module, skeleton: nn.Module) -> None:
-    have = {name: tuple(tensor.shape) for name, tensor in pruned.state_dict().items()}
-    want = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    differing = sorted(
-        name for name in have.keys() | want.keys() if have.get(name) != want.get(name)
-    )
-    if differing:
-        name = differing[0]
-        raise UnsupportedModelError(
-            f"{type(pruned).__name__} without these layers cannot be reloaded: "
-            f"{len(differing)} tensors differ from what its config describes, first {name!r} "
-            f"(here {have.get(name)}, in the config's model {want.get(name)}). Choose other layers."
-        )
-
-
-def _plain(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module that are plain values."""
-    names = vars(module).keys() - {"training", "_is_hf_initialized"}
-    tied = ("_tied_weights_keys", "all_tied_weights_keys")
-    return {
-        name: vars(module)[name]
-        for name in names
-        if (not name.startswith("_") or name in tied) and _is_plain(vars(module)[name])
-    }
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple | set):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(_is_plain(item) for pair in value.items() for item in pair)
-    return value is None or isinstance(value, int | float | str | bool)

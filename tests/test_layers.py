@@ -226,4 +226,4 @@ def test_config_rules():
 
 
 def test_deep_models_are_found_too():
-    assert LayerStack(tiny_llama(3)).path == "model.layers"
+    assert LayerStack(tiny_llama(3)).paths == ("model.layers",)
