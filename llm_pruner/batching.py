@@ -110,11 +110,13 @@ def encode_batches(
     *,
     batch_size: int = 8,
     max_length: int = 512,
+    closed: bool = True,
 ) -> list[Batch]:
     """Tokenize items and pad them on the right into batches of similar length.
 
     A dict becomes the rendered prompt followed by its reference, and only the reference is
-    scored. A string is running text: every token but the first is scored, and a text longer
+    scored; with a chat template also the end of the assistant's turn, if `closed`: where an
+    answer ends is part of the answer. A string is running text: every token but the first is scored, and a text longer
     than `max_length` is cut into windows that do not overlap, each opened by the tokenizer's
     BOS token where it uses one. A prompt that is too long loses its beginning.
 
@@ -126,7 +128,8 @@ def encode_batches(
         if isinstance(item, str):
             rows += [(index, ids, ids) for ids in _windows(tokenizer, item, max_length)]
         else:
-            ids, n_prompt = encode_pair(tokenizer, item["prompt"], item["reference"])
+            pair = item["prompt"], item["reference"]
+            ids, n_prompt = encode_pair(tokenizer, *pair, closed=closed)
             labels = [IGNORED] * n_prompt + ids[n_prompt:]
             rows.append((index, ids[-max_length:], labels[-max_length:]))
     rows = [row for row in rows if any(label != IGNORED for label in row[2][1:])]
@@ -143,18 +146,26 @@ def encode_batches(
 
 
 def encode_pair(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str
+    tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str, *, closed: bool = True
 ) -> tuple[list[int], int]:
     """Token ids of a rendered prompt with its continuation, and how many belong to the prompt.
 
     The whole is tokenized at once and the prompt's share found by comparison, because tokens
-    at the seam may differ from those of the parts.
+    at the seam may differ from those of the parts. With a chat template the continuation is
+    the assistant's turn; `closed` says whether the end of the turn belongs to it.
     """
     text = render_prompt(tokenizer, prompt)
     special = not getattr(tokenizer, "chat_template", None)
     seam = "" if text[-1:].isspace() else " "
+    full = text + seam + continuation
+    if closed and not special:
+        turns = [("user", prompt), ("assistant", continuation)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False)).rstrip()
+        if rendered.startswith(text):  # some templates write past turns differently
+            full = rendered
     alone = tokenizer(text, add_special_tokens=special)["input_ids"]
-    whole = tokenizer(text + seam + continuation, add_special_tokens=special)["input_ids"]
+    whole = tokenizer(full, add_special_tokens=special)["input_ids"]
     n_prompt = 0
     for left, right in zip(alone, whole, strict=False):
         if left != right:
@@ -164,7 +175,7 @@ def encode_pair(
 
 
 def _windows(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> list[list[int]]:
-    ids = list(tokenizer(text)["input_ids"])
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
     bos = [ids.pop(0)] if ids and ids[0] == tokenizer.bos_token_id else []
     size = max_length - len(bos)
     return [bos + ids[start : start + size] for start in range(0, len(ids), size)]

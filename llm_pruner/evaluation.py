@@ -313,7 +313,7 @@ class HolisticEvaluator(ModelEvaluator):
         ]
         limit = position_limit(self.model)
         batches = encode_batches(
-            self.tokenizer, pairs, batch_size=self.batch_size, max_length=limit
+            self.tokenizer, pairs, batch_size=self.batch_size, max_length=limit, closed=False
         )
         total, _ = sequence_nll(self.model, progress(batches, "choices"))
         rows = [row for batch in batches for row in batch.rows]

@@ -32,6 +32,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 1024
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'Question: ' + message['content'] + '\\nAnswer:' }}"
+    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
 LAYERS = 12
 BATCH_TOKENS = 1024
 PEAK_LR = 1.5e-3
@@ -57,7 +63,12 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         single=f"{BOS} $A", special_tokens=[(BOS, core.token_to_id(BOS))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=PAD, bos_token=BOS, eos_token=EOS, model_max_length=256
+        tokenizer_object=core,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        model_max_length=256,
+        chat_template=CHAT_TEMPLATE,
     )
 
 
