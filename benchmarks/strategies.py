@@ -53,7 +53,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for name, layers in choices.items():
         pruned = pruner.layers.remove(layers) if layers else model
-        row = measure_quality(pruned, tokenizer, data.judging)
+        row, _ = measure_quality(pruned, tokenizer, data.judging)
         print(f"| {name} | {', '.join(map(str, layers))} | {_cells(row)} |")
 
 

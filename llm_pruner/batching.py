@@ -116,9 +116,10 @@ def encode_batches(
 
     A dict becomes the rendered prompt followed by its reference, and only the reference is
     scored; with a chat template also the end of the assistant's turn, if `closed`: where an
-    answer ends is part of the answer. A string is running text: every token but the first is scored, and a text longer
-    than `max_length` is cut into windows that do not overlap, each opened by the tokenizer's
-    BOS token where it uses one. A prompt that is too long loses its beginning.
+    answer ends is part of the answer. A prompt that is too long loses its beginning. A string
+    is running text: every token but the first is scored, and a text longer than `max_length` is
+    cut into windows that do not overlap, each opened by the tokenizer's BOS token where it uses
+    one.
 
     Raises:
         InvalidDataError: the items cannot be used, or leave no token to score.

@@ -11,6 +11,7 @@ import logging
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -321,6 +322,11 @@ def report_text(report: PruningReport) -> str:
     for name, old, new, style in rows:
         change = f"{(new - old) / old:+.1%}" if old else ""
         lines.append(f"{name:24}{style.format(old):>14}{style.format(new):>14}{change:>10}")
+    for sample in report.samples:
+        prompt = textwrap.shorten(sample["prompt"], 72)
+        full, cut = (textwrap.shorten(sample[key], 40) for key in ("before", "after"))
+        lines += ["", prompt] if sample is report.samples[0] else [prompt]
+        lines.append(f"  before: {full}   after: {cut}")
     lines += ["", _footnote(report)]
     return "\n".join(lines) + "\n"
 

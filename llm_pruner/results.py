@@ -243,6 +243,7 @@ class PruningReport(_JsonFile):
         after: the pruned (and healed) model.
         heal: what each repair did to the held-out loss; empty without healing.
         evaluation_data: fingerprint and size of the data behind `before` and `after`.
+        samples: questions of that data with ``prompt``, ``reference``, ``before``, ``after``.
         seed: the random seed.
         seconds: duration of the whole run.
     """
@@ -255,6 +256,7 @@ class PruningReport(_JsonFile):
     after: Measurement
     heal: dict[str, Any] = field(default_factory=dict)
     evaluation_data: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
     seed: int = 0
     seconds: float = 0.0
 

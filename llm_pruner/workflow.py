@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 REPORT_FILE = "pruning_report.json"
 FIGURES = "figures"
+SAMPLES = 3  # questions shown with both answers in a report
 HEAL_ITEMS = 4  # healing takes this many times as many items as scoring, where there are as many
 
 
@@ -103,7 +104,8 @@ def carry_out(
     plan.check_fits(pruner.num_layers)
     check_items(judging)
     model, tokenizer = pruner.model, pruner.tokenizer
-    quality_before = measure_quality(model, tokenizer, judging, pruner.batch_size)
+    questions = [item for item in judging if isinstance(item, dict)]
+    quality_before, answers_before = measure_quality(model, tokenizer, judging, pruner.batch_size)
     pruned, _ = pruner.prune_and_save(
         plan.remove,
         output_dir,
@@ -114,7 +116,7 @@ def carry_out(
         plan=plan,
     )
     saved = PruningPlan.load(Path(output_dir) / "pruning_plan.json")
-    quality_after = measure_quality(pruned, tokenizer, judging, pruner.batch_size)
+    quality_after, answers_after = measure_quality(pruned, tokenizer, judging, pruner.batch_size)
     logger.info("Measuring generation speed")
     speeds = compare_speed([model, pruned], tokenizer)
     before, after = (
@@ -137,6 +139,7 @@ def carry_out(
         after=after,
         heal=saved.options["heal"],
         evaluation_data={"items": len(judging), "fingerprint": fingerprint(judging)},
+        samples=_samples(questions, answers_before, answers_after),
         seed=seed,
         seconds=time.monotonic() - start,
     )
@@ -149,13 +152,14 @@ def measure_quality(
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[EvalItem],
     batch_size: int = 8,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[str]]:
     """Perplexity, and for items with references the similarity of answers and task scores.
 
     Returns:
-        ``perplexity``, ``similarity`` and ``tasks`` as `Measurement` describes them; the last
-        two None for running text.
+        ``perplexity``, ``similarity`` and ``tasks`` as `Measurement` describes them, the last
+        two None for running text; and the generated answers to the items with references.
     """
+    answers: list[str] = []
     questions = [item for item in items if isinstance(item, dict)]
     quality: dict[str, Any] = {
         "perplexity": perplexity(model, tokenizer, items, batch_size=batch_size),
@@ -167,7 +171,19 @@ def measure_quality(
         answers = evaluator.generate([item["prompt"] for item in questions])
         quality["similarity"] = evaluator.evaluate(questions, answers)
         quality["tasks"] = evaluator.run_benchmark(questions, answers)
-    return quality
+    return quality, answers
+
+
+def _samples(
+    questions: Sequence[dict[str, Any]], before: Sequence[str], after: Sequence[str]
+) -> list[dict[str, str]]:
+    """A few questions with both answers, those first whose answer was right and is another now."""
+    rows = [
+        {"prompt": item["prompt"], "reference": item["reference"], "before": old, "after": new}
+        for item, old, new in zip(questions, before, after, strict=True)
+    ]
+    rows.sort(key=lambda row: (row["before"] != row["reference"], row["before"] == row["after"]))
+    return rows[:SAMPLES]
 
 
 def draw_figures(

@@ -277,8 +277,9 @@ def test_help_names_every_option_and_needs_no_model(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     contract = """--model --strategy --output --eval-dataset --n-samples --ratio --threshold
-    --tolerance --export-yaml --visualize --device --n-layers --layers --protect --objective --heal --plan
-    --dry-run --resume --json --overwrite --seed --dtype --trust-remote-code --quiet"""
+    --tolerance --export-yaml --visualize --device --n-layers --layers --protect --objective
+    --heal --plan --dry-run --resume --json --overwrite --seed --dtype --trust-remote-code
+    --quiet"""
     assert all(option in text for option in contract.split())
     assert "./pruned_model" in text
 

@@ -57,7 +57,7 @@ def test_single_removals_cost_one_measurement_each(stack, tokenizer, eval_data, 
 
 def test_change_is_relative_and_worse_is_negative(stack, tokenizer, eval_data):
     quality = RemovalQuality(stack, tokenizer, eval_data)
-    assert quality(()) < 0, "a log-likelihood"
+    assert 0 < quality(()) < 1, "a likelihood per token"
     assert quality.change(()) == 0
     quality._known = {(): -2.0, (1,): -2.5, (2,): -1.0}
     assert quality.change([1]) == pytest.approx(-0.25)

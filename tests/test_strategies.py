@@ -86,9 +86,9 @@ def slow_loss(model: nn.Module, tokenizer, data) -> float:
 
 
 def slow_change(model: nn.Module, tokenizer, data, removed: list[int]) -> float:
-    """Relative change of the likelihood: minus the relative rise of the loss."""
+    """Relative change of the likelihood per token: exp of minus the rise of the loss, minus 1."""
     full = slow_loss(model, tokenizer, data)
-    return -(slow_loss(without(model, removed), tokenizer, data) - full) / abs(full)
+    return math.expm1(full - slow_loss(without(model, removed), tokenizer, data))
 
 
 def slow_streams(model: nn.Module, tokenizer, data) -> list[torch.Tensor]:
