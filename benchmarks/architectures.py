@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import torch
 import zoo
 
+from llm_pruner.checkpoint import write_model
 from llm_pruner.errors import UnsupportedModelError
 from llm_pruner.layers import LayerStack
 
@@ -156,7 +157,7 @@ def _judge(
 def _reload_error(pruned: Any, differs: Callable[[torch.Tensor], str]) -> str:
     """What is wrong with the written and reloaded model, or nothing."""
     with tempfile.TemporaryDirectory() as folder:
-        pruned.save_pretrained(folder)
+        write_model(pruned, Path(folder))
         loaded: Any = zoo.loader(pruned).from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True
         )
