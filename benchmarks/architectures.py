@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import torch
 import zoo
 
-from llm_pruner.checkpoint import write_model
+from llm_pruner.checkpoint import verify_checkpoint, verify_removal, write_model
 from llm_pruner.errors import UnsupportedModelError
 from llm_pruner.layers import LayerStack
 
@@ -142,6 +142,7 @@ def _judge(
     check("remove", remove)
     if pruned:
         check("reload", lambda: _reload_error(pruned[0], differs))
+        check("verify", lambda: _verify(model, removed, pruned[0]))
         if cache_error:
             check("cache", lambda: cache_error(pruned[0]))
     check("original", untouched)
@@ -166,6 +167,15 @@ def _reload_error(pruned: Any, differs: Callable[[torch.Tensor], str]) -> str:
         if info[kind]:
             return f"{len(info[kind])} {kind}, such as {sorted(map(str, info[kind]))[0]}"
     return differs(zoo.logits(reloaded.eval()))
+
+
+def _verify(model: Any, removed: tuple[int, ...], pruned: Any) -> str:
+    """What the library's own verification says of a removal that is exact: nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        verify_removal(LayerStack(model), removed, pruned)
+        write_model(pruned, Path(folder))
+        verify_checkpoint(folder, pruned)
+    return ""
 
 
 def _cache_probe(model: Any) -> Callable[[Any], str] | None:

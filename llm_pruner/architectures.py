@@ -17,6 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+# Where rounding explains more than elsewhere: RWKV divides weights and stream by powers of two
+# around norms whose epsilon stays as it is. Relative to the largest logit.
+LOOSE = {"rwkv": 5e-4}
+
 Compensation = Callable[[Any, Any, list[int]], Sequence[str]]  # model, its layers, kept -> names
 
 
@@ -56,6 +60,21 @@ def _diffllama(model: Any, layers: Any, kept: list[int]) -> Sequence[str]:
         weight = attention.o_proj.weight
         _own(attention.o_proj, "weight", weight * ((1 - old) / (1 - new)))
     return ("lambda_init",)
+
+
+def _gpt2(model: Any, layers: Any, kept: list[int]) -> Sequence[str]:
+    """Attention scores may be divided by index + 1: the queries make up for the new index."""
+    if not model.config.scale_attn_by_inverse_layer_idx:
+        return ()
+    for position, (layer, index) in enumerate(zip(layers, kept, strict=True)):
+        if index == position:
+            continue
+        projection, size = layer.attn.c_attn, layer.attn.embed_dim
+        factor = torch.ones(3 * size, device=projection.weight.device)
+        factor[:size] = (position + 1) / (index + 1)
+        _own(projection, "weight", projection.weight * factor)  # Conv1D: outputs are columns
+        _own(projection, "bias", projection.bias * factor)
+    return ("scaling",)
 
 
 def _zamba2(model: Any, layers: Any, kept: list[int]) -> Sequence[str]:
@@ -108,6 +127,7 @@ def _gpt_neox_japanese(model: Any, layers: Any, kept: list[int]) -> Sequence[str
 COMPENSATIONS: dict[str, Compensation] = {
     "beam": _beam,
     "diffllama": _diffllama,
+    "gpt2": _gpt2,
     "gpt_neox_japanese": _gpt_neox_japanese,
     "rwkv": _rwkv,
     "zaya": _zaya,
@@ -153,3 +173,20 @@ def loadable_config(model: Any) -> Any:
             composite.dtype = config.dtype
             return composite
     return config
+
+
+def auto_class(model: Any) -> Any:
+    """The Auto class of transformers that builds `model` from its checkpoint.
+
+    ``AutoModelForCausalLM`` for language models; for a wrapper around one (vision, audio), the
+    class in whose mapping it stands.
+    """
+    import transformers
+
+    names = ("CausalLM", "ImageTextToText", "MultimodalLM", "SpeechSeq2Seq", "Seq2SeqLM")
+    for name in names:
+        auto = getattr(transformers, f"AutoModelFor{name}", None)
+        known = auto._model_mapping.get(type(loadable_config(model)), None) if auto else None
+        if known is not None and type(model) in (known if isinstance(known, tuple) else (known,)):
+            return auto
+    return transformers.AutoModelForCausalLM

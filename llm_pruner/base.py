@@ -37,6 +37,7 @@ class BasePruner(ABC):
             fewer than 8 layers the default shrinks to a quarter of the depth at each end
             (rounded down); a value that you give is taken as it is.
         batch_size: sequences per forward pass; does not change a result.
+        layers_path: dotted name of the layer list, for models in which it is not found.
 
     Attributes:
         model, tokenizer: as given.
@@ -61,12 +62,13 @@ class BasePruner(ABC):
         *,
         protect: tuple[int, int] = DEFAULT_PROTECT,
         batch_size: int = 8,
+        layers_path: str | None = None,
     ) -> None:
         if type(batch_size) is not int or batch_size < 1:
             raise InvalidPlanError(f"batch_size={batch_size} must be a whole number from 1.")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.steps: list[dict[str, Any]] = []
-        self.layers = LayerStack(model)
+        self.layers = LayerStack(model, path=layers_path)
         self.num_layers = len(self.layers)
         if protect is DEFAULT_PROTECT:  # the default itself, not an equal pair somebody gave
             shallow = self.num_layers // 4
@@ -349,6 +351,7 @@ class MeasuredPruner(BasePruner):
         objective: what quality is: ``nll`` (log-likelihood of the references) or ``similarity``
             (generated answers against the references).
         journal: file that keeps every measurement, so that a killed run can be taken up again.
+        options: the other options of `BasePruner`.
     """
 
     removes = "highest"
@@ -359,11 +362,11 @@ class MeasuredPruner(BasePruner):
         tokenizer: PreTrainedTokenizerBase,
         *,
         protect: tuple[int, int] = DEFAULT_PROTECT,
-        batch_size: int = 8,
         objective: str = "nll",
         journal: str | Path | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(model, tokenizer, protect=protect, batch_size=batch_size)
+        super().__init__(model, tokenizer, protect=protect, **options)
         self.objective, self.journal = objective, journal
         self._qualities: dict[str, RemovalQuality] = {}
 

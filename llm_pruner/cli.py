@@ -62,6 +62,11 @@ def _add_input(group: Any) -> None:
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add(
+        "--layers-path",
+        metavar="NAME",
+        help="where the layers are in a model in which they are not found, e.g. model.blocks",
+    )
+    add(
         "--eval-dataset",
         metavar="D",
         help="a local .jsonl/.json/.csv/.txt file or folder, a dataset name or hub id "
@@ -238,7 +243,7 @@ def _make_pruner(args: argparse.Namespace, model: Any, tokenizer: Any) -> BasePr
     from .base import MeasuredPruner
 
     cls = get_strategy(args.strategy)
-    options: dict[str, Any] = {"batch_size": args.batch_size}
+    options: dict[str, Any] = {"batch_size": args.batch_size, "layers_path": args.layers_path}
     if args.protect is not None:
         options["protect"] = tuple(args.protect)
     measured = issubclass(cls, MeasuredPruner)

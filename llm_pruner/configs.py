@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from .errors import UnsupportedModelError
+
 COUNT_FIELDS = (
     "num_hidden_layers",
     "n_layer",
@@ -22,6 +24,7 @@ COUNT_FIELDS = (
     "num_decoder_layers",
     "num_blocks",
     "num_layers_per_stack",
+    "layers",
 )
 
 # Configs whose decoder is described by a part that get_text_config() does not know.
@@ -51,6 +54,21 @@ class Removal:
         """The last `value` layers are special: how many of them are kept."""
         return sum(index >= self.num_layers - value for index in self.kept)
 
+    def follow(self, value: Sequence[int]) -> list[int]:
+        """One layer index per layer: that of each kept layer, renumbered.
+
+        Raises:
+            UnsupportedModelError: a kept layer refers to a removed one.
+        """
+        new = {old: position for position, old in enumerate(self.kept)}
+        lost = sorted({value[index] for index in self.kept} - new.keys())
+        if lost:
+            users = [index for index in self.kept if value[index] in lost]
+            raise UnsupportedModelError(
+                f"Layers {lost} hold what kept layers {users} use: remove those too, or keep both."
+            )
+        return [new[value[index]] for index in self.kept]
+
     def rekey(self, value: dict[Any, Any]) -> dict[int, Any]:
         """Keyed by layer index: the entries of kept layers under their new index."""
         return {new: value[old] for new, old in enumerate(self.kept) if old in value}
@@ -72,6 +90,7 @@ FIELD_RULES: dict[str, Rule] = {
     "first_k_dense_replace": lambda value, removal: removal.prefix(value),
     "num_dense_layers": lambda value, removal: removal.prefix(value),
     "moe_layer_start_index": lambda value, removal: removal.prefix(value),
+    "kv_source_layers": lambda value, removal: removal.follow(value),
     "num_kv_shared_layers": lambda value, removal: removal.suffix(value),
 }
 
@@ -120,6 +139,52 @@ PATTERNS: dict[str, tuple[Pattern, ...]] = {
 }
 
 
+def _spell_out(config: Any) -> None:
+    """Replace rules over the index by the explicit lists that the same class understands."""
+    n_layers = max(layer_counts(config), default=0)
+    step = vars(config).get("decoder_sparse_step")
+    if step and step > 1 and "mlp_only_layers" in vars(config):
+        dense = set(config.mlp_only_layers or ())
+        dense.update(index for index in range(n_layers) if (index + 1) % step)
+        config.mlp_only_layers, config.decoder_sparse_step = sorted(dense), 1
+    kinds = vars(config).get("block_types")
+    if kinds and len(kinds) < n_layers:
+        config.block_types = [kinds[index % len(kinds)] for index in range(n_layers)]
+
+
+def _illegal(config: Any, removal: Removal) -> str | None:
+    """Why transformers could not run the kept layers although a config can describe them."""
+    kinds = list(getattr(config, "layer_types", None) or ())
+    if len(kinds) == removal.num_layers:
+        with_cache = {
+            i for i, kind in enumerate(kinds) if "linear" not in kind and "attention" in kind
+        }
+        if with_cache and not with_cache & set(removal.kept):
+            return f"no attention layer would be left: keep one of {sorted(with_cache)}"
+        if getattr(config, "model_type", "") == "minimax" and removal.kept[0] not in with_cache:
+            return f"the first kept layer must be full attention, one of {sorted(with_cache)}"
+        lost = _lost_producers(config, kinds, removal)
+        if lost:
+            return lost
+    indexers = vars(config).get("indexer_types") or ()
+    if len(indexers) == removal.num_layers and indexers[removal.kept[0]] == "shared":
+        full = [index for index, kind in enumerate(indexers) if kind == "full"]
+        return f"the first kept layer must have an indexer of its own, one of {full}"
+    return None
+
+
+def _lost_producers(config: Any, kinds: list[str], removal: Removal) -> str | None:
+    """Trailing layers use the keys and values of the last layer of their kind before them."""
+    shared = vars(config).get("num_kv_shared_layers") or 0
+    first = removal.num_layers - shared
+    for index in removal.kept:
+        if shared and index >= first:
+            producer = max((i for i in range(first) if kinds[i] == kinds[index]), default=None)
+            if producer is not None and producer not in removal.kept:
+                return f"kept layer {index} uses the keys and values of layer {producer}: keep it"
+    return None
+
+
 def text_config(config: Any) -> Any:
     """The config that describes the decoder: `config` itself, or the text part of a composite."""
     part = DECODER_PARTS.get(getattr(config, "model_type", ""))
@@ -144,12 +209,21 @@ def prune_config(config: Any, kept: Sequence[int], num_layers: int) -> None:
     layer indices follow `FIELD_RULES`, and kinds that only a rule over the index expresses get
     another setting of the rule (`PATTERNS`), if there is one. A count field with another value
     (an encoder's) is left alone.
+
+    Raises:
+        UnsupportedModelError: the kept layers cannot work without the removed ones.
     """
     removal = Removal(tuple(kept), num_layers)
+    reason = _illegal(config, removal)
+    if reason is not None:
+        raise UnsupportedModelError(f"These layers cannot be removed: {reason}.")
+    _spell_out(config)
     model_type = getattr(config, "model_type", "")
     patterns = PATTERNS.get(model_type, ())
     in_patterns = {name for pattern in patterns for name in pattern.fields}
     settings = [_refit(config, pattern, removal) for pattern in patterns]
+    counts = {name for name in COUNT_FIELDS if vars(config).get(name) == num_layers}
+    counts = counts or _only_count(config, num_layers)
     overrides = _per_layer_overrides(config)
     if overrides:
         config.per_layer_config = None  # it is checked against the layer count: back at the end
@@ -159,9 +233,8 @@ def prune_config(config: Any, kept: Sequence[int], num_layers: int) -> None:
             continue
         if rule is not None:
             setattr(config, name, rule(value, removal))
-        elif name in COUNT_FIELDS:
-            if value == num_layers:
-                setattr(config, name, len(kept))
+        elif name in counts:
+            setattr(config, name, len(kept))
         elif _is_per_layer(name, value, num_layers):
             setattr(config, name, type(value)(value[index] for index in kept))
     for setting in settings:
@@ -169,6 +242,15 @@ def prune_config(config: Any, kept: Sequence[int], num_layers: int) -> None:
             setattr(config, name, value)
     if overrides:
         config.per_layer_config = removal.rekey(overrides)
+
+
+def _only_count(config: Any, num_layers: int) -> set[str]:
+    """The one field of a custom config that has the layer count as its value, if there is one."""
+    if hasattr(config, "num_hidden_layers"):  # known, and derived from something else
+        return set()
+    equal = {name for name, value in vars(config).items() if value == num_layers}
+    numbers = {name for name in equal if type(vars(config)[name]) is int}
+    return numbers if len(numbers) == 1 else set()
 
 
 def _refit(config: Any, pattern: Pattern, removal: Removal) -> dict[str, int]:

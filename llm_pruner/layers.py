@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 from .configs import layer_counts, text_config
-from .errors import UnsupportedModelError
+from .errors import InvalidPlanError, UnsupportedModelError
 from .likelihood import evaluating
 from .results import check_layers
 from .surgery import cut_layers
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 
+# What a stand-in answers differently from its layer: it begins no block of layers (inkling2).
+STAND_IN_ANSWERS = {"is_block_boundary": False}
 OTHER_TOWERS = ("vision", "visual", "audio", "image", "speech")
 
 
@@ -96,8 +98,9 @@ class LayerStack(Sequence[nn.Module]):
 
         with ExitStack() as handles:
             for index, layer in enumerate(self):
-                handle = layer.register_forward_hook(hook(index), with_kwargs=True)
-                handles.callback(handle.remove)
+                if not isinstance(layer, _Bypass):
+                    handle = layer.register_forward_hook(hook(index), with_kwargs=True)
+                    handles.callback(handle.remove)
             yield
 
     @contextmanager
@@ -130,6 +133,44 @@ class LayerStack(Sequence[nn.Module]):
             for path, index, layer in originals:
                 _layer_list(self.model, path)[index] = layer
 
+    @contextmanager
+    def replay(self, start: int, hidden: torch.Tensor) -> Iterator[nn.Module]:
+        """Inside the block a forward pass begins at layer `start`, on the stored state `hidden`.
+
+        The layers below do nothing, so the pass costs what the layers from `start` on cost, and
+        its result is that of the pass `hidden` was observed in. Token ids and mask have to be
+        those of that pass.
+
+        Args:
+            start: the layer that gets `hidden` as its input.
+            hidden: (sequences, tokens, hidden), as `observe` reports it for that layer.
+
+        Raises:
+            InvalidPlanError: `start` does not fit the stack.
+            UnsupportedModelError: the layers hand on more than the hidden state, or are not one
+                list.
+        """
+        if not 0 <= start < len(self):
+            raise InvalidPlanError(f"start={start} must be from 0 to {len(self) - 1}, a layer.")
+        carried = [len(form.sources) - form.sources.count(None) for form in self._return_forms()]
+        if len(self.paths) > 1 or max(carried) > 1:
+            raise UnsupportedModelError(
+                f"The layers of {type(self.model).__name__} hand on more than the hidden state, so "
+                "a pass cannot begin in their middle."
+            )
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden}
+
+        with self.bypass(range(start)) as model:
+            handle = self._list[start].register_forward_pre_hook(enter, with_kwargs=True)
+            try:
+                yield model
+            finally:
+                handle.remove()
+
     def remove(self, indices: Iterable[int]) -> Any:
         """A new model without the layers `indices`.
 
@@ -145,10 +186,33 @@ class LayerStack(Sequence[nn.Module]):
         """
         removed = set(check_layers(indices, len(self)))
         kept = [index for index in range(len(self)) if index not in removed]
-        return cut_layers(self.model, self.paths, kept)
+        try:
+            return cut_layers(self.model, self.paths, kept)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{error} {self._what_can_go(removed)}") from error
 
-    def _return_forms(self, path: str) -> list[_ReturnForm]:
+    def _what_can_go(self, removed: set[int]) -> str:
+        """A sentence that names removals like the refused one that would work."""
+
+        def works(layers: set[int]) -> bool:
+            try:
+                kept = [index for index in range(len(self)) if index not in layers]
+                cut_layers(self.model, self.paths, kept)
+            except UnsupportedModelError:
+                return False
+            return True
+
+        alone = [index for index in range(len(self)) if works({index})]
+        others = [index for index in range(len(self)) if index not in removed]
+        sets = [removed - {index} for index in removed] if len(removed) > 1 else []
+        sets += [removed | {index} for index in others] if len(others) > 1 else []
+        near = [sorted(layers) for layers in sets if works(layers)][:5]
+        hint = f" Sets near this one that can be removed: {near}." if near else ""
+        return f"Layers that can be removed alone: {alone or 'none'}.{hint}"
+
+    def _return_forms(self, path: str | None = None) -> list[_ReturnForm]:
         """How each layer of a list returns its result, learned from one pass of two tokens."""
+        path = path or self.paths[0]
         if path not in self._forms:
             layers = _layer_list(self.model, path)
             calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
@@ -254,6 +318,8 @@ class _Bypass(nn.Module):
         return form.build(parts)
 
     def __getattr__(self, name: str) -> Any:
+        if name in STAND_IN_ANSWERS:
+            return STAND_IN_ANSWERS[name]
         return getattr(self.__dict__["_layer"], name)
 
 
@@ -276,7 +342,7 @@ def _find_paths(model: Any) -> tuple[str, ...]:
     if config is None:
         raise UnsupportedModelError(
             f"{name} has no config that says how many layers it has: name the list of layers, "
-            "LayerStack(model, path='...')."
+            "LayerStack(model, path='...') or --layers-path."
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
@@ -298,14 +364,14 @@ def _find_paths(model: Any) -> tuple[str, ...]:
     if not outermost:
         raise UnsupportedModelError(
             f"No list of {sorted(counts)} modules was found in {name}: name the list of layers, "
-            "LayerStack(model, path='...')."
+            "LayerStack(model, path='...') or --layers-path."
         )
     parents = {path.rpartition(".")[0] for path in outermost}
     kinds = {type(layer) for module in outermost.values() for layer in module}
     if len(outermost) > 1 and len(parents) > 1 and len(kinds) > 1:
         raise UnsupportedModelError(
             f"Several lists in {name} could be the decoder layers: {sorted(outermost)}. Name one, "
-            "LayerStack(model, path='...')."
+            "LayerStack(model, path='...') or --layers-path."
         )
     return tuple(outermost)
 

@@ -128,7 +128,7 @@ def position_limit(model: Any) -> int:
     """The longest sequence the model's config allows, in tokens."""
     config = model.config.get_text_config()
     limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
-    return next(filter(None, limits), NO_POSITION_LIMIT)
+    return next((limit for limit in limits if limit and limit > 0), NO_POSITION_LIMIT)
 
 
 def at_least_one(**values: int) -> None:

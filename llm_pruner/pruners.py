@@ -71,10 +71,10 @@ class AVSSPruner(BasePruner):
         tokenizer: PreTrainedTokenizerBase,
         *,
         protect: tuple[int, int] = DEFAULT_PROTECT,
-        batch_size: int = 8,
         variant: Literal["repaired", "published"] = "repaired",
+        **options: Any,
     ) -> None:
-        super().__init__(model, tokenizer, protect=protect, batch_size=batch_size)
+        super().__init__(model, tokenizer, protect=protect, **options)
         if variant not in ("repaired", "published"):
             raise InvalidPlanError(f"variant={variant!r} must be 'repaired' or 'published'.")
         self.variant = variant
@@ -151,10 +151,10 @@ class PruneMePruner(BasePruner):
         tokenizer: PreTrainedTokenizerBase,
         *,
         protect: tuple[int, int] = DEFAULT_PROTECT,
-        batch_size: int = 8,
         contiguous: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__(model, tokenizer, protect=protect, batch_size=batch_size)
+        super().__init__(model, tokenizer, protect=protect, **options)
         self.contiguous = contiguous
 
     def description(self) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from .architectures import COMPENSATIONS
@@ -97,10 +98,10 @@ def _skeleton(model: Any) -> nn.Module:
             config = type(model.config).from_pretrained(folder)
             with torch.device("meta"):
                 built = type(model)._from_config(config)
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, StrictDataclassError) as error:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no valid config without these layers: "
-                f"{' '.join(str(error).split())} Choose other layers."
+                f"{' '.join(str(error).split())}"
             ) from error
     assert isinstance(built, nn.Module)
     return built
@@ -141,7 +142,7 @@ def _compare_tensors(pruned: nn.Module, skeleton: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{type(pruned).__name__} without these layers cannot be reloaded: "
             f"{len(differing)} tensors differ from what its config describes, first {name!r} "
-            f"(here {have.get(name)}, in the config's model {want.get(name)}). Choose other layers."
+            f"(here {have.get(name)}, in the config's model {want.get(name)})."
         )
 
 
@@ -178,8 +179,7 @@ def _sync_attributes(
     if depends:
         raise UnsupportedModelError(
             f"{type(pruned).__name__} without these layers cannot be written exactly: kept "
-            f"layers would change with their position: {'; '.join(sorted(depends)[:5])}. "
-            "Choose other layers."
+            f"layers would change with their position: {'; '.join(sorted(depends)[:5])}."
         )
 
 
