@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROBE_TOKENS = 16
+SIDE_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 # Largest difference of logits, relative to the largest logit, that rounding explains.
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
 HALF_TOLERANCE = 3e-2
@@ -45,8 +47,27 @@ def save_checkpoint(
     with staged_output(output_dir, overwrite=overwrite) as stage:
         write_model(pruned, stage)
         tokenizer.save_pretrained(stage)
+        _carry_along(pruned, stage)
         plan.save(stage / PLAN_FILE)
         verify_checkpoint(stage, pruned)
+
+
+def _carry_along(model: Any, stage: Path) -> None:
+    """Copy what else the original checkpoint holds and a pruned one needs: processor settings."""
+    from transformers.utils.hub import cached_file
+
+    source = getattr(model.config, "_name_or_path", "")
+    for name in SIDE_FILES if source else ():
+        found = cached_file(
+            source,
+            name,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        if found and not (stage / name).exists():
+            shutil.copyfile(found, stage / name)
 
 
 def write_model(model: PreTrainedModel, folder: Path) -> None:

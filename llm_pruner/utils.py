@@ -148,7 +148,7 @@ def load_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer, ready for evaluation.
+    """Load a causal language model, or a wrapper around one, and its tokenizer, for evaluation.
 
     Args:
         model_id: ``demo``, a local folder, or an id on the Hugging Face hub.
@@ -160,14 +160,23 @@ def load_model(
     Raises:
         LoadError: the model cannot be found or read; the message says what to do.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+    )
 
     source = resolve_model_id(model_id)
     spread = str(device) == "auto"
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        kind = type(AutoConfig.from_pretrained(source, **options))
+        wraps = kind in AutoModelForImageTextToText._model_mapping
+        causal = kind in AutoModelForCausalLM._model_mapping or not wraps
+        auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+        model: Any = auto.from_pretrained(
             source, dtype=dtype, device_map="auto" if spread else None, **options
         )
     except (OSError, ValueError, ImportError, KeyError) as error:

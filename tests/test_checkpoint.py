@@ -231,3 +231,33 @@ def test_mergekit_refusals(llama, tmp_path):
 
 def test_tolerances_are_tight():
     assert checkpoint.TOLERANCE[torch.float32] <= 2e-5
+
+
+def test_a_wrapper_is_loaded_pruned_and_written_with_its_processor(tokenizer, tmp_path):
+    """A vision-language model: its text decoder is pruned, everything else carried along."""
+    import zoo
+    from transformers import AutoModelForImageTextToText
+
+    from llm_pruner import load_model
+
+    model = zoo.build_wrapper("llava")
+    model.save_pretrained(tmp_path / "in")
+    tokenizer.save_pretrained(tmp_path / "in")
+    (tmp_path / "in" / "preprocessor_config.json").write_text('{"image_processor_type": "X"}')
+    loaded, own = load_model(str(tmp_path / "in"), device="cpu")
+    pruned, _ = SmartPruner(loaded, own).prune_and_save([2, 3], tmp_path / "out", "m")
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text().endswith('"X"}')
+    reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    with torch.inference_mode():
+        assert torch.equal(reloaded(IDS).logits, pruned(IDS).logits)
+
+
+def test_mergekit_users_are_warned_of_configs_it_does_not_adapt(tmp_path, caplog):
+    import zoo
+
+    write_mergekit_yaml(LayerStack(zoo.build("qwen3")), [2], tmp_path / "r.yaml", "m")
+    assert "MergeKit will write a wrong config" in caplog.text
+    assert "layer_types must change too" in caplog.text
+    caplog.clear()
+    write_mergekit_yaml(LayerStack(zoo.build("llama")), [2], tmp_path / "r.yaml", "m")
+    assert not caplog.text
