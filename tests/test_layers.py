@@ -208,13 +208,14 @@ def test_a_model_without_config_needs_a_path():
 
 
 def test_a_layer_that_depends_on_its_position_is_refused():
-    """GPT-2 may scale attention by the layer's number, which a config cannot express."""
-    from conftest import tiny_gpt2
+    """Inkling2's layers form blocks of a fixed length: half a block cannot go."""
+    import zoo
 
-    model = tiny_gpt2()
-    model.config.scale_attn_by_inverse_layer_idx = True
-    with pytest.raises(UnsupportedModelError, match="change with their position"):
-        LayerStack(AutoModelForCausalLM.from_config(model.config)).remove([2])
+    variant = zoo.VARIANTS["inkling2_text-blocks-of-2"]
+    stack = LayerStack(zoo.build(variant.model_type, **variant.overrides))
+    with pytest.raises(UnsupportedModelError, match="change with their position") as refused:
+        stack.remove([2])
+    assert "Sets near this one that can be removed: [[2, 3]]" in str(refused.value)
 
 
 def test_config_rules():
