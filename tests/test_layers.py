@@ -215,7 +215,7 @@ def test_a_layer_that_depends_on_its_position_is_refused():
     stack = LayerStack(zoo.build(variant.model_type, **variant.overrides))
     with pytest.raises(UnsupportedModelError, match="change with their position") as refused:
         stack.remove([2])
-    assert "Sets near this one that can be removed: [[2, 3]]" in str(refused.value)
+    assert "Sets near this one that can be removed: [[1, 2], [2, 3]]" in str(refused.value)
 
 
 def test_config_rules():
