@@ -191,6 +191,11 @@ def explain_load_failure(kind: str, name: str, error: Exception) -> str:
     reason = " ".join(str(error).split())
     if len(reason) > 300:
         reason = reason[:297] + "..."
+    if "trust_remote_code" in str(error):
+        return (
+            f"Cannot load {kind} {name!r}: it comes with code of its own. Read that code, and if "
+            "you trust it, pass trust_remote_code=True (--trust-remote-code)."
+        )
     return (
         f"Cannot load {kind} {name!r}: {type(error).__name__}: {reason} "
         f"Give a local path or an id that exists on huggingface.co; without a network only "

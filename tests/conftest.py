@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # where transformers copies custom code
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import copy

@@ -261,3 +261,87 @@ def test_mergekit_users_are_warned_of_configs_it_does_not_adapt(tmp_path, caplog
     caplog.clear()
     write_mergekit_yaml(LayerStack(zoo.build("llama")), [2], tmp_path / "r.yaml", "m")
     assert not caplog.text
+
+
+CUSTOM_CONFIG = """
+from transformers import PretrainedConfig
+
+
+class TinyConfig(PretrainedConfig):
+    model_type = "tinycustom"
+
+    def __init__(self, num_hidden_layers=8, width=16, vocab_size=64, **options):
+        self.num_hidden_layers, self.width, self.vocab_size = num_hidden_layers, width, vocab_size
+        super().__init__(**options)
+"""
+CUSTOM_MODEL = """
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from .configuration_tiny import TinyConfig
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, hidden):
+        return hidden + self.mix(hidden).tanh()
+
+
+class TinyForCausalLM(PreTrainedModel):
+    config_class = TinyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config.width) for _ in range(config.num_hidden_layers))
+        self.head = nn.Linear(config.width, config.vocab_size)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        hidden = self.embed(input_ids)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return CausalLMOutput(logits=self.head(hidden))
+"""
+
+
+def test_custom_code_travels_with_the_checkpoint(tokenizer, tmp_path, monkeypatch):
+    """The output loads without the folder it was made from; code runs only when asked for."""
+    from safetensors.torch import save_file
+
+    from llm_pruner import load_model
+    from llm_pruner.errors import LoadError
+
+    source = tmp_path / "custom"
+    source.mkdir()
+    (source / "configuration_tiny.py").write_text(CUSTOM_CONFIG)
+    (source / "modeling_tiny.py").write_text(CUSTOM_MODEL)
+    names = {"AutoConfig": "configuration_tiny.TinyConfig"}
+    names["AutoModelForCausalLM"] = "modeling_tiny.TinyForCausalLM"
+    config = {"model_type": "tinycustom", "auto_map": names, "architectures": ["TinyForCausalLM"]}
+    (source / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    shapes = {"embed.weight": (64, 16), "head.weight": (64, 16), "head.bias": (64,)}
+    for index in range(8):
+        shapes |= {f"blocks.{index}.mix.weight": (16, 16), f"blocks.{index}.mix.bias": (16,)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    tokenizer.save_pretrained(source)
+
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(LoadError, match=r"code of its own.*--trust-remote-code"):
+        load_model(str(source), device="cpu")
+    model, own = load_model(str(source), device="cpu", trust_remote_code=True)
+    pruned, _ = SmartPruner(model, own).prune_and_save([2, 5], tmp_path / "out", "m")
+    source.rename(tmp_path / "away")
+    again, _ = load_model(str(tmp_path / "out"), device="cpu", trust_remote_code=True)
+    assert len(again.blocks) == 6
+    with torch.inference_mode():
+        assert torch.equal(again(IDS).logits, pruned(IDS).logits)
