@@ -171,8 +171,8 @@ def load_model(
     spread = str(device) == "auto"
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
+        kind = type(AutoConfig.from_pretrained(source, **options))  # first: fails soonest
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        kind = type(AutoConfig.from_pretrained(source, **options))
         wraps = kind in AutoModelForImageTextToText._model_mapping
         causal = kind in AutoModelForCausalLM._model_mapping or not wraps
         auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
