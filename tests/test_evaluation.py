@@ -654,7 +654,7 @@ def test_diverse_data_from_a_file(tokenizer, tmp_path, caplog):
 # --- speed ----------------------------------------------------------------------------------
 
 
-def test_speed_is_tokens_by_median_time_in_turns(tokenizer, monkeypatch):
+def test_speed_is_tokens_by_best_time_in_turns(tokenizer, monkeypatch):
     models_ = [build("llama"), build("gpt2")]
     clock, turns = [0.0], []
     durations = iter([99.0, 99.0, 2.0, 4.0, 1.0, 8.0, 50.0, 2.0])  # warm-up, then three rounds
@@ -675,9 +675,9 @@ def test_speed_is_tokens_by_median_time_in_turns(tokenizer, monkeypatch):
         watch(index, model)
         model.generation_config.eos_token_id = list(range(0, 258, 2))  # would stop soon
     monkeypatch.setattr(evaluation.time, "perf_counter", lambda: clock[0])
-    rates = compare_speed(models_, tokenizer, new_tokens=16)
+    rates = compare_speed(models_, tokenizer, new_tokens=16, repeats=3)
     assert turns == [0, 1] * 4
-    assert rates == pytest.approx([16 / 2.0, 16 / 4.0])
+    assert rates == pytest.approx([16 / 1.0, 16 / 2.0])
 
 
 def test_speed_stays_within_the_models_positions(tokenizer):
