@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from itertools import pairwise
@@ -77,6 +78,27 @@ def write_model(model: PreTrainedModel, folder: Path) -> None:
     config = loadable_config(model)
     if config is not model.config:
         config.save_pretrained(folder)
+    _drop_missing_code(folder / "config.json")
+
+
+def _drop_missing_code(path: Path) -> None:
+    """Leave no reference to code that was not written: such a checkpoint would not load.
+
+    That is code nobody trusted, so that the class of transformers was used instead, or code of
+    classes for other tasks.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    code = config.get("auto_map") or {}
+    there = {
+        name: reference
+        for name, reference in code.items()
+        if not isinstance(reference, str)  # a tokenizer's, which is written by itself
+        or "--" in reference  # in another repository
+        or (path.parent / f"{reference.rpartition('.')[0]}.py").exists()
+    }
+    if there != code:
+        config["auto_map"] = there
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def verify_removal(stack: LayerStack, removed: Sequence[int], pruned: PreTrainedModel) -> None:
@@ -116,9 +138,15 @@ def verify_checkpoint(folder: str | Path, model: PreTrainedModel) -> None:
         VerificationError: missing, unexpected or mismatched tensors, or other logits.
     """
     custom = type(model).__module__.startswith("transformers_modules")
-    loaded: Any = auto_class(model).from_pretrained(
-        folder, dtype=model.dtype, output_loading_info=True, trust_remote_code=custom
-    )
+    try:
+        loaded: Any = auto_class(model).from_pretrained(
+            folder, dtype=model.dtype, output_loading_info=True, trust_remote_code=custom
+        )
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        raise VerificationError(
+            f"The written checkpoint does not load: {type(error).__name__}: {error} Nothing was "
+            "left behind."
+        ) from error
     reloaded, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
@@ -174,8 +202,9 @@ def _warn_of_mergekit(stack: LayerStack, removed: Sequence[int]) -> None:
     beyond = [name for name in changed if name not in COUNT_FIELDS]
     if beyond:
         logger.warning(
-            "MergeKit will write a wrong config for this recipe: it sets the layer count alone, "
-            "and %s must change too. Replace its config.json by that of the pruned checkpoint.",
+            "MergeKit will write a wrong config for this recipe, or stop before it writes one: it "
+            "sets the layer count alone, and %s must change too. Use the config.json of the pruned "
+            "checkpoint, and its tokenizer if MergeKit stopped.",
             ", ".join(beyond),
         )
 

@@ -381,8 +381,8 @@ def compare_speed(
     """Generated tokens per second of each model, one sequence at a time.
 
     The models take turns, so that what slows the machine down slows all of them. Each is the
-    best of `repeats` runs after one that is not counted: the slower ones tell of the machine. Every run generates exactly
-    `new_tokens`, fewer only if a model has no positions for so many.
+    best of `repeats` runs after one that is not counted: the slower ones tell of the machine.
+    Every run generates exactly `new_tokens`, fewer only if a model has no positions for so many.
 
     Raises:
         InvalidDataError: a count below 1.

@@ -363,7 +363,8 @@ def _find_paths(model: Any) -> tuple[str, ...]:
     }
     if not outermost:
         raise UnsupportedModelError(
-            f"No list of {sorted(counts)} modules was found in {name}: name the list of layers, "
+            f"No list of layers was found in {name}: its config counts {sorted(counts) or 'none'} "
+            "under the names that are known, and no list is as long. Name the list, "
             "LayerStack(model, path='...') or --layers-path."
         )
     parents = {path.rpartition(".")[0] for path in outermost}

@@ -345,3 +345,18 @@ def test_custom_code_travels_with_the_checkpoint(tokenizer, tmp_path, monkeypatc
     assert len(again.blocks) == 6
     with torch.inference_mode():
         assert torch.equal(again(IDS).logits, pruned(IDS).logits)
+
+
+def test_code_nobody_trusted_is_not_referred_to(pruner, tmp_path):
+    """The class of transformers was used, so the output must load as such, trusted or not."""
+    pruner.model.config.auto_map = {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    pruner.prune_and_save([3], tmp_path / "out", "m")
+    assert not json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+
+
+def test_a_checkpoint_that_does_not_load_is_named(llama, tmp_path):
+    llama.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "nothing-known"}')
+    with pytest.raises(VerificationError, match="does not load: ValueError"):
+        verify_checkpoint(tmp_path, llama)
