@@ -15,7 +15,7 @@ from .checkpoint import save_checkpoint, verify_removal, write_mergekit_yaml
 from .errors import InvalidPlanError
 from .healing import Heal, heal_model
 from .layers import LayerStack
-from .likelihood import encode_for, evaluating
+from .likelihood import check_ids, encode_for, evaluating
 from .output import check_output
 from .results import LayerScores, PruningPlan, Removes, check_layers
 from .search import RemovalQuality, single_removals
@@ -321,12 +321,21 @@ class BasePruner(ABC):
 
         for batch in progress(batches, "Reading activations"):
             states.clear()
+            check_ids(self.model, batch.input_ids)
             batch = batch.to(self.layers.device)
             with evaluating(self.model), self.layers.observe(keep):
                 self.model(**batch.inputs(), use_cache=False)
             yield list(states), batch.attention_mask.bool()
 
     def _scored(self, scores: Mapping[int, float]) -> LayerScores:
+        if not isinstance(scores, Mapping):
+            kind = type(scores).__name__
+            raise InvalidPlanError(f"Scores must be a dict from layer to number, got a {kind}.")
+        lacking = [layer for layer in self.candidates if layer not in scores]
+        if lacking:
+            raise InvalidPlanError(
+                f"Layers {lacking} have no score: every layer that may go needs one."
+            )
         if isinstance(scores, LayerScores):
             return scores
         return LayerScores(scores, strategy=self.name, unit=self.unit, removes=self.removes)

@@ -7,9 +7,12 @@ been checked, so that help and mistakes answer at once.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
+import math
 import os
 import shlex
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -17,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .errors import InvalidPlanError, LLMPrunerError
+from .errors import InvalidPlanError, LLMPrunerError, MissingDependencyError, OutputError
 from .output import check_output
 from .registry import BUILTIN, check_strategy_name, get_strategy
 from .results import PruningPlan, PruningReport
@@ -135,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.ERROR if args.quiet else logging.INFO)
     try:
+        signal.signal(signal.SIGTERM, _stop)
         _check(args)
         _run(args)
     except LLMPrunerError as error:
@@ -148,6 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\ninterrupted; nothing half-written. Resume with: {again}", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _stop(number: int, frame: object) -> None:
+    """End by an exception, so that what was begun is cleaned up."""
+    raise SystemExit(128 + number)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -166,6 +175,18 @@ def _check(args: argparse.Namespace) -> None:
         raise InvalidPlanError(f"{' and '.join(given)} exclude each other: give one.")
     if args.ratio is not None and not 0 < args.ratio < 1:
         raise InvalidPlanError(f"--ratio {args.ratio} must lie between 0 and 1, e.g. 0.25.")
+    for name in ("threshold", "tolerance"):
+        value = getattr(args, name)
+        if value is not None and not math.isfinite(value):
+            raise InvalidPlanError(f"--{name} {value} must be a number, e.g. 0.015.")
+    if args.tolerance is not None and args.tolerance < 0:
+        raise InvalidPlanError(f"--tolerance {args.tolerance} must not be negative, e.g. 0.015.")
+    if not 0 <= args.seed < 2**32:
+        raise InvalidPlanError(f"--seed {args.seed} must be from 0 to {2**32 - 1}.")
+    if args.heal == "lora" and importlib.util.find_spec("peft") is None:
+        raise MissingDependencyError("--heal lora needs peft: pip install 'llm_pruner[heal]'.")
+    if Path(args.output).resolve() == Path(args.model).resolve():
+        raise OutputError(f"--output {args.output} is the model itself: choose another folder.")
     for name in ("n_samples", "n_layers", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -344,7 +365,10 @@ def _footnote(report: PruningReport) -> str:
         healed = (
             f"Healing ({heal['method']}, {verdict}): held-out loss {heal['full']:.4f} full, "
             f"{heal['cut']:.4f} cut, {heal['healed']:.4f} healed.\n"
+            f"Without healing: perplexity {heal['cut_quality']['perplexity']:,.3f}"
         )
+        tasks = heal["cut_quality"]["tasks"]
+        healed += (f", task mean {tasks['mean']:.3f}" if tasks else "") + ".\n"
     return (
         f"{healed}Quality on {report.evaluation_data['items']} items that played no part in the "
         f"choice.\nCheckpoint, reloaded and verified: {report.output_dir}"

@@ -171,7 +171,9 @@ def safe_sample(
         return []
 
 
-def load_eval_dataset(n: int, source: str | None = None, *, seed: int = 0) -> list[EvalItem]:
+def load_eval_dataset(
+    n: int, source: str | None = None, *, seed: int = 0, up_to: bool = False
+) -> list[EvalItem]:
     """`n` evaluation items, drawn by `seed`; fewer, with a warning, if there are not so many.
 
     Args:
@@ -179,6 +181,7 @@ def load_eval_dataset(n: int, source: str | None = None, *, seed: int = 0) -> li
             the share of one that fails; or ``demo`` or ``demo-eval`` (the package's own items),
             a short name of `DATASETS`, a file (.jsonl, .json, .csv, .txt), a folder of such
             files, or a hub id. Write ``./sciq`` for a folder with the name of a benchmark.
+        up_to: `n` is the most that is wanted: no warning if there are fewer.
 
     Raises:
         InvalidDataError: `n` below 1, or a file with something that cannot be used.
@@ -187,7 +190,7 @@ def load_eval_dataset(n: int, source: str | None = None, *, seed: int = 0) -> li
     """
     _check_count("n", n)
     items = _mixture(n, seed) if source is None else _sample(str(source), None, None, n, seed)
-    if len(items) < n:
+    if len(items) < n and not up_to:
         logger.warning("%d items asked for, only %d available: using these.", n, len(items))
     return items
 

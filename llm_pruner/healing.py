@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Heal = Literal["none", "linear", "lora"]
-HELD_OUT = 0.25  # share of the healing data that judges the repair and never trains it
+HELD_OUT = 0.4  # share of the healing data that is not trained on: half tunes, half judges
 RIDGES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # in units of the mean eigenvalue of the Gram matrix
 LORA_EPOCHS = 30
 LORA_MAX_STEPS = 1000
@@ -38,7 +38,8 @@ LORA_MAX_STEPS = 1000
 @dataclass(frozen=True)
 class _Data:
     train: list[Batch]
-    held_out: list[Batch]
+    tune: list[Batch]  # chooses the ridge, or the state of the adapters
+    gate: list[Batch]  # judges the outcome
 
 
 def heal_model(
@@ -51,7 +52,8 @@ def heal_model(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Repair `pruned` by the method `heal`, and keep the repair only if held-out loss falls.
 
-    A quarter of `heal_data` is held out from the repair and judges it. The original model and
+    Two fifths of `heal_data` are held out from the repair: one chooses its strength, the other
+    judges the outcome and has no other part in it. The original model and
     the weights `pruned` shares with it are never changed: repaired weights are copies.
 
     Args:
@@ -81,13 +83,12 @@ def heal_model(
             "than those the layers were chosen on."
         )
     train, held_out = split_items(list(heal_data), 1 - HELD_OUT)
-    data = _Data(
-        encode_for(stack.model, tokenizer, train), encode_for(stack.model, tokenizer, held_out)
-    )
+    tune, gate = split_items(held_out, 0.5)
+    data = _Data(*(encode_for(stack.model, tokenizer, part) for part in (train, tune, gate)))
     method = heal_linear if heal == "linear" else heal_lora
-    full, cut = batch_nll(stack.model, data.held_out), batch_nll(pruned, data.held_out)
-    candidate = method(stack, removed, pruned, data.train, data.held_out)
-    healed = batch_nll(candidate, data.held_out)
+    full, cut = batch_nll(stack.model, data.gate), batch_nll(pruned, data.gate)
+    candidate = method(stack, removed, pruned, data.train, data.tune)
+    healed = batch_nll(candidate, data.gate)
     accepted = healed < cut
     logger.info("Held-out loss: full %.4f, cut %.4f, healed %.4f", full, cut, healed)
     if not accepted:

@@ -241,7 +241,8 @@ class PruningReport(_JsonFile):
         output_dir: where the checkpoint lies.
         before: the original model.
         after: the pruned (and healed) model.
-        heal: what each repair did to the held-out loss; empty without healing.
+        heal: the method, what the repair did to the held-out loss, and under ``cut_quality`` what
+            the cut costs without it on the evaluation data.
         evaluation_data: fingerprint and size of the data behind `before` and `after`.
         samples: questions of that data with ``prompt``, ``reference``, ``before``, ``after``.
         seed: the random seed.

@@ -160,6 +160,7 @@ def load_model(
     Raises:
         LoadError: the model cannot be found or read; the message says what to do.
     """
+    from safetensors import SafetensorError
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -176,13 +177,30 @@ def load_model(
         wraps = kind in AutoModelForImageTextToText._model_mapping
         causal = kind in AutoModelForCausalLM._model_mapping or not wraps
         auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
-        model: Any = auto.from_pretrained(
-            source, dtype=dtype, device_map="auto" if spread else None, **options
+        model, info = auto.from_pretrained(
+            source,
+            dtype=dtype,
+            device_map="auto" if spread else None,
+            output_loading_info=True,
+            **options,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise LoadError(explain_load_failure("model", model_id, error)) from error
+    missing = sorted(map(str, info["missing_keys"]))
+    if missing:
+        raise LoadError(
+            f"Cannot load model {model_id!r}: {len(missing)} of its tensors are not in the "
+            f"checkpoint and would be random, such as {missing[0]}. It is damaged, or not the "
+            "checkpoint of a causal language model."
+        )
     if not spread:
-        model = model.to(device or get_device())
+        try:
+            model = model.to(device or get_device())
+        except (RuntimeError, AssertionError) as error:
+            raise LoadError(
+                f"Cannot put the model on device {str(device)!r}: {error} Use cpu, or a device "
+                "that this machine has."
+            ) from error
     return model.eval(), tokenizer
 
 

@@ -65,20 +65,21 @@ def load_data(
     Raises:
         LoadError, InvalidDataError: the source cannot be read or holds too few items.
     """
-    own_judging = source == DEMO_MODEL
-    from_source = healing and heal_source is None
-    shares = 1 + (0 if own_judging else 1) + (HEAL_ITEMS if from_source else 0)
-    pool = load_eval_dataset(n_samples * shares, source, seed=seed)
-    if own_judging:
+    pool = load_eval_dataset(n_samples * (2 + HEAL_ITEMS), source, seed=seed, up_to=True)
+    if source == DEMO_MODEL:
         judging = load_eval_dataset(n_samples, "demo-eval", seed=seed)
     else:
-        judging, pool = split_items(pool, min(n_samples, len(pool) // shares), seed=seed)
-    heal_items: list[EvalItem] = []
-    if from_source:
-        pool, heal_items = split_items(pool, min(n_samples, len(pool) // 2), seed=seed)
-    elif healing:
-        heal_items = load_eval_dataset(n_samples * HEAL_ITEMS, heal_source, seed=seed)
-    return DataSplit(pool, heal_items, judging)
+        judging, pool = split_items(pool, min(n_samples, len(pool) // 2), seed=seed)
+    scoring = pool
+    rest: list[EvalItem] = []
+    if len(pool) > n_samples:  # the same items to score on, whether or not there is healing
+        scoring, rest = split_items(pool, n_samples, seed=seed)
+    elif healing and heal_source is None:
+        scoring, rest = split_items(pool, len(pool) // 2, seed=seed)
+    heal_items: list[EvalItem] = rest if healing else []
+    if healing and heal_source is not None:
+        heal_items = load_eval_dataset(n_samples * HEAL_ITEMS, heal_source, seed=seed, up_to=True)
+    return DataSplit(scoring, heal_items, judging)
 
 
 def carry_out(
@@ -117,6 +118,10 @@ def carry_out(
     )
     saved = PruningPlan.load(Path(output_dir) / "pruning_plan.json")
     quality_after, answers_after = measure_quality(pruned, tokenizer, judging, pruner.batch_size)
+    healing = dict(saved.options["heal"])
+    if heal != "none":  # what the cut alone costs on the judging items, for comparison
+        cut = pruner.layers.remove(plan.remove)
+        healing["cut_quality"], _ = measure_quality(cut, tokenizer, judging, pruner.batch_size)
     logger.info("Measuring generation speed")
     speeds = compare_speed([model, pruned], tokenizer)
     before, after = (
@@ -137,7 +142,7 @@ def carry_out(
         output_dir=str(output_dir),
         before=before,
         after=after,
-        heal=saved.options["heal"],
+        heal=healing,
         evaluation_data={"items": len(judging), "fingerprint": fingerprint(judging)},
         samples=_samples(questions, answers_before, answers_after),
         seed=seed,

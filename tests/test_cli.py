@@ -142,6 +142,7 @@ def test_healing(run, heal):
     code, out, _ = run("--layers", "3,4", "--heal", heal, "--n-samples", "2")
     assert code == 0
     assert f"Healing ({heal}, " in out
+    assert "Without healing: perplexity" in out
 
 
 def test_a_strategy_from_a_file(run, tmp_path):
@@ -179,6 +180,10 @@ BAD = [
     (["--strategy", "avss", "--objective", "nll"], 2, "--objective has no meaning for 'avss'"),
     (["--n-samples", "0"], 2, "--n-samples 0 must be at least 1"),
     (["--output", "/proc/x/y"], 4, "Output folder '/proc/x/y' cannot be written"),
+    (["--threshold", "nan"], 2, "--threshold nan must be a number"),
+    (["--tolerance", "-1"], 2, "--tolerance -1.0 must not be negative"),
+    (["--seed", "-1"], 2, "--seed -1 must be from 0"),
+    (["--device", "nowhere"], 3, "Cannot put the model on device 'nowhere'"),
     (["--threshold", "0.99"], 2, "No layer can go at this threshold or tolerance"),
 ]
 
@@ -225,6 +230,41 @@ def test_a_model_with_nan_weights(run, saved, tokenizer, tmp_path):
         assert code == 3, err
         assert "NaN" in err or "nan" in err
     assert not (tmp_path / "pruned_model").exists()
+
+
+def test_a_checkpoint_that_lacks_weights(run, tokenizer, tmp_path):
+    """transformers would fill them with random numbers and say so in passing."""
+    from safetensors.torch import load_file, save_file
+
+    tiny_llama().save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    del tensors["model.layers.5.mlp.down_proj.weight"]
+    save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    code, _, err = run("--layers", "3", model=str(tmp_path / "m"))
+    assert code == 3
+    assert "would be random, such as model.layers.5.mlp.down_proj.weight" in err
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"half a file")
+    code, _, err = run("--layers", "3", model=str(tmp_path / "m"))
+    assert code == 3
+    assert "SafetensorError" in err
+
+
+def test_the_model_itself_is_never_the_output(run, saved):
+    code, _, err = run("--layers", "3", "--output", saved / "model", "--overwrite")
+    assert code == 4
+    assert "is the model itself" in err
+
+
+def test_healing_does_not_change_what_layers_are_chosen_on(saved):
+    from llm_pruner import load_data
+
+    for n in (4, 5):
+        plain, healing = (
+            load_data(str(saved / "texts.jsonl"), n, healing=h) for h in (False, True)
+        )
+        assert plain.scoring == healing.scoring
+        assert plain.judging == healing.judging
 
 
 def test_an_output_that_stands_is_refused_before_the_model_is_loaded(run, tmp_path):
