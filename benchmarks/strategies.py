@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--eval-dataset", default=None)
     parser.add_argument("--ratio", type=float, default=0.25)
-    parser.add_argument("--n-samples", type=int, default=80)
+    parser.add_argument("--n-samples", type=int, default=160)
     parser.add_argument("--threads", type=int, default=1, help="one is fastest for tiny models")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -43,6 +43,7 @@ def main() -> None:
     assert isinstance(pruner, MeasuredPruner)
     quality = pruner.quality(data.scoring)
     sets = list(combinations(pruner.candidates, pruner.count_for(args.ratio)))
+    quality.measure(sets)
     choices["best of all sets"] = max(sets, key=quality)
     choices["worst of all sets"] = min(sets, key=quality)
 

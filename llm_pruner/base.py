@@ -15,10 +15,12 @@ from .checkpoint import save_checkpoint, verify_removal, write_mergekit_yaml
 from .errors import InvalidPlanError
 from .healing import Heal, heal_model
 from .layers import LayerStack
-from .likelihood import check_ids, encode_for, evaluating
+from .likelihood import check_ids, encode_for, evaluating, forward_options
+from .objectives import ObjectiveLike, parse_objective
 from .output import check_output
-from .results import LayerScores, PruningPlan, Removes, check_layers
-from .search import RemovalQuality, single_removals
+from .quality import RemovalQuality
+from .results import DepthCurve, LayerScores, PruningPlan, Removes, check_layers
+from .search import single_removals
 from .utils import model_fingerprint, package_versions, progress
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class BasePruner(ABC):
         num_layers: how many there are.
         protect: the protection in force.
         steps: what the last search tried and kept; empty for strategies that do not search.
+        partial_plan: where `plan` was interrupted in a search, the cut it had come to; else None.
 
     Raises:
         UnsupportedModelError: the model's layers cannot be found.
@@ -68,6 +71,7 @@ class BasePruner(ABC):
             raise InvalidPlanError(f"batch_size={batch_size} must be a whole number from 1.")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.steps: list[dict[str, Any]] = []
+        self.partial_plan: PruningPlan | None = None
         self.layers = LayerStack(model, path=layers_path)
         self.num_layers = len(self.layers)
         if protect is DEFAULT_PROTECT:  # the default itself, not an equal pair somebody gave
@@ -138,8 +142,9 @@ class BasePruner(ABC):
         threshold: float | None = None,
         tolerance: float | None = None,
         n_layers: int | None = None,
+        held_out: Sequence[EvalItem] | None = None,
     ) -> PruningPlan:
-        """Score and choose; nothing is changed or written.
+        """Choose, by scores where the strategy needs them; nothing is changed or written.
 
         Args:
             eval_data: items to score on.
@@ -147,10 +152,14 @@ class BasePruner(ABC):
             ratio, threshold, n_layers: how much to remove, by at most one of them; the
                 strategy's own default without any. `n_layers` is an exact number.
             tolerance: for strategies that measure their choice as a whole.
+            held_out: other items, on which the choice as a whole is measured in the end
+                (`PruningPlan.held_out`): two evaluations.
 
         Raises:
             InvalidPlanError: an amount that cannot be, or a choice that holds a protected layer
                 or none at all.
+            KeyboardInterrupt, SystemExit: when interrupted; `partial_plan` then holds what a search
+                had come to.
         """
         check_items(eval_data)
         amounts = {"ratio": ratio, "threshold": threshold, "n_layers": n_layers}
@@ -161,31 +170,96 @@ class BasePruner(ABC):
             self.check_count(n_layers)
         if ratio is not None:
             self.count_for(ratio)
-        scores = self._scored(self.compute_layer_scores(eval_data))
-        chosen = self.choose_layers(
-            scores,
-            eval_data,
-            ratio=ratio,
-            threshold=threshold,
-            tolerance=tolerance,
-            n_layers=n_layers,
-        )
-        remove = check_layers(chosen, self.num_layers)
-        self.refuse_protected(remove)
-        if not remove:
-            self._refuse_empty(scores)
         extent = given if tolerance is None else {**given, "tolerance": tolerance}
-        return PruningPlan(
+
+        def record(chosen: Sequence[int], scores: LayerScores | None) -> PruningPlan:
+            return PruningPlan(
+                model_id=model_id,
+                num_layers=self.num_layers,
+                remove=check_layers(chosen, self.num_layers),
+                strategy=self.name,
+                options={**extent, "protect": list(self.protect), **self._options()},
+                scores=scores,
+                steps=self.steps,
+                data={"items": len(eval_data), "fingerprint": fingerprint(eval_data)},
+                versions=package_versions(),
+            )
+
+        self.steps, self.partial_plan = [], None
+        try:
+            scores, chosen = self._score_and_choose(eval_data, **extent)
+        except (KeyboardInterrupt, SystemExit):
+            kept = [step["removed"] for step in self.steps if step["kept"]]
+            self.partial_plan = record(kept[-1], None) if kept else None
+            raise
+        plan = record(chosen, scores)
+        self.refuse_protected(plan.remove)
+        if not plan.remove and scores is not None:
+            self._refuse_empty(scores)
+        if held_out is None:
+            return plan
+        return replace(plan, held_out=self.measure_choice(plan.remove, held_out))
+
+    def _score_and_choose(
+        self, eval_data: Sequence[EvalItem], **extent: Any
+    ) -> tuple[LayerScores | None, list[int]]:
+        scores = self._scored(self.compute_layer_scores(eval_data))
+        return scores, self.choose_layers(scores, eval_data, **extent)
+
+    def sweep(
+        self,
+        eval_data: Sequence[EvalItem],
+        n_layers: int,
+        *,
+        model_id: str = "",
+        held_out: Sequence[EvalItem] | None = None,
+    ) -> DepthCurve:
+        """What it costs to remove 1, 2, ... `n_layers` layers; nothing is changed or written.
+
+        The strategy scores once and chooses anew for every number of layers; each choice is
+        measured as a whole, on `eval_data` and on `held_out` if given.
+
+        Raises:
+            InvalidPlanError: so many layers cannot go.
+        """
+        check_items(eval_data)
+        quality, points = self.quality(eval_data), []
+        for removed in self._choices(eval_data, self.check_count(n_layers)):
+            held = None if held_out is None else self.measure_choice(removed, held_out)
+            point = {"n_layers": len(removed), "removed": list(removed)}
+            points.append({**point, "change": quality.change(removed), "held_out": held})
+        return DepthCurve(
             model_id=model_id,
             num_layers=self.num_layers,
-            remove=remove,
             strategy=self.name,
-            options={**extent, "protect": list(self.protect), **self._options()},
-            scores=scores,
-            steps=self.steps,
+            unit=quality.unit,
+            points=points,
             data={"items": len(eval_data), "fingerprint": fingerprint(eval_data)},
             versions=package_versions(),
         )
+
+    def _choices(self, eval_data: Sequence[EvalItem], n_layers: int) -> list[list[int]]:
+        """The strategy's choice of 1, 2, ... `n_layers` layers."""
+        scores = self._scored(self.compute_layer_scores(eval_data))
+        counts = range(1, n_layers + 1)
+        return [self.choose_layers(scores, eval_data, n_layers=count) for count in counts]
+
+    def quality(self, eval_data: Sequence[EvalItem]) -> RemovalQuality:
+        """The measuring instrument for `eval_data`: the likelihood of the references."""
+        return RemovalQuality(self.layers, self.tokenizer, eval_data, batch_size=self.batch_size)
+
+    def measure_choice(self, layers: Sequence[int], held_out: Sequence[EvalItem]) -> dict[str, Any]:
+        """What removing `layers` costs on other data, as `PruningPlan.held_out` describes it."""
+        quality = self.quality(held_out)
+        low, high = quality.interval(layers)
+        return {
+            "change": quality.change(layers),
+            "low": low,
+            "high": high,
+            "unit": quality.unit,
+            "items": quality.items,
+            "fingerprint": fingerprint(held_out),
+        }
 
     def prune_and_save(
         self,
@@ -324,7 +398,7 @@ class BasePruner(ABC):
             check_ids(self.model, batch.input_ids)
             batch = batch.to(self.layers.device)
             with evaluating(self.model), self.layers.observe(keep):
-                self.model(**batch.inputs(), use_cache=False)
+                self.model(**batch.inputs(), **forward_options(self.model, 1))
             yield list(states), batch.attention_mask.bool()
 
     def _scored(self, scores: Mapping[int, float]) -> LayerScores:
@@ -357,9 +431,12 @@ class MeasuredPruner(BasePruner):
     """Base of the strategies that measure the model without layers instead of reading it.
 
     Args:
-        objective: what quality is: ``nll`` (log-likelihood of the references) or ``similarity``
-            (generated answers against the references).
+        objective: what quality is, a name of `objectives.OBJECTIVES` or several with weights:
+            ``nll`` (likelihood of the references, or of running text), ``kl`` and ``agreement``
+            (with the full model), ``accuracy`` (of items with choices), ``similarity`` (of
+            generated answers); ``"nll=0.7,accuracy=0.3"``.
         journal: file that keeps every measurement, so that a killed run can be taken up again.
+        seed: of the order in which a search looks at the items.
         options: the other options of `BasePruner`.
     """
 
@@ -371,12 +448,13 @@ class MeasuredPruner(BasePruner):
         tokenizer: PreTrainedTokenizerBase,
         *,
         protect: tuple[int, int] = DEFAULT_PROTECT,
-        objective: str = "nll",
+        objective: ObjectiveLike = "nll",
         journal: str | Path | None = None,
+        seed: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(model, tokenizer, protect=protect, **options)
-        self.objective, self.journal = objective, journal
+        self.shares, self.journal, self.seed = parse_objective(objective), journal, seed
         self._qualities: dict[str, RemovalQuality] = {}
 
     def quality(self, eval_data: Sequence[EvalItem]) -> RemovalQuality:
@@ -387,23 +465,25 @@ class MeasuredPruner(BasePruner):
                 self.layers,
                 self.tokenizer,
                 eval_data,
-                objective=self.objective,
+                objective=self.shares,
                 batch_size=self.batch_size,
                 journal=self.journal,
+                seed=self.seed,
             )
         return self._qualities[key]
 
     def compute_layer_scores(self, eval_data: Sequence[EvalItem]) -> LayerScores:
         """Relative change of quality when the layer alone is removed: -0.02 is 2 % worse.
 
-        Costs L + 1 evaluations of the data.
+        Costs about half of the L + 1 evaluations of the data: layers below the removed one run
+        once for all.
         """
         quality = self.quality(eval_data)
         scores = single_removals(quality, range(self.num_layers))
         return LayerScores(scores, strategy=self.name, unit=quality.unit, removes=self.removes)
 
     def _options(self) -> dict[str, Any]:
-        return {"objective": self.objective}
+        return {"objective": self.shares, "seed": self.seed}
 
 
 def _checked_protection(protect: Sequence[int], num_layers: int) -> tuple[int, int]:

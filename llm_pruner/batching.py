@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -104,6 +104,62 @@ def fingerprint(eval_data: Sequence[EvalItem]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+class Row(NamedTuple):
+    """One token sequence before it is padded.
+
+    Attributes:
+        item: position in the data of the item it comes from.
+        ids: its tokens.
+        labels: `ids` where the token is scored, else -100.
+    """
+
+    item: int
+    ids: list[int]
+    labels: list[int]
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    eval_data: Sequence[EvalItem],
+    *,
+    max_length: int = 512,
+    closed: bool = True,
+) -> list[Row]:
+    """Tokenize items; what of them is scored `encode_batches` says. In the order of the data.
+
+    Raises:
+        InvalidDataError: the items cannot be used, or leave no token to score.
+    """
+    rows: list[Row] = []
+    for index, item in enumerate(check_items(eval_data)):
+        if isinstance(item, str):
+            rows += [Row(index, ids, ids) for ids in _windows(tokenizer, item, max_length)]
+        else:
+            pair = item["prompt"], item["reference"]
+            ids, n_prompt = encode_pair(tokenizer, *pair, closed=closed)
+            labels = [IGNORED] * n_prompt + ids[n_prompt:]
+            rows.append(Row(index, ids[-max_length:], labels[-max_length:]))
+    rows = [row for row in rows if any(label != IGNORED for label in row.labels[1:])]
+    if not rows:
+        raise InvalidDataError(
+            f"None of the {len(eval_data)} items leaves a token to score after tokenization: "
+            "texts need at least two tokens."
+        )
+    return rows
+
+
+def pad_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], batch_size: int
+) -> list[Batch]:
+    """Sequences of similar length together in batches, padded on the right."""
+    ordered = sorted(rows, key=lambda row: (len(row.ids), row.item))
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return [
+        _pad(ordered[start : start + batch_size], pad_id)
+        for start in range(0, len(ordered), batch_size)
+    ]
+
+
 def encode_batches(
     tokenizer: PreTrainedTokenizerBase,
     eval_data: Sequence[EvalItem],
@@ -124,26 +180,8 @@ def encode_batches(
     Raises:
         InvalidDataError: the items cannot be used, or leave no token to score.
     """
-    rows: list[tuple[int, list[int], list[int]]] = []
-    for index, item in enumerate(check_items(eval_data)):
-        if isinstance(item, str):
-            rows += [(index, ids, ids) for ids in _windows(tokenizer, item, max_length)]
-        else:
-            pair = item["prompt"], item["reference"]
-            ids, n_prompt = encode_pair(tokenizer, *pair, closed=closed)
-            labels = [IGNORED] * n_prompt + ids[n_prompt:]
-            rows.append((index, ids[-max_length:], labels[-max_length:]))
-    rows = [row for row in rows if any(label != IGNORED for label in row[2][1:])]
-    if not rows:
-        raise InvalidDataError(
-            f"None of the {len(eval_data)} items leaves a token to score after tokenization: "
-            "texts need at least two tokens."
-        )
-    rows.sort(key=lambda row: (len(row[1]), row[0]))
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return [
-        _pad(rows[start : start + batch_size], pad_id) for start in range(0, len(rows), batch_size)
-    ]
+    rows = encode_rows(tokenizer, eval_data, max_length=max_length, closed=closed)
+    return pad_rows(tokenizer, rows, batch_size)
 
 
 def encode_pair(
@@ -190,15 +228,15 @@ def pad_left(sequences: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor,
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def _pad(rows: list[tuple[int, list[int], list[int]]], pad_id: int) -> Batch:
-    width = max(len(ids) for _, ids, _ in rows)
+def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
+    width = max(len(row.ids) for row in rows)
 
     def stack(values: list[list[int]], fill: int) -> torch.Tensor:
         return torch.tensor([value + [fill] * (width - len(value)) for value in values])
 
     return Batch(
-        input_ids=stack([ids for _, ids, _ in rows], pad_id),
-        attention_mask=stack([[1] * len(ids) for _, ids, _ in rows], 0),
-        labels=stack([labels for _, _, labels in rows], IGNORED),
-        rows=tuple(index for index, _, _ in rows),
+        input_ids=stack([row.ids for row in rows], pad_id),
+        attention_mask=stack([[1] * len(row.ids) for row in rows], 0),
+        labels=stack([row.labels for row in rows], IGNORED),
+        rows=tuple(row.item for row in rows),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import logging
 import math
 import os
@@ -20,14 +21,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .errors import InvalidPlanError, LLMPrunerError, MissingDependencyError, OutputError
+from .errors import (
+    InvalidPlanError,
+    LLMPrunerError,
+    MissingDependencyError,
+    OutputError,
+    UnknownNameError,
+)
 from .output import check_output
-from .registry import BUILTIN, check_strategy_name, get_strategy
-from .results import PruningPlan, PruningReport
+from .registry import BUILTIN, check_strategy_name, get_strategy, option_names
+from .results import DepthCurve, PruningPlan, PruningReport
 from .utils import DEMO_MODEL, logger, package_versions
 
 if TYPE_CHECKING:
     from .base import BasePruner
+    from .workflow import DataSplit
 
 INTERRUPTED = 130
 
@@ -102,14 +110,33 @@ def _add_choice(group: Any) -> None:
         help="remove every layer beyond this score; ablation and smart: relative change of "
         "quality, e.g. -0.02 for at most 2 %% worse",
     )
-    add("--tolerance", type=float, help="smart: largest total loss of quality, e.g. 0.015")
+    add(
+        "--tolerance",
+        type=float,
+        help="smart: largest total loss of quality, e.g. 0.015; with --n-layers at most so many",
+    )
+    add(
+        "--sweep",
+        type=int,
+        metavar="K",
+        help="what removing 1 to K layers costs: written to DIR.curve.json; no model is written",
+    )
     add("--layers", metavar="3,7,11", help="remove these layers; nothing is scored")
     add("--plan", metavar="FILE", help="remove the layers of a plan made by --dry-run --json")
     add("--protect", metavar="A,B", help="never remove the first A and last B layers (2,2)")
     add(
         "--objective",
         metavar="O",
-        help="ablation and smart: nll (log-likelihood of references) or similarity (of answers)",
+        help="what ablation and smart measure: nll (likelihood of references or text, default), kl "
+        "or agreement (with the full model), accuracy (of multiple choice), similarity (of "
+        "answers), or a mixture, nll=0.7,accuracy=0.3",
+    )
+    add(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the strategy's class, e.g. contiguous=false for pruneme; repeatable",
     )
     add("--resume", action="store_true", help="reuse the measurements of an interrupted run")
 
@@ -168,7 +195,7 @@ def _check(args: argparse.Namespace) -> None:
         raise InvalidPlanError(f"--protect takes two numbers, A,B; got {len(args.protect)}.")
     amounts = {
         name: getattr(args, name.replace("-", "_"))
-        for name in ("layers", "plan", "ratio", "n-layers", "threshold")
+        for name in ("layers", "plan", "ratio", "n-layers", "threshold", "sweep")
     }
     given = [f"--{name}" for name, value in amounts.items() if value is not None]
     if len(given) > 1:
@@ -187,12 +214,24 @@ def _check(args: argparse.Namespace) -> None:
         raise MissingDependencyError("--heal lora needs peft: pip install 'llm_pruner[heal]'.")
     if Path(args.output).resolve() == Path(args.model).resolve():
         raise OutputError(f"--output {args.output} is the model itself: choose another folder.")
-    for name in ("n_samples", "n_layers", "batch_size"):
+    args.option = dict(map(_option, args.option))
+    for name in ("n_samples", "n_layers", "batch_size", "sweep"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InvalidPlanError(f"--{name.replace('_', '-')} {value} must be at least 1.")
-    if not args.dry_run:
+    if not args.dry_run and args.sweep is None:
         check_output(args.output, overwrite=args.overwrite)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """Name and value of ``NAME=VALUE``; the value is read as JSON, or is a text."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise InvalidPlanError(f"--option {text!r} must be NAME=VALUE, e.g. contiguous=false.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _integers(option: str, text: str | None) -> list[int] | None:
@@ -233,7 +272,10 @@ def _run(args: argparse.Namespace) -> None:
         healing=args.heal != "none" and not args.dry_run,
         seed=args.seed,
     )
-    plan = _make_plan(args, pruner, data.scoring)
+    if args.sweep is not None:
+        _sweep(args, pruner, data)
+        return
+    plan = _make_plan(args, pruner, data)
     if args.dry_run:
         print(plan.to_json() if args.json else plan_text(plan), end="")
         return
@@ -248,7 +290,7 @@ def _run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         seed=args.seed,
     )
-    figures = draw_figures(pruner, pruned, report, data.judging) if args.visualize else []
+    figures = draw_figures(pruner, pruned, report, data) if args.visualize else []
     if args.export_yaml:
         pruner.export_mergekit_yaml(plan.remove, args.export_yaml, args.model)
     if args.json:
@@ -264,10 +306,15 @@ def _make_pruner(args: argparse.Namespace, model: Any, tokenizer: Any) -> BasePr
     from .base import MeasuredPruner
 
     cls = get_strategy(args.strategy)
+    for name in args.option:
+        if name not in option_names(cls):
+            raise UnknownNameError.of(f"option of {args.strategy!r}", name, option_names(cls))
     options: dict[str, Any] = {"batch_size": args.batch_size, "layers_path": args.layers_path}
     if args.protect is not None:
         options["protect"] = tuple(args.protect)
     measured = issubclass(cls, MeasuredPruner)
+    if measured:
+        options["seed"] = args.seed
     if args.objective is not None:
         if not measured:
             raise InvalidPlanError(
@@ -276,14 +323,35 @@ def _make_pruner(args: argparse.Namespace, model: Any, tokenizer: Any) -> BasePr
             )
         options["objective"] = args.objective
     if measured and not args.dry_run and args.layers is None and args.plan is None:
-        journal = Path(f"{args.output.rstrip('/')}.journal.jsonl")
+        journal = _beside(args, "journal.jsonl")
         if not args.resume:
             journal.unlink(missing_ok=True)
         options["journal"] = journal
-    return cls(model, tokenizer, **options)
+    return cls(model, tokenizer, **{**options, **args.option})
 
 
-def _make_plan(args: argparse.Namespace, pruner: BasePruner, scoring: Any) -> PruningPlan:
+def _beside(args: argparse.Namespace, ending: str) -> Path:
+    """A file beside the output folder, named after it."""
+    return Path(f"{args.output.rstrip('/')}.{ending}")
+
+
+def _sweep(args: argparse.Namespace, pruner: BasePruner, data: DataSplit) -> None:
+    curve = pruner.sweep(data.scoring, args.sweep, model_id=args.model, held_out=data.judging)
+    written = []
+    if not args.dry_run:
+        written.append(_beside(args, "curve.json"))
+        curve.save(written[0])
+    if args.visualize and not args.dry_run:
+        from .visualization import plot_depth_curve
+
+        written.append(_beside(args, "curve.png"))
+        plot_depth_curve(curve, save_path=written[1])
+    print(curve.to_json() if args.json else curve_text(curve), end="")
+    if not args.json:
+        print("".join(f"Wrote {path}\n" for path in written), end="")
+
+
+def _make_plan(args: argparse.Namespace, pruner: BasePruner, data: DataSplit) -> PruningPlan:
     if args.layers is not None:
         return PruningPlan(
             model_id=args.model,
@@ -296,14 +364,26 @@ def _make_plan(args: argparse.Namespace, pruner: BasePruner, scoring: Any) -> Pr
         plan.check_fits(pruner.num_layers)
         return plan
     logger.info("Scoring %d layers: %s", pruner.num_layers, pruner.description())
-    return pruner.plan(
-        scoring,
-        model_id=args.model,
-        ratio=args.ratio,
-        threshold=args.threshold,
-        tolerance=args.tolerance,
-        n_layers=args.n_layers,
-    )
+    try:
+        return pruner.plan(
+            data.scoring,
+            model_id=args.model,
+            ratio=args.ratio,
+            threshold=args.threshold,
+            tolerance=args.tolerance,
+            n_layers=args.n_layers,
+            held_out=data.judging,
+        )
+    except (KeyboardInterrupt, SystemExit):
+        if pruner.partial_plan and not args.dry_run:
+            path = _beside(args, "partial_plan.json")
+            pruner.partial_plan.save(path)
+            print(
+                f"\nThe search had come to {len(pruner.partial_plan.remove)} layers: use them with "
+                f"--plan {path}, or go on with --resume.",
+                file=sys.stderr,
+            )
+        raise
 
 
 def plan_text(plan: PruningPlan) -> str:
@@ -315,9 +395,34 @@ def plan_text(plan: PruningPlan) -> str:
             mark = "  remove" if layer in plan.remove else ""
             lines.append(f"{layer:5d}  {score:+.6g}{mark}")
     for step in plan.steps:
-        verb = "cut" if step["kept"] else "rolled back"
-        lines.append(f"{verb} layer {step['layer']}: total change {step['change']:+.4f}")
+        what = f"cut layer {step['layer']}" if step["action"] == "cut" else ""
+        if step["action"] == "exchange":
+            what = f"removed {step['in']} instead of {step['out']}"
+        undone = "" if step["kept"] else ", rolled back"
+        lines.append(
+            f"{what}: total change {step['change']:+.4f} on {step['samples']} samples{undone}"
+        )
     lines.append(_headline("Would remove", plan))
+    if plan.held_out:
+        lines.append(f"Its cost: {_held_out(plan.held_out)}")
+    return "\n".join(lines) + "\n"
+
+
+def _held_out(held: dict[str, Any]) -> str:
+    return (
+        f"{held['change']:+.1%} (95 % interval {held['low']:+.1%} to {held['high']:+.1%}), "
+        f"{held['unit']}, {held['items']} unseen items"
+    )
+
+
+def curve_text(curve: DepthCurve) -> str:
+    """A curve for people: one row per number of layers."""
+    lines = [f"{curve.unit} ({curve.strategy})", "", "     k   chosen on   unseen (95 % interval)"]
+    for point in curve.points:
+        row = f"{point['n_layers']:6d}{point['change']:>+12.1%}"
+        if held := point["held_out"]:
+            row += f"{held['change']:>+9.1%} ({held['low']:+.1%} to {held['high']:+.1%})"
+        lines.append(f"{row}  {point['removed']}")
     return "\n".join(lines) + "\n"
 
 
@@ -369,9 +474,12 @@ def _footnote(report: PruningReport) -> str:
         )
         tasks = heal["cut_quality"]["tasks"]
         healed += (f", task mean {tasks['mean']:.3f}" if tasks else "") + ".\n"
+    held = report.plan.held_out
+    note = " (not healed)" if healed else ""
     return (
-        f"{healed}Quality on {report.evaluation_data['items']} items that played no part in the "
-        f"choice.\nCheckpoint, reloaded and verified: {report.output_dir}"
+        f"Cost of the cut{note}: {_held_out(held)}.\n{healed}"
+        f"Quality on {report.evaluation_data['items']} items that played no part in the choice.\n"
+        f"Checkpoint, reloaded and verified: {report.output_dir}"
     )
 
 

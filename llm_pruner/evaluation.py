@@ -141,10 +141,15 @@ class ModelEvaluator:
             InvalidDataError: the items cannot be used, or none has a reference.
             NonFiniteError: the model's logits or the embedder's vectors are not finite.
         """
-        items = _questions(eval_data)
-        given = self._answers(items) if answers is None else answers
-        scores = self._similarities([{**item, "aliases": ()} for item in items], given)
+        scores = self.evaluate_items(_questions(eval_data), answers)
         return math.fsum(scores) / len(scores)
+
+    def evaluate_items(
+        self, items: Sequence[Mapping[str, Any]], answers: Sequence[str] | None = None
+    ) -> list[float]:
+        """What `evaluate` is the mean of: one cosine per item with a reference."""
+        given = self._answers(items) if answers is None else answers
+        return self._similarities([{**item, "aliases": ()} for item in items], given)
 
     def _answers(self, items: Sequence[Mapping[str, Any]]) -> list[str]:
         return self.generate([item["prompt"] for item in items])
@@ -319,11 +324,7 @@ class HolisticEvaluator(ModelEvaluator):
         if sorted(rows) != list(range(len(pairs))):
             raise InvalidDataError("The tokenizer makes nothing of some choices: remove them.")
         losses = iter([loss for _, loss in sorted(zip(rows, total.tolist(), strict=True))])
-        scores = []
-        for item in items:
-            own = list(islice(losses, len(item["choices"])))
-            scores.append(float(item["choices"][own.index(min(own))] == item["reference"]))
-        return scores
+        return [choice_score(item, list(islice(losses, len(item["choices"])))) for item in items]
 
     def _numbers(self, items: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> list[float]:
         """1 where the answer's number is the reference's, or the answer is one of the aliases."""
@@ -333,6 +334,11 @@ class HolisticEvaluator(ModelEvaluator):
             aliases = {alias.casefold() for alias in item.get("aliases") or ()}
             scores.append(float(same or answer.rstrip(".").casefold() in aliases))
         return scores
+
+
+def choice_score(item: Mapping[str, Any], losses: Sequence[float]) -> float:
+    """1 if the choice with the least loss (the first of equals) is the reference, else 0."""
+    return float(item["choices"][losses.index(min(losses))] == item["reference"])
 
 
 def _task(item: Any) -> str:

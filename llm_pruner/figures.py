@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 COLUMN, PAGE = 3.4, 7.0  # inches
 BLUE, ORANGE, GREEN = "#0173b2", "#de8f05", "#029e73"  # seaborn's palette "colorblind"
+PALETTE = (BLUE, ORANGE, GREEN, "#d55e00", "#cc78bc", "#404040")  # its first five, and grey
 METADATA = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 SMALL = ("xtick.labelsize", "ytick.labelsize", "legend.fontsize")
 MEDIUM = ("font.size", "axes.labelsize", "axes.titlesize")
@@ -64,6 +65,16 @@ def legend_below(figure: Figure, axes: Any) -> None:
     """One row of legend under the figure."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+
+
+def legend_columns(figure: Figure, columns: list[list[Any]]) -> None:
+    """A legend under the figure that keeps the handles of each column together."""
+    from matplotlib.lines import Line2D
+
+    rows = max(map(len, columns))
+    gap = Line2D([], [], linestyle="", label=" ")
+    handles = [handle for column in columns for handle in column + [gap] * (rows - len(column))]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(columns))
 
 
 def printable(text: str) -> str:

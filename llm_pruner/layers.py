@@ -5,9 +5,10 @@ The only module that knows how models are built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, overload
 
 import torch
@@ -19,6 +20,7 @@ from .likelihood import evaluating
 from .results import check_layers
 from .surgery import cut_layers
 
+Entry = Callable[[int, torch.Tensor], None]
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 # What a stand-in answers differently from its layer: it begins no block of layers (inkling2).
@@ -115,7 +117,11 @@ class LayerStack(Sequence[nn.Module]):
         Raises:
             InvalidPlanError: `indices` do not fit the stack.
         """
-        removed = check_layers(indices, len(self))
+        with self._standing_in(check_layers(indices, len(self))) as model:
+            yield model
+
+    @contextmanager
+    def _standing_in(self, removed: Collection[int]) -> Iterator[nn.Module]:
         forms = {path: self._return_forms(path) for path in self.paths} if removed else {}
         in_parts = len({path.rpartition(".")[0] for path in self.paths}) < len(self.paths)
         originals = [
@@ -134,7 +140,29 @@ class LayerStack(Sequence[nn.Module]):
                 _layer_list(self.model, path)[index] = layer
 
     @contextmanager
-    def replay(self, start: int, hidden: torch.Tensor) -> Iterator[nn.Module]:
+    def entering(self, places: Iterable[int], observer: Entry) -> Iterator[None]:
+        """Call ``observer(index, hidden)`` with the input of the layers `places` before they run.
+
+        Unlike with `observe`, the stand-in of a bypassed layer counts: what would enter the layer
+        passes through it.
+        """
+
+        def hook(index: int) -> Callable[..., None]:
+            def call(module: nn.Module, args: Any, kwargs: Any) -> None:
+                observer(index, _hidden_in(args, kwargs))
+
+            return call
+
+        with ExitStack() as handles:
+            for index in places:
+                handle = self._list[index].register_forward_pre_hook(hook(index), with_kwargs=True)
+                handles.callback(handle.remove)
+            yield
+
+    @contextmanager
+    def replay(
+        self, start: int, hidden: torch.Tensor, removed: Iterable[int] = ()
+    ) -> Iterator[nn.Module]:
         """Inside the block a forward pass begins at layer `start`, on the stored state `hidden`.
 
         The layers below do nothing, so the pass costs what the layers from `start` on cost, and
@@ -143,33 +171,71 @@ class LayerStack(Sequence[nn.Module]):
 
         Args:
             start: the layer that gets `hidden` as its input.
-            hidden: (sequences, tokens, hidden), as `observe` reports it for that layer.
+            hidden: (sequences, tokens, hidden), as `entering` or `observe` reports it for that
+                layer.
+            removed: layers to bypass from `start` on; those below do not matter.
 
         Raises:
-            InvalidPlanError: `start` does not fit the stack.
+            InvalidPlanError: `start` or `removed` do not fit the stack.
             UnsupportedModelError: the layers hand on more than the hidden state, or are not one
                 list.
         """
         if not 0 <= start < len(self):
             raise InvalidPlanError(f"start={start} must be from 0 to {len(self) - 1}, a layer.")
-        carried = [len(form.sources) - form.sources.count(None) for form in self._return_forms()]
-        if len(self.paths) > 1 or max(carried) > 1:
+        if not self._hands_on_one_state():
             raise UnsupportedModelError(
                 f"The layers of {type(self.model).__name__} hand on more than the hidden state, so "
                 "a pass cannot begin in their middle."
             )
+        with self._replay(start, hidden, check_layers(removed, len(self))) as model:
+            yield model
 
+    @contextmanager
+    def _replay(
+        self, start: int, hidden: torch.Tensor, removed: Sequence[int] = ()
+    ) -> Iterator[nn.Module]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
             if args:
                 return (hidden, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": hidden}
 
-        with self.bypass(range(start)) as model:
+        with self._standing_in({*range(start), *removed}) as model:
             handle = self._list[start].register_forward_pre_hook(enter, with_kwargs=True)
             try:
                 yield model
             finally:
                 handle.remove()
+
+    def _hands_on_one_state(self) -> bool:
+        carried = [len(form.sources) - form.sources.count(None) for form in self._return_forms()]
+        return len(self.paths) == 1 and max(carried) <= 1
+
+    @cached_property
+    def can_replay(self) -> bool:
+        """Whether `replay` gives exactly what the whole pass gives.
+
+        Tried out on two tokens, because a layer may use what a layer below has left elsewhere
+        than in the hidden state (keys and values shared between layers).
+        """
+        if not self._hands_on_one_state():
+            return False
+        given = {"input_ids": torch.tensor([[0, 1]], device=self.device), "use_cache": False}
+        states: dict[int, torch.Tensor] = {}
+        starts = sorted({len(self) // 2, len(self) - 1})
+        with evaluating(self.model):
+            with self.entering(range(len(self)), states.__setitem__):
+                whole = self.model(**given).logits
+            if len(states) < len(self):  # some layers run for images alone, say
+                return False
+            for start in starts:
+                with self._replay(start, states[start]):
+                    try:
+                        again = self.model(**given).logits
+                    except (LookupError, TypeError, AttributeError):  # what is missing below
+                        return False
+                if not torch.allclose(again, whole, rtol=1e-4, atol=1e-5, equal_nan=True):
+                    return False
+        return True
 
     def remove(self, indices: Iterable[int]) -> Any:
         """A new model without the layers `indices`.

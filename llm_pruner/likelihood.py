@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,29 +76,66 @@ def sequence_nll(
     return total, torch.cat(counts)
 
 
-def _token_nll(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """NLL of each scored token (float64, nats) and the sequence it belongs to; on the CPU."""
+@dataclass(frozen=True)
+class ScoredLogits:
+    """What a model says about the scored tokens of a batch.
+
+    Attributes:
+        logits: (sequences, positions, vocabulary), of the last positions or of all.
+        table: (3, tokens) int64: for each scored token its sequence, its position in `logits`
+            and its id.
+    """
+
+    logits: torch.Tensor
+    table: torch.Tensor
+
+    @property
+    def owner(self) -> torch.Tensor:
+        """(tokens,) int64 on the CPU: the sequence each scored token belongs to."""
+        return self.table[0].cpu()
+
+    def chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Logits (n, vocabulary), at least float32, and ids (n,) of a limited number of tokens."""
+        exact = torch.promote_types(self.logits.dtype, torch.float32)
+        step = max(1, CHUNK_ELEMENTS // self.logits.shape[-1])
+        for start in range(0, self.table.shape[1], step):
+            row, place, label = self.table[:, start : start + step]
+            yield self.logits[row, place].to(exact), label
+
+
+def scored_logits(model: torch.nn.Module, batch: Batch) -> ScoredLogits:
+    """Run the model on a batch, padded on either side.
+
+    Raises:
+        InvalidDataError: token ids that the model does not have.
+    """
     batch = _pad_right(batch)
     check_ids(model, batch.input_ids)
     owner, position = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    if not len(owner):
-        return torch.zeros(0, dtype=torch.float64), owner
     width = batch.input_ids.shape[1]
-    wanted = {"use_cache": False, "logits_to_keep": width - int(position.min())}
-    accepted = inspect.signature(model.forward).parameters
-    options = {name: value for name, value in wanted.items() if name in accepted}
+    first = int(position.min()) if len(position) else width - 1
     inputs = batch.to(input_device(model)).inputs()
-    logits = model(**inputs, **options).logits  # of the last positions, or of all
+    logits = model(**inputs, **forward_options(model, width - first)).logits
     labels = batch.labels[owner, position + 1]
     column = position - (width - logits.shape[1])
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    step = max(1, CHUNK_ELEMENTS // logits.shape[-1])
-    table, parts = torch.stack([owner, column, labels]).to(logits.device), []
-    for start in range(0, len(owner), step):
-        row, place, label = table[:, start : start + step]
-        scores = logits[row, place].to(exact)  # (step, vocabulary)
-        parts.append(cross_entropy(scores, label, reduction="none"))
-    return torch.cat(parts).cpu().double(), owner
+    return ScoredLogits(logits, torch.stack([owner, column, labels]).to(logits.device))
+
+
+def forward_options(model: torch.nn.Module, logits_to_keep: int) -> dict[str, Any]:
+    """Arguments that keep a forward pass cheap, as far as the model takes them.
+
+    No cache, and logits of the last positions alone.
+    """
+    wanted = {"use_cache": False, "logits_to_keep": logits_to_keep}
+    accepted = inspect.signature(model.forward).parameters
+    return {name: value for name, value in wanted.items() if name in accepted}
+
+
+def _token_nll(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """NLL of each scored token (float64, nats) and the sequence it belongs to; on the CPU."""
+    scored = scored_logits(model, batch)
+    parts = [cross_entropy(scores, label, reduction="none") for scores, label in scored.chunks()]
+    return torch.cat([torch.zeros(0), *(part.cpu() for part in parts)]).double(), scored.owner
 
 
 def _pad_right(batch: Batch) -> Batch:

@@ -6,21 +6,43 @@ A new one is a subclass of `BasePruner` with `description()` and `compute_layer_
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+import torch
 
 from .base import DEFAULT_PROTECT, BasePruner, MeasuredPruner
 from .batching import EvalItem
 from .errors import InvalidPlanError
 from .registry import register_strategy
 from .results import LayerScores, check_layers
-from .search import greedy_removal
-from .stats import AngularDistances, RunningMean, RunningVariance, last_real_token
+from .search import depth_curve, search_layers
+from .stats import (
+    AngularDistances,
+    CosineSimilarities,
+    RunningMean,
+    RunningVariance,
+    last_real_token,
+    real_tokens,
+    sequence_means,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["AVSSPruner", "AblationPruner", "BasePruner", "PruneMePruner", "SmartPruner"]
+__all__ = [
+    "AVSSPruner",
+    "AblationPruner",
+    "BasePruner",
+    "BlockInfluencePruner",
+    "PruneMePruner",
+    "SimilarityPruner",
+    "SmartPruner",
+    "cumulative_avss",
+]
+
+Pool = Literal["sequence", "none", "neuron"]
 
 
 @register_strategy("ablation")
@@ -28,11 +50,11 @@ class AblationPruner(MeasuredPruner):
     """Sensitivity: what the model loses when one layer is taken out, measured.
 
     The strategy to trust when layers are removed one by one; it does not see how removals
-    add up (`SmartPruner` does). Cost: L + 1 evaluations.
+    add up (`SmartPruner` does). Cost: half of L + 1 evaluations.
     """
 
     def description(self) -> str:
-        return "Measures the quality lost without each layer; L + 1 evaluations."
+        return "Measures the quality lost without each layer; half of L + 1 evaluations."
 
     def select_layers(
         self,
@@ -50,17 +72,34 @@ class AblationPruner(MeasuredPruner):
 class AVSSPruner(BasePruner):
     """Activation variance divided by activation sparsity; the lowest layers go. One pass.
 
-    Variant ``published`` (Song et al., "AVSS", arXiv:2411.02117, and the authors' code): a
-    layer's activations are its outputs; AV is the variance over the hidden dimension of the
-    mean over a sequence, averaged over sequences; AS is the share of elements below 1e-5 in
-    size. Departures: padding is left out; half an element is added to the count of AS, which
-    is 0 for nearly every residual stream and would divide by zero; the lowest scores are
-    selected (the authors' cumulative sum before sorting takes the first layers instead).
+    Variant ``published`` (Song et al., "AVSS", arXiv:2411.02117): of the N activations of a
+    layer, its outputs, AV is the variance, AS the share below `epsilon` in size, and the score
+    AV / AS. What the activations are, `pool` says; paper and code disagree:
 
-    Variant ``repaired`` (default): raw variance grows with depth in pre-norm models and so
-    condemns the first layers. Here AV is the variance of what the layer adds to its input,
-    divided by the variance of the input, and an element counts as sparse below a tenth of the
-    root mean square of the addition.
+    - ``sequence``, the authors' code: AV is the sample variance over the hidden dimension of the
+      mean over a sequence, averaged over sequences; AS counts all elements.
+    - ``none``, the formula to the letter: every element of every token is an activation.
+    - ``neuron``: an activation is the mean of one neuron over all tokens of all sequences, for AV
+      and for AS.
+
+    Departures: padding is left out; where no activation is below `epsilon`, as in nearly every
+    residual stream, AS would be 0, and half an activation is counted instead; the lowest scores
+    are selected (the authors' cumulative sum before sorting takes the first layers, see
+    `cumulative_avss`).
+
+    Variant ``repaired`` (default): an AS that is nearly always 0 tells nothing, and raw variance
+    grows with depth in pre-norm models and so condemns the first layers. Here AV is the variance
+    of what the layer adds to its input, divided by the variance of the input, and an element
+    counts as sparse below a tenth of the root mean square of the addition.
+
+    Args:
+        variant: ``repaired`` or ``published``.
+        pool: what an activation is, of the published variant.
+        epsilon: size below which an activation is sparse, of the published variant; the authors'
+            1e-5 by default.
+
+    Raises:
+        InvalidPlanError: an option that cannot be, or one of the published variant for the other.
     """
 
     unit = "activation variance / activation sparsity"
@@ -72,12 +111,23 @@ class AVSSPruner(BasePruner):
         *,
         protect: tuple[int, int] = DEFAULT_PROTECT,
         variant: Literal["repaired", "published"] = "repaired",
+        pool: Pool = "sequence",
+        epsilon: float = 1e-5,
         **options: Any,
     ) -> None:
         super().__init__(model, tokenizer, protect=protect, **options)
         if variant not in ("repaired", "published"):
             raise InvalidPlanError(f"variant={variant!r} must be 'repaired' or 'published'.")
-        self.variant = variant
+        if pool not in get_args(Pool):
+            raise InvalidPlanError(f"pool={pool!r} must be one of {', '.join(get_args(Pool))}.")
+        if type(epsilon) not in (int, float) or not 0 < epsilon < math.inf:
+            raise InvalidPlanError(f"epsilon={epsilon!r} must be a number above 0.")
+        if variant != "published" and (pool, epsilon) != ("sequence", 1e-5):
+            raise InvalidPlanError(
+                f"pool={pool!r} and epsilon={epsilon!r} have no meaning for variant={variant!r}: "
+                "leave them out, or use variant='published'."
+            )
+        self.variant, self.pool, self.epsilon = variant, pool, epsilon
 
     def description(self) -> str:
         return "Reads the variance and sparsity of activations; one pass, a weak signal."
@@ -88,37 +138,53 @@ class AVSSPruner(BasePruner):
         return self._scored(score(eval_data))
 
     def _published(self, eval_data: Sequence[EvalItem]) -> dict[int, float]:
-        variance = [RunningMean() for _ in self.layers]
-        sparse = [RunningMean() for _ in self.layers]
+        layers = range(self.num_layers)
+        per_sequence = [RunningMean() for _ in layers]
+        pooled = [RunningVariance() for _ in layers]
+        sparse = [RunningMean() for _ in layers]
+        neurons = torch.zeros(self.num_layers, 1, dtype=torch.float64)  # sums over tokens
+        tokens = 0
         for states, real in self.hidden_states(eval_data):
-            for index, output in enumerate(states[1:]):
-                weight = real.to(output.device).double().unsqueeze(-1)
-                mean = output.double().masked_fill(weight == 0, 0.0).sum(1) / weight.sum(1)
-                variance[index].update(mean.var(dim=-1))
-                sparse[index].update(output[weight.squeeze(-1).bool()].abs() < 1e-5)
-        return {
-            index: variance[index].mean / ((sparse[index].total + 0.5) / sparse[index].count)
-            for index in range(self.num_layers)
-        }
+            outputs = states[1:]
+            if self.pool == "sequence":
+                for index, means in enumerate(sequence_means(outputs, real)):
+                    per_sequence[index].update(means.var(dim=-1))
+            for chunk in real_tokens(outputs, real):  # (layers, tokens, hidden)
+                if self.pool == "neuron":
+                    neurons = neurons + chunk.sum(dim=1).cpu()  # (layers, hidden)
+                    tokens += chunk.shape[1]
+                    continue
+                for index in layers:
+                    sparse[index].update(chunk[index].abs() < self.epsilon)
+                    if self.pool == "none":
+                        pooled[index].update(chunk[index])
+        if self.pool == "neuron":
+            for index, means in enumerate(neurons / tokens):
+                pooled[index].update(means)
+                sparse[index].update(means.abs() < self.epsilon)
+        variance = [
+            per_sequence[index].mean if self.pool == "sequence" else pooled[index].variance
+            for index in layers
+        ]
+        return {index: variance[index] / _share(sparse[index]) for index in layers}
 
     def _repaired(self, eval_data: Sequence[EvalItem]) -> dict[int, float]:
         added = [RunningVariance() for _ in self.layers]
         entering = [RunningVariance() for _ in self.layers]
         sparse = [RunningMean() for _ in self.layers]
         for states, real in self.hidden_states(eval_data):
-            for index in range(self.num_layers):
-                x = states[index][real.to(states[index].device)].double()
-                y = states[index + 1][real.to(states[index + 1].device)].double().to(x.device)
-                update = y - x  # (tokens, hidden)
-                size = update.square().mean(dim=-1, keepdim=True).sqrt()
-                added[index].update(update)
-                entering[index].update(x)
-                sparse[index].update(update.abs() < 0.1 * size)
-        return {
-            index: (added[index].variance / (entering[index].variance or math.nan))
-            / ((sparse[index].total + 0.5) / sparse[index].count)
-            for index in range(self.num_layers)
-        }
+            for chunk in real_tokens(states, real):  # (layers + 1, tokens, hidden)
+                for index in range(self.num_layers):
+                    update = chunk[index + 1] - chunk[index]
+                    size = update.square().mean(dim=-1, keepdim=True).sqrt()
+                    added[index].update(update)
+                    entering[index].update(chunk[index])
+                    sparse[index].update(update.abs() < 0.1 * size)
+        scores = {}
+        for index in range(self.num_layers):
+            variance = added[index].variance / (entering[index].variance or math.nan)
+            scores[index] = variance / _share(sparse[index])
+        return scores
 
     def select_layers(
         self, scores: Mapping[int, float], ratio: float = 0.25, threshold: float | None = None
@@ -127,23 +193,57 @@ class AVSSPruner(BasePruner):
         return super().select_layers(scores, ratio, threshold)
 
     def _options(self) -> dict[str, Any]:
-        return {"variant": self.variant}
+        if self.variant == "repaired":
+            return {"variant": self.variant}
+        return {"variant": self.variant, "pool": self.pool, "epsilon": self.epsilon}
 
 
-@register_strategy("pruneme")
-class PruneMePruner(BasePruner):
-    """Angular distance across layers; the contiguous block that turns the stream least goes.
+def _share(sparse: RunningMean) -> float:
+    """Share of activations that are sparse; if none is, that of half an activation."""
+    return max(sparse.total, 0.5) / sparse.count if sparse.count else math.nan
 
-    Score of layer i: mean angular distance between its input and its output at the last real
-    token of every sequence (Gromov et al., "The Unreasonable Ineffectiveness of the Deeper
-    Layers", arXiv:2403.17887, section 3.2). One pass gives every block of every length.
+
+def cumulative_avss(scores: Mapping[int, float]) -> dict[int, float]:
+    """CAVSS: for each layer the share of all AVSS that it and the layers below its score hold.
+
+    The normalised scores AVSS_i / (sum of AVSS), added up in ascending order of the score, in
+    which the layers are returned too; of equal scores the deeper layer first. The authors' code
+    removes the layers up to a share of 0.25, but adds up in the order of depth and sorts
+    afterwards, so that the first layers go, whatever they score.
+
+    Raises:
+        InvalidPlanError: the scores add up to nothing.
+
+    Example:
+        >>> shares = cumulative_avss({0: 5, 1: 1, 2: 2, 3: 8, 4: 4})
+        >>> [layer for layer, share in shares.items() if share <= 0.25]
+        [1, 2]
+    """
+    total, running, shares = math.fsum(scores.values()), 0.0, {}
+    if not total > 0:
+        raise InvalidPlanError(f"The scores add up to {total}: AVSS is above 0 for some layer.")
+    for layer in sorted(scores, key=lambda layer: (scores[layer], -layer)):
+        running += scores[layer]
+        shares[layer] = running / total
+    return shares
+
+
+class SimilarityPruner(BasePruner):
+    """Base of the strategies that compare the residual stream before and after a block of layers.
+
+    A block is a run of neighbouring layers. One pass over the data gives the distance of every
+    block of every length, since what enters and what leaves a block are states that any pass has.
 
     Args:
-        contiguous: remove one block, the paper's choice; otherwise the layers with the
-            smallest distance each.
+        contiguous: remove one block; otherwise the layers with the smallest distance each. By
+            default what the strategy's paper does.
+        options: the other options of `BasePruner`.
+
+    Raises:
+        InvalidPlanError: `contiguous` is no truth value.
     """
 
-    unit = "angular distance (arccos(cos)/pi)"
+    contiguous_by_default: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -151,22 +251,24 @@ class PruneMePruner(BasePruner):
         tokenizer: PreTrainedTokenizerBase,
         *,
         protect: tuple[int, int] = DEFAULT_PROTECT,
-        contiguous: bool = True,
+        contiguous: bool | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model, tokenizer, protect=protect, **options)
-        self.contiguous = contiguous
+        if not isinstance(contiguous, bool | None):
+            raise InvalidPlanError(f"contiguous={contiguous!r} must be True or False.")
+        self.contiguous = self.contiguous_by_default if contiguous is None else contiguous
 
-    def description(self) -> str:
-        return "Finds the block of layers that turns the hidden state least; one pass."
+    @abstractmethod
+    def distances(self, eval_data: Sequence[EvalItem]) -> torch.Tensor:
+        """(L + 1, L + 1) float64: what separates state i from state j, in one pass.
+
+        State i is the input of layer i, state L the output of the last layer.
+        """
 
     def compute_layer_scores(self, eval_data: Sequence[EvalItem]) -> LayerScores:
         """Distances of single layers, and in `.blocks` of every block: ``blocks[start][n - 1]``."""
-        distances = AngularDistances(self.num_layers + 1)
-        for states, real in self.hidden_states(eval_data):
-            first = states[0].device
-            distances.update(last_real_token([state.to(first) for state in states], real))
-        matrix = distances.matrix.tolist()
+        matrix = self.distances(eval_data).tolist()
         blocks = [matrix[start][start + 1 :] for start in range(self.num_layers)]
         scores = {index: blocks[index][0] for index in range(self.num_layers)}
         return LayerScores(scores, strategy=self.name, unit=self.unit, blocks=blocks)
@@ -177,6 +279,7 @@ class PruneMePruner(BasePruner):
         """The block of ``ratio`` of all layers with the smallest distance.
 
         With `threshold`: the longest block whose distance is below it, the closest of equals.
+        Without `contiguous` the layers with the smallest distance, or all below `threshold`.
 
         Raises:
             InvalidPlanError: `scores` carry no block distances (not from `compute_layer_scores`).
@@ -187,7 +290,7 @@ class PruneMePruner(BasePruner):
         if blocks is None:
             raise InvalidPlanError(
                 "These scores hold no block distances: pass what compute_layer_scores returned, "
-                "or use PruneMePruner(..., contiguous=False)."
+                f"or use {type(self).__name__}(..., contiguous=False)."
             )
         first, end = self.candidates.start, self.candidates.stop
         if threshold is None:
@@ -205,19 +308,78 @@ class PruneMePruner(BasePruner):
         return {"contiguous": self.contiguous}
 
 
+@register_strategy("pruneme")
+class PruneMePruner(SimilarityPruner):
+    """Angular distance across layers; the contiguous block that turns the stream least goes.
+
+    Score of a block: mean angular distance between its input and its output at the last real
+    token of every sequence (Gromov et al., "The Unreasonable Ineffectiveness of the Deeper
+    Layers", arXiv:2403.17887, section 3.2).
+
+    Departures: padding is left out; float64; the output of the last layer is taken before the
+    final norm.
+
+    Args:
+        contiguous: remove one block, the paper's choice (default); otherwise the layers with the
+            smallest distance each.
+    """
+
+    unit = "angular distance (arccos(cos)/pi)"
+
+    def description(self) -> str:
+        return "Finds the block of layers that turns the hidden state least; one pass."
+
+    def distances(self, eval_data: Sequence[EvalItem]) -> torch.Tensor:
+        angles = AngularDistances(self.num_layers + 1)
+        for states, real in self.hidden_states(eval_data):
+            angles.update(last_real_token(states, real))
+        return angles.matrix
+
+
+@register_strategy("bi")
+class BlockInfluencePruner(SimilarityPruner):
+    """Block Influence: one minus the cosine across a layer; the lowest layers go, all at once.
+
+    BI_i = 1 - E[cos(X_i,t, X_i+1,t)] over all real tokens t of all sequences X, where X_i enters
+    layer i (Men et al., "ShortGPT", arXiv:2403.03853). BI of a block of n layers is
+    1 - E[cos(X_i,t, X_i+n,t)].
+
+    Departures: padding is left out; float64, where half precision overflows in a norm and the
+    authors' code puts 0.5 for a cosine that is NaN; the output of the last layer is taken before
+    the final norm (``hidden_states[-1]`` is taken after it).
+
+    Args:
+        contiguous: remove the one block with the lowest BI; otherwise the layers with the lowest
+            BI each, the paper's choice (default).
+    """
+
+    unit = "block influence (1 - cos)"
+    contiguous_by_default = False
+
+    def description(self) -> str:
+        return "Finds the layers that turn the hidden states of all tokens least; one pass."
+
+    def distances(self, eval_data: Sequence[EvalItem]) -> torch.Tensor:
+        cosines = CosineSimilarities(self.num_layers + 1)
+        for states, real in self.hidden_states(eval_data):
+            for tokens in real_tokens(states, real):
+                cosines.update(tokens)
+        return (1 - cosines.matrix).clamp(0, 2)
+
+
 @register_strategy("smart")
 class SmartPruner(MeasuredPruner):
-    """Iterative optimisation: cut, measure the whole cut model, roll back what costs too much.
+    """Iterative optimisation: cut, measure the whole cut model, exchange, roll back.
 
-    Candidates are the layers that cost little alone. Each round tries every candidate left on
-    top of the cuts made so far, so interactions between removals are seen (SLEB, Song et al.,
-    arXiv:2402.09025, is the greedy search without candidates, tolerance and roll-back). The
-    other half of healing, the repair of the weights, is ``prune_and_save(..., heal=)``.
-    Cost: L + 1 evaluations for the scores, then one per candidate and round.
+    Layers are cut one by one, each measured on top of the cuts made so far, so that interactions
+    between removals are seen (SLEB, Song et al., arXiv:2402.09025, is the plain greedy search);
+    then layers are exchanged until no exchange is better. Candidates that are clearly worse on
+    few items are not measured on all (`search.LayerSearch`). The other half of healing, the
+    repair of the weights, is ``prune_and_save(..., heal=)``.
     """
 
     def description(self) -> str:
-        return "Cuts layer by layer, measuring each combination; rolls back what costs too much."
+        return "Cuts layer by layer, measuring each combination; then exchanges layers."
 
     def select_layers(
         self,
@@ -237,31 +399,29 @@ class SmartPruner(MeasuredPruner):
         tolerance: float = 0.015,
         n_layers: int | None = None,
     ) -> list[int]:
-        """The layers to remove, found by greedy rounds with roll-back.
+        """The layers to remove, found by cuts, exchanges and roll-back.
 
         Args:
             candidates: layers that may go; None for every unprotected layer.
             eval_data: what quality is measured on.
             tolerance: largest relative loss of quality in total; 0.015 is 1.5 %.
-            n_layers: exactly this many layers, whatever they cost; `tolerance` is not used.
+            n_layers: exactly this many layers, whatever they cost; `tolerance` is not used. For
+                both limits at once, see `plan`.
 
         Returns:
             0-based indices, ascending; empty if even the cheapest cut costs too much. What was
-            tried is in `.steps`.
+            tried is in `.steps`, see `search.search_layers`.
 
         Raises:
             InvalidPlanError: candidates do not fit the model, are protected, or are fewer than
                 `n_layers`.
         """
-        pool = self.candidates if candidates is None else check_layers(candidates, self.num_layers)
-        self.refuse_protected(pool)
-        kept, self.steps = greedy_removal(
-            self.quality(eval_data),
-            list(pool),
-            tolerance=None if n_layers is not None else tolerance,
+        return self._search(
+            candidates,
+            eval_data,
             n_layers=n_layers,
+            tolerance=None if n_layers is not None else tolerance,
         )
-        return kept
 
     def choose_layers(
         self,
@@ -273,12 +433,48 @@ class SmartPruner(MeasuredPruner):
         tolerance: float | None = None,
         n_layers: int | None = None,
     ) -> list[int]:
-        """An exact number (n_layers, or ratio) from all layers, or what the tolerance allows."""
-        if n_layers is not None or ratio is not None:
-            n_layers = self.check_count(n_layers) if ratio is None else self.count_for(ratio)
-            return self.optimize_selection(None, eval_data, n_layers=n_layers)
+        """A number of layers (n_layers, or ratio) from all, or what the tolerance allows.
+
+        With a number and a tolerance: at most so many, within the tolerance.
+        """
+        if ratio is not None:
+            n_layers = self.count_for(ratio)
+        if n_layers is not None:
+            return self._search(None, eval_data, n_layers=n_layers, tolerance=tolerance)
         limit = {} if threshold is None else {"threshold": threshold}
         candidates = self.select_layers(scores, **limit)
         if tolerance is None:
             return self.optimize_selection(candidates, eval_data)
         return self.optimize_selection(candidates, eval_data, tolerance)
+
+    def _score_and_choose(
+        self, eval_data: Sequence[EvalItem], **extent: Any
+    ) -> tuple[LayerScores | None, list[int]]:
+        """A number of layers is searched for without scores: they would cost as much again."""
+        if "n_layers" not in extent and "ratio" not in extent:
+            return super()._score_and_choose(eval_data, **extent)
+        return None, self.choose_layers({}, eval_data, **extent)
+
+    def _search(
+        self,
+        candidates: Sequence[int] | None,
+        eval_data: Sequence[EvalItem],
+        *,
+        n_layers: int | None,
+        tolerance: float | None,
+    ) -> list[int]:
+        pool = self.candidates if candidates is None else check_layers(candidates, self.num_layers)
+        self.refuse_protected(pool)
+        self.steps = []
+        return search_layers(
+            self.quality(eval_data),
+            pool,
+            n_layers=n_layers,
+            tolerance=tolerance,
+            on_step=self.steps.append,
+        )
+
+    def _choices(self, eval_data: Sequence[EvalItem], n_layers: int) -> list[list[int]]:
+        self.steps = []
+        quality, note = self.quality(eval_data), self.steps.append
+        return [list(mask) for mask in depth_curve(quality, self.candidates, n_layers, note)]

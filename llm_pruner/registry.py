@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound="type[BasePruner]")
 
-BUILTIN = ("ablation", "avss", "pruneme", "smart")
+BUILTIN = ("ablation", "avss", "bi", "pruneme", "smart")
 ENTRY_POINTS = "llm_pruner.strategies"
 _registered: dict[str, type[BasePruner]] = {}
 
@@ -145,3 +145,15 @@ def _from_file(name: str) -> type[BasePruner]:
     if wanted not in own:
         raise UnknownNameError.of(f"strategy in {path}", wanted, own)
     return own[wanted]
+
+
+def option_names(cls: type[BasePruner]) -> list[str]:
+    """The keyword options of a strategy's constructor, its base classes' included."""
+    found = [
+        parameter.name
+        for owner in cls.__mro__
+        if "__init__" in vars(owner)
+        for parameter in inspect.signature(vars(owner)["__init__"]).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    return sorted(set(found))

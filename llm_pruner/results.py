@@ -162,6 +162,9 @@ class PruningPlan(_JsonFile):
         scores: the layer scores, if the strategy made any.
         steps: what a search tried and measured, if there was one.
         data: fingerprint and size of the data the choice rests on.
+        held_out: what the choice costs on data that played no part in it: ``change`` (relative),
+            ``low`` and ``high`` (95 % paired bootstrap interval), ``unit``, ``items``,
+            ``fingerprint``; empty if that was not measured.
         versions: of the packages that made it.
 
     Raises:
@@ -178,6 +181,7 @@ class PruningPlan(_JsonFile):
     scores: LayerScores | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
+    held_out: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -205,6 +209,45 @@ class PruningPlan(_JsonFile):
         if data.get("scores") is not None:
             data["scores"] = LayerScores.from_dict(data["scores"])
         return cls(**data)
+
+
+@dataclass(frozen=True)
+class DepthCurve(_JsonFile):
+    """What it costs to remove 1, 2, ... layers, to choose a number by looking.
+
+    Attributes:
+        model_id: the model as it was named.
+        num_layers: its number of decoder layers.
+        strategy: what chose the layers at every depth.
+        unit: what a change is.
+        points: for each number of layers a dict: ``n_layers``; ``removed``, 0-based, ascending;
+            ``change``, relative, on the data the choice was made on; ``held_out``, as in
+            `PruningPlan`, or None.
+        data: fingerprint and size of the data the choice rests on.
+        versions: of the packages that made it.
+
+    Raises:
+        InvalidPlanError: points that are not of growing depth, or without a finite change.
+    """
+
+    FORMAT = "llm_pruner.curve/1"
+
+    model_id: str
+    num_layers: int
+    strategy: str
+    unit: str
+    points: list[dict[str, Any]]
+    data: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        depths = [point["n_layers"] for point in self.points]
+        if not depths or depths != sorted(set(depths)):
+            raise InvalidPlanError(f"The points of a curve need growing depths, got {depths}.")
+        for point in self.points:
+            removed = check_layers(point["removed"], self.num_layers)
+            if len(removed) != point["n_layers"] or not math.isfinite(point["change"]):
+                raise InvalidPlanError(f"This point of a curve is damaged: {point}.")
 
 
 @dataclass(frozen=True)

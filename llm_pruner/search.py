@@ -1,261 +1,314 @@
-"""Measured removal: the quality of a model without given layers, and searches that rest on it."""
+"""Searching for the layers to remove: cut after cut, then exchanges until none improves.
+
+Sets of layers are compared on growing shares of the samples, most of them on few.
+"""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import combinations
+from statistics import median
+from typing import Any
 
-from .batching import EvalItem, fingerprint
-from .errors import InvalidPlanError, NonFiniteError, OutputError, UnknownNameError
-from .evaluation import ModelEvaluator
-from .layers import LayerStack
-from .likelihood import batch_nll, encode_for
-from .utils import logger, model_fingerprint, progress, tokenizer_fingerprint
+from .errors import InvalidPlanError, UnsupportedModelError
+from .quality import RemovalQuality, Share
+from .replay import Mask
+from .utils import logger
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
-
-Mask = tuple[int, ...]
-
-
-class NllObjective:
-    """Quality as the likelihood per token of the references: exp(-NLL), or 1 / perplexity.
-
-    A relative change of -0.02 means: perplexity is 2 % higher. (A relative change of the NLL
-    itself would call every cut a catastrophe where the full model's NLL is near 0.)
-    """
-
-    unit = "relative change of likelihood per token"
-    generates = False
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        eval_data: Sequence[EvalItem],
-        batch_size: int,
-    ) -> None:
-        self._batches = encode_for(model, tokenizer, eval_data, batch_size)
-
-    def __call__(self, model: torch.nn.Module) -> float:
-        return math.exp(-batch_nll(model, self._batches))
-
-
-class SimilarityObjective:
-    """Quality as the mean cosine similarity of generated answers to the references."""
-
-    unit = "relative change of answer similarity"
-    generates = True
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        eval_data: Sequence[EvalItem],
-        batch_size: int,
-    ) -> None:
-        self._tokenizer, self._data, self._batch_size = tokenizer, eval_data, batch_size
-
-    def __call__(self, model: torch.nn.Module) -> float:
-        evaluator = ModelEvaluator(model, self._tokenizer, batch_size=self._batch_size)
-        return evaluator.evaluate(self._data)
-
-
-OBJECTIVES: dict[str, type[NllObjective] | type[SimilarityObjective]] = {
-    "nll": NllObjective,
-    "similarity": SimilarityObjective,
-}
-
-
-class Journal:
-    """Measured qualities in a JSON-lines file, so that a killed search does not start again.
-
-    Every line is one measurement, keyed by model, data and objective; lines of other keys and
-    a last line cut short by a crash are passed over.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    def read(self, key: str) -> dict[Mask, float]:
-        """All measurements recorded under `key`.
-
-        Raises:
-            OutputError: the file cannot be read.
-        """
-        known: dict[Mask, float] = {}
-        if not self.path.exists():
-            return known
-        try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise OutputError(f"Cannot read the journal {str(self.path)!r}: {error}.") from error
-        for number, line in enumerate(lines, 1):
-            try:
-                entry = json.loads(line)
-                if entry["key"] == key:
-                    known[tuple(entry["removed"])] = float(entry["quality"])
-            except (ValueError, KeyError, TypeError):
-                logger.warning("%s:%d is not a measurement and is ignored.", self.path, number)
-        return known
-
-    def append(self, key: str, removed: Mask, quality: float) -> None:
-        """Record one measurement; it is on disk when this returns.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
-        line = json.dumps({"key": key, "removed": removed, "quality": quality})
-        try:
-            with self.path.open("ab+") as file:
-                if file.tell() and (file.seek(-1, 2), file.read())[1] != b"\n":
-                    file.write(b"\n")  # a crash cut the last line short
-                file.write(f"{line}\n".encode())
-        except OSError as error:
-            raise OutputError(f"Cannot write the journal {str(self.path)!r}: {error}.") from error
-
-
-class RemovalQuality:
-    """Quality of a model without a set of layers; nothing is measured twice.
-
-    Args:
-        stack: the layers.
-        tokenizer: the model's tokenizer.
-        eval_data: what quality is measured on.
-        objective: a name of `OBJECTIVES`; higher quality is better for each.
-        batch_size: sequences per forward pass; does not change the result.
-        journal: file that keeps measurements across runs, if any.
-
-    Raises:
-        UnknownNameError: no objective of that name.
-    """
-
-    def __init__(
-        self,
-        stack: LayerStack,
-        tokenizer: PreTrainedTokenizerBase,
-        eval_data: Sequence[EvalItem],
-        *,
-        objective: str = "nll",
-        batch_size: int = 8,
-        journal: str | Path | None = None,
-    ) -> None:
-        if objective not in OBJECTIVES:
-            raise UnknownNameError.of("objective", objective, OBJECTIVES)
-        self.stack = stack
-        self._measure = OBJECTIVES[objective](stack.model, tokenizer, eval_data, batch_size)
-        self._journal = Journal(journal) if journal is not None else None
-        self._key = ":".join(
-            (
-                model_fingerprint(stack.model),
-                tokenizer_fingerprint(tokenizer),
-                fingerprint(eval_data),
-                objective,
-            )
-        )
-        self._known = self._journal.read(self._key) if self._journal else {}
-        self.measured = 0  # masks measured by this object, not taken from the journal
-
-    @property
-    def unit(self) -> str:
-        """What `change` measures."""
-        return self._measure.unit
-
-    def __call__(self, removed: Iterable[int] = ()) -> float:
-        """Quality without the layers `removed`; higher is better.
-
-        Raises:
-            NonFiniteError: the full model itself has no finite quality.
-        """
-        mask = tuple(sorted(removed))
-        if mask not in self._known:
-            self._known[mask] = self._measured(mask)
-            if self._journal:
-                self._journal.append(self._key, mask, self._known[mask])
-        return self._known[mask]
-
-    def change(self, removed: Iterable[int]) -> float:
-        """Relative change of quality against the full model: -0.02 is 2 % worse."""
-        full = self(())
-        if full == 0:
-            raise NonFiniteError("The full model's quality is 0: no relative change is defined.")
-        return (self(removed) - full) / abs(full)
-
-    def _measured(self, mask: Mask) -> float:
-        self.measured += 1
-        if self._measure.generates and mask:
-            quality = self._measure(self.stack.remove(mask))
-        else:
-            with self.stack.bypass(mask) as model:
-                quality = self._measure(model)
-        if not math.isfinite(quality):
-            raise NonFiniteError(
-                f"The model without layers {list(mask)} has quality {quality}: its weights or "
-                "activations are NaN or overflow. Check the checkpoint, or load it in float32."
-            )
-        return quality
+WIDTHS = (8, 4, 2)  # candidates that stay in a round after each share of the samples
+DECAY = 0.5  # weight of what earlier rounds found about a candidate, per round
+# Exchanges: layers at a time, and by how many standard errors worse ones are no longer pursued.
+STAGES = ((1, 1.0), (1, 3.0), (2, 3.0))
+MOST_PAIRS = 1000  # exchanges of two layers are tried where there are no more
+Step = dict[str, Any]
+OnStep = Callable[[Step], None]
 
 
 def single_removals(quality: RemovalQuality, layers: Sequence[int]) -> dict[int, float]:
-    """Relative change of quality for each of `layers` removed alone: len(layers) + 1 passes."""
-    quality(())
-    return {index: quality.change([index]) for index in progress(layers, "Ablating layers")}
+    """Relative change of quality for each of `layers` removed alone, all in one sweep.
+
+    Raises:
+        UnsupportedModelError: the architecture cannot do without one of them.
+    """
+    masks = [(layer,) for layer in layers]
+    for mask in masks:
+        if why := _hindrance(quality, mask):
+            raise UnsupportedModelError(f"Layer {mask[0]} has no score: {why}")
+    quality.measure(masks, label="Ablating layers")
+    return {layer: quality.change([layer]) for layer in layers}
 
 
-def greedy_removal(
+def search_layers(
     quality: RemovalQuality,
     candidates: Sequence[int],
     *,
-    tolerance: float | None,
     n_layers: int | None = None,
-    on_step: Callable[[dict[str, Any]], None] | None = None,
-) -> tuple[list[int], list[dict[str, Any]]]:
-    """Remove layers one at a time, measuring anew after every cut.
+    tolerance: float | None = None,
+    on_step: OnStep | None = None,
+) -> list[int]:
+    """The layers whose removal costs least: a number of them, or as many as a loss allows.
 
-    Each round tries every candidate left on top of the cuts made so far and takes the one that
-    costs least; of equals the deeper. A cut that brings the total relative change below
-    ``-tolerance`` is rolled back and ends the search. Costs up to
-    ``len(candidates) * rounds`` measurements.
+    Layers are cut one by one, each chosen on top of those before (`LayerSearch.grow`), and the
+    set is improved by exchanges in the end (`LayerSearch.refine`). A cut that takes the total
+    below ``-tolerance`` is first tried to save by exchanges; if that fails it is rolled back and
+    ends the search (greater depths, which may be cheaper, are not looked at).
 
     Args:
         quality: measures the model without layers.
         candidates: 0-based layers that may go.
+        n_layers: how many; as many as `tolerance` allows if None.
         tolerance: largest relative loss allowed in total (0.015: 1.5 %); None for no limit.
-        n_layers: stop after this many; None for no limit.
-        on_step: called with every step as it is made.
+        on_step: called with every step as it is made, a dict of JSON values: ``action`` (``cut``
+            or ``exchange``), ``removed`` (all layers gone after it), ``change`` (relative, of
+            all of them), ``samples`` (how many it was measured on), ``kept``, ``tried``
+            (for a cut, candidate -> change; for an exchange, how many), and ``layer`` or
+            ``out`` and ``in``.
 
     Returns:
-        The removed layers, ascending, and one record per round: ``layer``, ``change`` (total,
-        relative), ``kept`` and ``tried`` (candidate -> change).
+        0-based indices, ascending. Never worse on all samples than before the exchanges.
 
     Raises:
         InvalidPlanError: more layers are asked for than there are candidates.
+        UnsupportedModelError: the architecture can do without none of the sets.
+    """
+    search = LayerSearch(quality, candidates, on_step)
+    most = check_number(quality, candidates, n_layers)
+    begin = time.monotonic()
+    removed: Mask = ()
+    while len(removed) < most:
+        grown, step = search.grow(removed)
+        if tolerance is not None and quality.change(grown) < -tolerance:
+            saved = search.refine(grown, enough=-tolerance)
+            if quality.change(saved) < -tolerance:
+                search.tell(step, kept=False, change=quality.change(saved), removed=removed)
+                break
+            grown = saved
+        if tolerance is not None:
+            step["change"], step["samples"] = quality.change(grown), quality.samples()
+        search.tell(step, kept=True, removed=grown)
+        removed = grown
+        each = (time.monotonic() - begin) / len(removed)
+        logger.info(
+            "Cut %d of %s: layer %d, total change %+.4f on %d samples; %s",
+            len(removed),
+            most if tolerance is None else f"at most {most}",
+            step["layer"],
+            step["change"],
+            step["samples"],
+            f"about {each * (most - len(removed)):.0f} s to the last cut",
+        )
+    return list(search.refine(removed))
+
+
+def depth_curve(
+    quality: RemovalQuality,
+    candidates: Sequence[int],
+    n_layers: int,
+    on_step: OnStep | None = None,
+) -> list[Mask]:
+    """The best set found of 1, 2, ... `n_layers` layers, each grown from the one before.
+
+    Every depth is refined by exchanges, so the sets need not be nested.
+
+    Raises:
+        InvalidPlanError, UnsupportedModelError: see `search_layers`.
+    """
+    search = LayerSearch(quality, candidates, on_step)
+    sets: list[Mask] = [()]
+    for _ in range(check_number(quality, candidates, n_layers)):
+        grown, step = search.grow(sets[-1])
+        search.tell(step, kept=True, removed=grown)
+        sets.append(search.refine(grown))
+    return sets[1:]
+
+
+class LayerSearch:
+    """One search: what it has learned about the candidates, and its two moves.
+
+    Args:
+        quality: measures the model without layers.
+        candidates: 0-based layers that may go.
+        on_step: see `search_layers`.
+    """
+
+    def __init__(
+        self, quality: RemovalQuality, candidates: Sequence[int], on_step: OnStep | None = None
+    ) -> None:
+        self.quality, self.candidates, self._on_step = quality, list(candidates), on_step
+        self._found: dict[int, tuple[float, float]] = {}  # layer -> (sum of gains, samples)
+        self._turn = 0
+
+    def grow(self, removed: Mask) -> tuple[Mask, Step]:
+        """`removed` with the layer added whose removal on top costs least; of equals the deeper.
+
+        Candidates are compared on growing shares of the samples and the worse ones left out
+        (successive halving, Jamieson and Talwalkar, arXiv:1502.07943). What is known of a
+        candidate is its mean gain over the samples of this round and, with decreasing weight,
+        of the rounds before, which lay on other samples; only the better half by that is
+        measured at all (lazy evaluation, Minoux 1978: a heuristic here, since the loss is not
+        submodular). Where there are too few samples to share out, every candidate is measured
+        on all of them, which is the plain greedy step.
+
+        Raises:
+            UnsupportedModelError: no candidate can go.
+        """
+        quality = self.quality
+        left, why = self._allowed((*removed, layer) for layer in self._left(removed))
+        known = {layer: (DECAY * a, DECAY * b) for layer, (a, b) in self._found.items()}
+        shares = self._shares()
+        if len(shares) > 1 and len(known) > len(left):
+            left.sort(key=lambda mask: _mean(known.get(mask[-1])), reverse=True)
+            left = left[: max(WIDTHS[0], (len(left) + 1) // 2)]
+        tried: dict[int, float] = {}
+        share = shares[0]
+        for width, share in zip([*WIDTHS, 1], shares, strict=False):
+            masks = {mask[-1]: tuple(sorted(mask)) for mask in left}
+            label = f"Cut {len(removed) + 1}, {len(masks)} candidates"
+            quality.measure([removed, *masks.values()], share, label)
+            base, samples = quality.change(removed, share), quality.samples(share)
+            tried |= {layer: quality.change(mask, share) for layer, mask in masks.items()}
+            for layer in masks:
+                total, weight = known.get(layer, (0.0, 0.0)) if len(shares) > 1 else (0.0, 0.0)
+                gain = (tried[layer] - base) * samples
+                self._found[layer] = (total + gain, weight + samples)
+            left.sort(key=lambda mask: (_mean(self._found[mask[-1]]), mask[-1]), reverse=True)
+            left = left[:width] if share != shares[-1] else left
+            if len(left) == 1:
+                break
+        for mask in left:
+            grown = tuple(sorted(mask))
+            if not (why := quality.refusal(grown)):
+                best: Step = {
+                    "action": "cut",
+                    "layer": mask[-1],
+                    "change": tried[mask[-1]],
+                    "samples": quality.samples(share),
+                    "tried": {str(layer): change for layer, change in sorted(tried.items())},
+                }
+                return grown, best
+        raise UnsupportedModelError(f"No further layer can be removed with {list(removed)}: {why}")
+
+    def refine(self, removed: Mask, enough: float | None = None) -> Mask:
+        """`removed` after exchanges of layers, each of them better on all samples, until none is.
+
+        One removed layer against one that stays; then two against two, where there are at most
+        1,000 such exchanges. On the way from few samples to all, rivals are left out when they
+        are worse than the leader by a number of standard errors of the paired difference (of the
+        typical one if that is larger): by one as long as that finds improvements, by three
+        before it is said that there are none. With too few samples to share out none is left out.
+
+        Args:
+            removed: the set to improve.
+            enough: stop when the change reaches this.
+        """
+        stage = 0
+        shares = self._shares()
+        while stage < len(STAGES) and STAGES[stage][0] <= len(removed):
+            if enough is not None and self.quality.change(removed) >= enough:
+                break
+            size, errors = STAGES[stage]
+            rivals = list(self._exchanges(removed, size))
+            few = size == 1 or len(rivals) <= MOST_PAIRS
+            better = self._race(removed, rivals, shares, errors) if few else None
+            if better:
+                step = self._exchange(removed, better, len(rivals))
+                self.tell(step, kept=True, removed=better)
+                removed, stage, shares = better, 0, self._shares()
+            else:
+                stage += 1
+        return removed
+
+    def _exchange(self, removed: Mask, better: Mask, tried: int) -> Step:
+        out, back = sorted(set(removed) - set(better)), sorted(set(better) - set(removed))
+        change = self.quality.change(better)
+        logger.info("Removing %s instead of %s: total change %+.4f", back, out, change)
+        return {
+            "action": "exchange",
+            "out": out,
+            "in": back,
+            "tried": tried,
+            "change": change,
+            "samples": self.quality.samples(),
+        }
+
+    def tell(self, step: Step, **more: Any) -> None:
+        """Report a step with what was found out since."""
+        step |= more
+        step["removed"] = list(step["removed"])
+        if self._on_step:
+            self._on_step(step)
+
+    def _race(
+        self, champion: Mask, rivals: Iterable[Mask], shares: Sequence[Share], errors: float
+    ) -> Mask | None:
+        """The best of the rivals if it is better than the champion on all samples."""
+        quality = self.quality
+        alive, _ = self._allowed(rivals)
+        for share in shares:
+            quality.measure([champion, *alive], share, f"Comparing {len(alive)} exchanges")
+            field = [champion, *alive]
+            leader = max(field, key=lambda mask: (quality.change(mask, share), mask))
+            gaps = {mask: quality.gap(mask, leader, share) for mask in alive if mask != leader}
+            typical = median(error for _, error in gaps.values()) if gaps else 0.0
+            alive = [
+                mask
+                for mask in alive
+                if mask == leader or gaps[mask][0] + errors * max(gaps[mask][1], typical) > 0
+            ]
+        bar = quality.change(champion)
+        better = [mask for mask in alive if quality.change(mask) > bar]
+        better.sort(key=lambda mask: (quality.change(mask), mask), reverse=True)
+        return next((mask for mask in better if not quality.refusal(mask)), None)
+
+    def _exchanges(self, removed: Mask, size: int) -> Iterator[Mask]:
+        for out in combinations(removed, size):
+            for back in combinations(self._left(removed), size):
+                yield tuple(sorted({*removed, *back} - set(out)))
+
+    def _left(self, removed: Mask) -> list[int]:
+        return [layer for layer in self.candidates if layer not in removed]
+
+    def _shares(self) -> list[Share]:
+        self._turn += 1
+        return self.quality.ladder(self._turn - 1)
+
+    def _allowed(self, masks: Iterable[Mask]) -> tuple[list[Mask], str]:
+        """Those of the masks that can be measured, and why one of the others cannot."""
+        allowed, why = [], ""
+        for mask in masks:
+            if found := _hindrance(self.quality, mask):
+                why = found
+            else:
+                allowed.append(mask)
+        return allowed, why
+
+
+def check_number(quality: RemovalQuality, candidates: Sequence[int], n_layers: int | None) -> int:
+    """`n_layers`, or the largest number of candidates that can go.
+
+    Raises:
+        InvalidPlanError: `n_layers` is no such number.
     """
     most = min(len(candidates), len(quality.stack) - 1)
-    if n_layers is not None and not (type(n_layers) is int and 0 < n_layers <= most):
+    if n_layers is None:
+        return most
+    if type(n_layers) is not int or not 0 < n_layers <= most:
         raise InvalidPlanError(
             f"n_layers={n_layers} must be from 1 to {most}, the number of layers that may go: ask "
             "for fewer, or protect fewer."
         )
-    removed: list[int] = []
-    steps: list[dict[str, Any]] = []
-    while len(removed) < (n_layers or most):
-        left = [index for index in candidates if index not in removed]
-        tried = {
-            index: quality.change([*removed, index])
-            for index in progress(left, f"Smart round {len(removed) + 1}")
-        }
-        best = max(tried, key=lambda index: (tried[index], index))
-        kept = tolerance is None or tried[best] >= -tolerance
-        step = {"layer": best, "change": tried[best], "kept": kept, "tried": tried}
-        steps.append({**step, "tried": {str(index): value for index, value in tried.items()}})
-        if on_step:
-            on_step(steps[-1])
-        if not kept:
-            break
-        removed.append(best)
-    return sorted(removed), steps
+    return n_layers
+
+
+def _hindrance(quality: RemovalQuality, mask: Mask) -> str:
+    """Why a mask cannot even be measured; empty if it can.
+
+    Asked only of models whose layers depend on one another: there a bypass may fail. For all
+    others the architecture is asked about the winners alone, which is less work.
+    """
+    return "" if quality.stack.can_replay else quality.refusal(tuple(sorted(mask)))
+
+
+def _mean(found: tuple[float, float] | None) -> float:
+    return found[0] / found[1] if found and found[1] else 0.0

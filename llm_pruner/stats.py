@@ -1,10 +1,21 @@
-"""Streaming arithmetic over hidden states: exact for any split into batches, in float64."""
+"""Streaming statistics of hidden states: exact for any split into batches, in float64.
+
+Two choices are kept apart. Which vectors count, padding left out: `real_tokens`,
+`last_real_token`, `sequence_means`. What is averaged over them: `RunningMean`, `RunningVariance`,
+and for all pairs of the L + 1 states of the residual stream at once `CosineSimilarities` and
+`AngularDistances`, which keep (L + 1)^2 numbers and no activations.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 
 import torch
+
+# The most elements that are copied to float64 at a time: 8 MiB, which a CPU's cache holds, or
+# 128 MiB, which keep an accelerator busy.
+CPU_CHUNK, DEVICE_CHUNK = 2**20, 2**24
 
 
 class RunningVariance:
@@ -21,17 +32,15 @@ class RunningVariance:
 
     def update(self, values: torch.Tensor) -> None:
         """Take in every element of `values`, whatever its shape."""
-        values = values.detach().double()
-        count = values.numel()
-        if count == 0:
-            return
-        mean = values.mean().item()
-        deviation = (values - mean).square().sum().item()
-        total = self.count + count
-        distance = mean - self.mean
-        self._deviation += deviation + distance**2 * self.count * count / total
-        self.mean += distance * count / total
-        self.count = total
+        for part in _parts(values.flatten()):
+            count = part.numel()
+            mean = part.mean().item()
+            deviation = (part - mean).square().sum().item()
+            total = self.count + count
+            distance = mean - self.mean
+            self._deviation += deviation + distance**2 * self.count * count / total
+            self.mean += distance * count / total
+            self.count = total
 
     @property
     def variance(self) -> float:
@@ -48,8 +57,9 @@ class RunningMean:
 
     def update(self, values: torch.Tensor) -> None:
         """Take in every element of `values`, whatever its shape or type."""
-        self.total += values.detach().double().sum().item()
-        self.count += values.numel()
+        for part in _parts(values.flatten()):
+            self.total += part.sum().item()
+            self.count += part.numel()
 
     @property
     def mean(self) -> float:
@@ -57,12 +67,8 @@ class RunningMean:
         return self.total / self.count if self.count else float("nan")
 
 
-class AngularDistances:
-    """Mean angular distance between every two states of the residual stream.
-
-    d(a, b) = arccos(cos(a, b)) / pi, in [0, 1], averaged as an angle over vectors
-    (Gromov et al., arXiv:2403.17887, equation 3). All pairs come from one batched product
-    of the normalised vectors.
+class _PairMean(ABC):
+    """Mean over vectors of a number for every two states of the residual stream.
 
     Args:
         n_states: states per token: the input of every layer, and the output of the last.
@@ -74,26 +80,129 @@ class AngularDistances:
 
     def update(self, vectors: torch.Tensor) -> None:
         """Take in vectors of shape (n_states, samples, hidden)."""
-        unit = torch.nn.functional.normalize(vectors.detach().double(), dim=-1)
-        cosine = torch.einsum("isd,jsd->sij", unit, unit).clamp(-1.0, 1.0)
-        angle = cosine.arccos() / torch.pi
-        angle.diagonal(dim1=1, dim2=2).zero_()  # arccos of 1 - 1e-16 is 1e-8, not 0
-        self._sum += angle.sum(0).cpu()
-        self._count += vectors.shape[1]
+        for part in _parts(vectors, dim=1):
+            unit = torch.nn.functional.normalize(part, dim=-1, eps=torch.finfo(part.dtype).tiny)
+            self._sum += self._summed(unit).cpu()
+            self._count += part.shape[1]
 
     @property
     def matrix(self) -> torch.Tensor:
-        """(n_states, n_states) mean distances; NaN before the first vector."""
+        """(n_states, n_states) means; NaN before the first vector."""
         return self._sum / self._count if self._count else torch.full_like(self._sum, torch.nan)
+
+    @abstractmethod
+    def _summed(self, unit: torch.Tensor) -> torch.Tensor:
+        """Sum over the samples of unit vectors (n_states, samples, hidden), for every pair."""
+
+
+class CosineSimilarities(_PairMean):
+    """Mean cosine between every two states of the residual stream, in [-1, 1].
+
+    With all samples laid end to end, the sum of the cosines of two states is one scalar product,
+    and that of all pairs one product of matrices: 2 (n_states)^2 hidden operations per token, and
+    never a number for a pair of tokens. A zero vector has cosine 0 with every other.
+
+    Args:
+        n_states: states per token: the input of every layer, and the output of the last.
+    """
+
+    def _summed(self, unit: torch.Tensor) -> torch.Tensor:
+        row = unit.flatten(1)  # (n_states, samples * hidden)
+        return (row @ row.T).fill_diagonal_(unit.shape[1])
+
+
+class AngularDistances(_PairMean):
+    """Mean angular distance between every two states of the residual stream.
+
+    d(a, b) = arccos(cos(a, b)) / pi, in [0, 1], averaged as an angle over vectors
+    (Gromov et al., arXiv:2403.17887, equation 3). All pairs come from one batched product
+    of the normalised vectors.
+
+    Args:
+        n_states: states per token: the input of every layer, and the output of the last.
+    """
+
+    def _summed(self, unit: torch.Tensor) -> torch.Tensor:
+        cosine = torch.einsum("isd,jsd->sij", unit, unit).clamp(-1.0, 1.0)
+        angle = cosine.arccos() / torch.pi
+        angle.diagonal(dim1=1, dim2=2).zero_()  # arccos of 1 - 1e-16 is 1e-8, not 0
+        return angle.sum(0)
+
+
+def real_tokens(states: Sequence[torch.Tensor], mask: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Every unpadded token, a limited number at a time.
+
+    Shapes: states, each (sequences, tokens, hidden); mask (sequences, tokens), true for real
+    tokens, padded on either side -> float64 (states, some tokens, hidden), on the device of the
+    first state.
+    """
+    places = mask.flatten().nonzero().squeeze(1)
+    step = _step(states[0], len(states) * states[0].shape[-1])
+    for part in torch.split(places, step):
+        yield _exact(_picked(states, part))
 
 
 def last_real_token(states: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
     """The last unpadded token of every sequence, in every state.
 
     Shapes: states, each (sequences, tokens, hidden); mask (sequences, tokens), true for real
-    tokens, padded on either side -> (states, sequences, hidden).
+    tokens, padded on either side -> (states, sequences, hidden), on the device of the first state.
     """
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = (positions * mask).argmax(dim=1)
     rows = torch.arange(mask.shape[0], device=mask.device)
-    return torch.stack([state[rows.to(state.device), last.to(state.device)] for state in states])
+    return _picked(states, rows * mask.shape[1] + last)
+
+
+def sequence_means(states: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    """The mean over the unpadded tokens of every sequence, in every state.
+
+    Shapes: states, each (sequences, tokens, hidden); mask (sequences, tokens), true for real
+    tokens, padded on either side -> float64 (states, sequences, hidden), on the CPU. At a time
+    one sequence is copied to float64, or as many as the limit allows.
+    """
+    means = []
+    for state in states:
+        real = mask.to(state.device).bool().unsqueeze(-1)
+        step = _step(state, state[0].numel())
+        parts = [
+            _exact(part.masked_fill(~kept, 0)).sum(1).cpu() / kept.sum(1).cpu()
+            for part, kept in zip(torch.split(state, step), torch.split(real, step), strict=True)
+        ]
+        means.append(torch.cat(parts))
+    return torch.stack(means)
+
+
+def _picked(states: Sequence[torch.Tensor], places: torch.Tensor) -> torch.Tensor:
+    """(states, len(places), hidden): in every state the tokens at these places.
+
+    Places count through the sequences one after the other, padding included.
+    """
+    tokens = [state.flatten(0, 1).index_select(0, places.to(state.device)) for state in states]
+    return torch.stack([part.to(states[0].device) for part in tokens])
+
+
+def _parts(values: torch.Tensor, dim: int = 0) -> Iterator[torch.Tensor]:
+    """`values` in float64, cut along `dim` into parts of limited size, none of them empty."""
+    if values.numel():
+        step = _step(values, values.numel() // values.shape[dim])
+        yield from map(_exact, torch.split(values.detach(), step, dim))
+
+
+def _step(values: torch.Tensor, size: int) -> int:
+    """How many slices of `size` elements are copied to float64 at a time, at least one."""
+    limit = CPU_CHUNK if values.device.type == "cpu" else DEVICE_CHUNK
+    return max(1, limit // size)
+
+
+def _exact(values: torch.Tensor) -> torch.Tensor:
+    """`values` in float64; on the CPU if their device does not have the type."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
+def bootstrap_counts(samples: int, draws: int, seed: int) -> torch.Tensor:
+    """How often each sample is drawn when as many are drawn with replacement: (draws, samples)."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(samples, (draws, samples), generator=generator)
+    counts = torch.zeros(draws, samples, dtype=torch.float64)
+    return counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))

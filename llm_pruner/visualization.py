@@ -1,4 +1,4 @@
-"""Figures for a paper: scores per layer, the residual stream, continuations, a benchmark.
+"""Figures for a paper: scores per layer, cost by depth, residual stream, continuations, benchmark.
 
 Every function returns a `matplotlib.figure.Figure` that pyplot does not know: nothing leaks, no
 backend is chosen, no display is needed (``show=True`` opens a window). `save_path` ends in
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,15 +29,17 @@ from .figures import (
     GREEN,
     ORANGE,
     PAGE,
+    PALETTE,
     check_path,
     finish,
     house_style,
     legend_below,
+    legend_columns,
     new_figure,
     printable,
     wrap,
 )
-from .results import LayerScores, check_layers
+from .results import DepthCurve, LayerScores, check_layers
 from .utils import render_prompt
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_PROMPTS = 6
+MAX_CURVES = 6
+MARKERS = "os^DvP"  # of the curves, which grey print must tell apart
 LINE = 10.0  # points from one line of running text to the next
 
 
@@ -55,6 +59,8 @@ def plot_layer_importance(
     save_path: str | Path | None = None,
     *,
     removed: Iterable[int] | None = None,
+    protected: Sequence[int] = (),
+    num_layers: int | None = None,
     show: bool = False,
 ) -> Figure:
     """Bars of the score of each layer.
@@ -67,24 +73,78 @@ def plot_layer_importance(
         scores: layer -> score.
         title: above the figure; if None, one that names the strategy.
         removed: layers to show as removed (hatched). `InvalidPlanError` if one has no score.
+        protected: layers, not numbers of layers at the ends, to show as protected (shaded).
+            `InvalidPlanError` if one is no layer, or removed.
+        num_layers: layers of the model; the axis runs over all of them, and those without a score
+            are crossed. `InvalidPlanError` if `scores` has more. If None, the axis ends with the
+            outermost scores and protected layers.
     """
     path = check_path(save_path)
     known = isinstance(scores, LayerScores)
     scores = _check_scores(scores)
-    first, last = min(scores), max(scores)
     gone = None if removed is None else _check_removed(removed, scores)
-    width, most_ticks = (COLUMN, 16) if last - first < 40 else (PAGE, 26)
+    shielded = _check_protected(protected, gone or set(), num_layers)
+    extent = _extent(scores, shielded, num_layers)
+    width, most_ticks = (COLUMN, 16) if len(extent) <= 40 else (PAGE, 26)
     with house_style():
         figure, [[axes]] = new_figure(width, [2.2])
         bars = axes.bar(list(scores), list(scores.values()), width=0.8, color=BLUE)
+        handles = []
         if known or gone is not None:
-            _colour_bars(axes, bars, scores, gone)
+            handles += _colour_bars(bars, scores, gone, num_layers or len(scores))
+        if shielded or num_layers is not None:
+            handles += _mark_layers(axes, bars, scores, extent, shielded)
+        if handles:
+            axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         note = _cut_axis(axes, scores)
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set_xlabel(f"layer\n{wrap(note, width - 0.7)}".strip())
-        axes.set_xlim(first - 0.7, last + 0.7)
-        axes.set_xticks(_ticks(first, last, most_ticks))
+        axes.set_xlim(extent[0] - 0.7, extent[-1] + 0.7)
+        axes.set_xticks(_ticks(extent[0], extent[-1], most_ticks))
         default = f"Layer importance: {scores.strategy}" if known else "Layer importance"
+        return finish(figure, default if title is None else title, path, show)
+
+
+def plot_depth_curve(
+    curves: DepthCurve | Iterable[DepthCurve],
+    title: str | None = None,
+    save_path: str | Path | None = None,
+    *,
+    show: bool = False,
+) -> Figure:
+    """Relative change of quality, in percent, against the number of layers removed.
+
+    Solid lines are changes on held-out data, where they were measured, with a band for the 95 %
+    interval; thin dashed lines of the same colour are changes on the data of the choice, with a
+    hollow marker where nothing else was measured. All begin at the full model: 0 layers, 0 %.
+    Where the curve falls to many times its first steps, the axis is logarithmic beyond 1 %.
+
+    Args:
+        curves: one, or up to six of the same unit; of several models, the legend names those.
+        title: above the figure; if None, one that names the strategy if there is one curve.
+    """
+    path = check_path(save_path)
+    given = _check_curves(curves)
+    lines = [_read_curve(curve, name) for curve, name in zip(given, _names(given), strict=True)]
+    last = max(depth for line in lines for depth in line.chosen)
+    depths = sorted({curve.num_layers for curve in given})
+    width, most_ticks = (COLUMN, 16) if last <= 40 else (PAGE, 26)
+    labels = [wrap(printable(line.name), 0.45 * width) for line in lines]
+    rows = max(3, sum(1 + label.count("\n") for label in labels))
+    with house_style():
+        figure, [[axes]] = new_figure(width, [2.3 + 0.13 * rows])
+        axes.axhline(0, color="0.6", linewidth=0.6)
+        keys = _draw_curves(axes, lines, labels)
+        note = _scale_changes(axes, lines)
+        axes.set_ylabel(f"{wrap(given[0].unit, 2.2)}\nin %{note}")
+        axes.set_xlabel(
+            f"layers removed (of {depths[0]})" if len(depths) == 1 else "layers removed"
+        )
+        axes.set_xlim(-0.03 * last, 1.03 * last)
+        axes.set_xticks(_ticks(0, last, most_ticks))
+        legend_columns(figure, [keys, _line_keys(lines)])
+        default = "Quality by number of layers removed"
+        default += f": {given[0].strategy}" if len(given) == 1 else ""
         return finish(figure, default if title is None else title, path, show)
 
 
@@ -234,13 +294,73 @@ def _check_removed(removed: Iterable[int], scores: LayerScores) -> set[int]:
     return gone
 
 
-def _colour_bars(axes: Any, bars: Any, scores: LayerScores, gone: set[int] | None) -> None:
-    """Mark removed layers, or else show the order in which they would go, with a legend."""
+def _check_protected(protected: Sequence[int], gone: set[int], num_layers: int | None) -> list[int]:
+    """The protected layers, ascending."""
+    if num_layers is not None and (type(num_layers) is not int or num_layers < 1):
+        raise InvalidPlanError(f"num_layers={num_layers!r} must be a whole number from 1.")
+    layers = list(protected)
+    end = math.inf if num_layers is None else num_layers
+    known = all(
+        isinstance(i, Integral) and not isinstance(i, bool) and 0 <= i < end for i in layers
+    )
+    if not known or len(set(layers)) < len(layers):
+        last = "" if num_layers is None else f" to {num_layers - 1}, the model's last layer"
+        raise InvalidPlanError(
+            f"protected={layers} must list layers, each once, as whole numbers from 0{last}."
+        )
+    if gone.intersection(layers):
+        raise InvalidPlanError(
+            f"Layers {sorted(gone.intersection(layers))} are in removed and in protected: a layer "
+            "that goes is not protected; leave them out of one."
+        )
+    return sorted(map(int, layers))
+
+
+def _extent(scores: LayerScores, protected: list[int], num_layers: int | None) -> range:
+    """The layers along the axis."""
+    if num_layers is None:
+        return range(min([*scores, *protected]), max([*scores, *protected]) + 1)
+    beyond = [layer for layer in scores if not 0 <= layer < num_layers]
+    if beyond:
+        raise InvalidPlanError(
+            f"scores has layers {beyond}, which a model of num_layers={num_layers} has not: give "
+            "the number of layers of the model that was scored."
+        )
+    return range(num_layers)
+
+
+def _mark_layers(
+    axes: Any, bars: Any, scores: LayerScores, extent: range, protected: list[int]
+) -> list[Any]:
+    """Shade protected layers, cross those without a score; handles for the legend."""
+    from matplotlib.patches import Patch
+    from matplotlib.transforms import offset_copy
+
+    handles: list[Any] = []
+    for index in protected:
+        axes.axvspan(index - 0.5, index + 0.5, color="0.92", linewidth=0, zorder=0)
+    for layer, bar in zip(scores, bars, strict=True):
+        if layer in protected:  # a bar may be as light as the shade
+            bar.set(edgecolor="0.4", linewidth=0.5)
+    if protected:
+        handles.append(Patch(fc="0.92", label=f"protected ({len(protected)})"))
+    unscored = [layer for layer in extent if layer not in scores]
+    if unscored:
+        side = 4 if max(scores.values()) > 0 else -4  # points, to where the bars are
+        place = offset_copy(axes.transData, axes.figure, y=side, units="points")
+        look: dict[str, Any] = {"color": "0.3", "markersize": 3, "markeredgewidth": 0.7}
+        look |= {"transform": place, "label": f"no score ({len(unscored)})"}
+        handles += axes.plot(unscored, [0.0] * len(unscored), "x", **look)
+    return handles
+
+
+def _colour_bars(bars: Any, scores: LayerScores, gone: set[int] | None, depth: int) -> list[Any]:
+    """Mark removed layers, or else show the order in which they would go; legend handles."""
     import seaborn
     from matplotlib.patches import Patch
 
     if gone is not None:
-        first, last = f"removed ({len(gone)} of {len(scores)})", "kept"
+        first, last = f"removed ({len(gone)} of {depth})", "kept"
         shade, hatch = {layer: ORANGE if layer in gone else BLUE for layer in scores}, "/////"
     else:
         ends = ("lowest", "highest") if scores.removes == "lowest" else ("highest", "lowest")
@@ -249,8 +369,7 @@ def _colour_bars(axes: Any, bars: Any, scores: LayerScores, gone: set[int] | Non
         shade, hatch = dict(zip(scores.ranked(), shades, strict=True)), ""
     for layer, bar in zip(scores, bars, strict=True):
         bar.set(facecolor=shade[layer], hatch=hatch if gone and layer in gone else "")
-    handles = [Patch(fc=ORANGE, hatch=hatch, label=first), Patch(fc=BLUE, label=last)]
-    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    return [Patch(fc=ORANGE, hatch=hatch, label=first), Patch(fc=BLUE, label=last)]
 
 
 def _cut_axis(axes: Any, scores: LayerScores) -> str:
@@ -282,6 +401,138 @@ def _ticks(first: int, last: int, most: int) -> list[int]:
     steps = sorted(base * 10**power for power in range(6) for base in (1, 2, 4, 5))
     step = next(step for step in steps if last // step - (first - 1) // step <= most)
     return list(range(-(-first // step) * step, last + 1, step))
+
+
+class _Line(NamedTuple):
+    """One curve in percent, by number of layers removed, the full model (0) included."""
+
+    name: str
+    chosen: dict[int, float]
+    held_out: dict[int, tuple[float, float, float]]  # change, low, high; {} if never measured
+
+
+def _check_curves(curves: Any) -> list[DepthCurve]:
+    alone = isinstance(curves, DepthCurve | str) or not isinstance(curves, Iterable)
+    given = [curves] if alone else list(curves)
+    for curve in given:
+        if not isinstance(curve, DepthCurve):
+            raise InvalidDataError(
+                f"{curve!r:.60} is a {type(curve).__name__}, not a DepthCurve: give what sweep() "
+                "returns or DepthCurve.load() reads."
+            )
+    if not 1 <= len(given) <= MAX_CURVES:
+        raise InvalidDataError(
+            f"{len(given)} curves given: one figure shows 1 to {MAX_CURVES}; choose some."
+        )
+    units = dict.fromkeys(curve.unit for curve in given)
+    held = [_held_out(point) for curve in given for point in curve.points]
+    units |= dict.fromkeys(str(entry["unit"]) for entry in held if "unit" in entry)
+    if len(units) > 1:
+        raise InvalidDataError(
+            f"The curves have different units, {' and '.join(map(repr, units))}: draw a figure "
+            "for each."
+        )
+    return given
+
+
+def _held_out(point: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What was measured on held-out data at a point; empty if nothing was."""
+    found = point.get("held_out") or {}
+    if not isinstance(found, Mapping):
+        raise InvalidDataError(
+            f"held_out at {point['n_layers']} layers is {found!r:.60}: it must be a dict with "
+            "change, low and high, or None."
+        )
+    return found
+
+
+def _names(curves: list[DepthCurve]) -> list[str]:
+    """What tells the curves apart: the strategy, with the model if there are several."""
+    several = len({curve.model_id for curve in curves}) > 1
+    names = [
+        f"{curve.strategy} ({curve.model_id})" if several and curve.model_id else curve.strategy
+        for curve in curves
+    ]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InvalidDataError(
+            f"Several curves are called {twice[0]!r}: name them apart, as in "
+            "dataclasses.replace(curve, strategy='first try')."
+        )
+    return names
+
+
+def _read_curve(curve: DepthCurve, name: str) -> _Line:
+    chosen, held = {0: 0.0}, {}
+    for point in curve.points:
+        place = f"of {name!r} at {point['n_layers']} layers"
+        chosen[point["n_layers"]] = _percent(f"change {place}", point["change"])
+        if found := _held_out(point):
+            keys = ("change", "low", "high")
+            numbers = [_percent(f"held-out {key} {place}", found.get(key)) for key in keys]
+            held[point["n_layers"]] = (numbers[0], numbers[1], numbers[2])
+            if numbers[1] > numbers[2]:
+                raise InvalidDataError(f"held-out low {place} is above high: {found!r:.200}.")
+    return _Line(name, chosen, {0: (0.0, 0.0, 0.0), **held} if held else {})
+
+
+def _percent(place: str, share: Any) -> float:
+    if isinstance(share, bool) or not isinstance(share, Real):
+        raise InvalidDataError(f"{place} is {share!r:.60}: it must be a number; run sweep() again.")
+    if not math.isfinite(share):
+        raise NonFiniteError(f"{place} is {share}: run sweep() again.")
+    return 100 * float(share)
+
+
+def _draw_curves(axes: Any, lines: list[_Line], labels: list[str]) -> list[Any]:
+    """The curves; a handle for each for the legend."""
+    from matplotlib.lines import Line2D
+
+    keys = []
+    size = 3.2 if max(len(line.chosen) for line in lines) < 20 else 2.4
+    for line, label, *shape in zip(lines, labels, PALETTE, MARKERS, strict=False):
+        look: dict[str, Any] = {"color": shape[0], "marker": shape[1], "markersize": size}
+        hollow = {**look, "linestyle": "--", "linewidth": 0.7, "markerfacecolor": "white"}
+        depths = list(line.chosen)
+        alone = [i for i, depth in enumerate(depths) if depth and depth not in line.held_out]
+        axes.plot(depths, list(line.chosen.values()), **hollow, markevery=alone)
+        if line.held_out:
+            depths = list(line.held_out)
+            changes, low, high = zip(*line.held_out.values(), strict=True)
+            axes.fill_between(depths, low, high, color=shape[0], alpha=0.2, linewidth=0)
+            axes.plot(depths, changes, **look, markevery=list(range(1, len(depths))))
+        keys.append(Line2D([], [], **(look if line.held_out else hollow), label=label))
+    return keys
+
+
+def _line_keys(lines: list[_Line]) -> list[Any]:
+    """Handles for the legend that say what is measured on what."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    held = [
+        Line2D([], [], color="0.3", label="held-out data"),
+        Patch(fc="0.3", alpha=0.2, linewidth=0, label="95 % interval"),
+    ]
+    chosen = Line2D([], [], color="0.3", linestyle="--", linewidth=0.7, label="data of the choice")
+    return [*(held if any(line.held_out for line in lines) else []), chosen]
+
+
+def _scale_changes(axes: Any, lines: list[_Line]) -> str:
+    """A logarithmic axis beyond 1 % where changes differ too much in size; a note on that."""
+    seen = [change for line in lines for change in line.chosen.values()]
+    seen += [change for line in lines for held in line.held_out.values() for change in held]
+    sizes = [abs(change) for change in seen if change]
+    if not sizes or max(sizes) <= 10 * max(1.0, min(sizes)):
+        return ""
+    axes.set_yscale("symlog", linthresh=1.0)
+    bottom, top = axes.get_ylim()
+    steps = [base * 10**power for power in range(8) for base in (1, 3)]
+    ticks = [-step for step in steps[::-1]] + [0, *steps]
+    ticks = [tick for tick in ticks if bottom <= tick <= top]
+    axes.set_yticks(ticks, [f"{tick:g}".replace("-", "\u2212") for tick in ticks])
+    axes.set_yticks([], minor=True)
+    return ", log scale beyond 1 %"
 
 
 def _streams(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from .data import load_eval_dataset, split_items
 from .evaluation import HolisticEvaluator, compare_speed
 from .healing import Heal
 from .likelihood import perplexity
-from .results import Measurement, PruningPlan, PruningReport
+from .results import LayerScores, Measurement, PruningPlan, PruningReport
 from .utils import DEMO_MODEL, count_bytes, count_parameters, logger
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ def carry_out(
     check_items(judging)
     model, tokenizer = pruner.model, pruner.tokenizer
     questions = [item for item in judging if isinstance(item, dict)]
+    if not plan.held_out:
+        plan = replace(plan, held_out=pruner.measure_choice(plan.remove, judging))
     quality_before, answers_before = measure_quality(model, tokenizer, judging, pruner.batch_size)
     pruned, _ = pruner.prune_and_save(
         plan.remove,
@@ -195,18 +197,19 @@ def draw_figures(
     pruner: BasePruner,
     pruned: PreTrainedModel,
     report: PruningReport,
-    judging: Sequence[EvalItem],
+    data: DataSplit,
 ) -> list[Path]:
     """Draw what the report and the two models show into ``figures/`` of the output folder.
 
-    Returns the files written: activations and next tokens always, layer scores where layers
-    were scored, the benchmark where the data has references.
+    Returns the files written: activations and next tokens always; layer scores unless the layers
+    were given, computed here for a search that did without; the benchmark where the data has
+    references.
     """
     from . import visualization
 
     folder = Path(report.output_dir) / FIGURES
     plan = report.plan
-    first = judging[0]
+    first = data.judging[0]
     prompt = first if isinstance(first, str) else first["prompt"]
     written = [folder / "activation_comparison.png", folder / "semantic_comparison.png"]
     visualization.plot_activation_comparison(
@@ -215,13 +218,23 @@ def draw_figures(
     visualization.plot_semantic_comparison(
         pruner.model, pruned, pruner.tokenizer, prompt, save_path=written[1]
     )
-    if plan.scores is not None:
+    scores = plan.scores
+    if scores is None and plan.strategy == pruner.name:
+        found = pruner.compute_layer_scores(data.scoring)
+        scores = found if isinstance(found, LayerScores) else LayerScores(found)
+    if scores is not None:
         written.append(folder / "layer_importance.png")
-        visualization.plot_layer_importance(plan.scores, removed=plan.remove, save_path=written[-1])
+        visualization.plot_layer_importance(
+            scores,
+            removed=plan.remove,
+            protected=[layer for layer in plan.keep if layer not in pruner.candidates],
+            num_layers=plan.num_layers,
+            save_path=written[-1],
+        )
     if report.before.tasks and report.after.tasks:
         written.append(folder / "holistic_benchmark.png")
         counts: dict[str, int] = {}
-        for item in judging:
+        for item in data.judging:
             if isinstance(item, dict):
                 task = str(item.get("task") or "other")
                 counts[task] = counts.get(task, 0) + 1

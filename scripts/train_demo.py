@@ -38,7 +38,6 @@ CHAT_TEMPLATE = (
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}"
     "{% endfor %}"
 )
-LAYERS = 12
 BATCH_TOKENS = 1024
 PEAK_LR = 1.5e-3
 WARMUP = 150
@@ -72,13 +71,13 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, layers: int, hidden: int) -> LlamaForCausalLM:
     """A Llama small enough for a package, at first with half of its layers."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=LAYERS // 2,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers // 2,
         num_attention_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=True,
@@ -88,7 +87,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
-    scale_outputs(model, (2 * LAYERS) ** -0.5)
+    scale_outputs(model, (2 * layers) ** -0.5)
     return model
 
 
@@ -227,6 +226,8 @@ def save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "llm_pruner" / "demo")
+    parser.add_argument("--layers", type=int, default=12, help="an even number")
+    parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--steps", type=int, default=5400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; changes rounding")
@@ -240,7 +241,7 @@ def main() -> None:
         for item in demo_corpus.calibration_items() + demo_corpus.evaluation_items()
     )
     tokenizer = build_tokenizer(args.seed)
-    model = build_model(tokenizer)
+    model = build_model(tokenizer, args.layers, args.hidden)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", file=sys.stderr)
     started = time.perf_counter()
     shallow_steps = round(args.steps * SHALLOW_SHARE)

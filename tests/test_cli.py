@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 
@@ -12,10 +14,11 @@ import torch
 from conftest import WORDS, items, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from llm_pruner import cli, search
+from llm_pruner import cli
 from llm_pruner.cli import main
 from llm_pruner.layers import LayerStack
-from llm_pruner.results import PruningPlan, PruningReport
+from llm_pruner.quality import Journal, RemovalQuality
+from llm_pruner.results import DepthCurve, PruningPlan, PruningReport
 
 TEXTS = [" ".join(WORDS[(i * step) % len(WORDS)] for i in range(12)) for step in range(1, 17)]
 
@@ -283,32 +286,143 @@ def test_a_plan_for_another_depth_is_refused(run, tmp_path):
     assert "The plan is for a model of 12 layers ('other'), this one has 8" in err
 
 
-def test_an_interrupted_search_resumes(run, tmp_path, monkeypatch):
-    """Killed in its fifth measurement; the second run measures only what is missing."""
-    words = ("--strategy", "smart", "--n-layers", "2", "--output", "out")
-    measure = search.RemovalQuality._measured
-    count = {"n": 0, "stop": 5}
+@pytest.fixture
+def readings(monkeypatch):
+    """Counts (mask, chunk) measurements; the one after `stop` of them is interrupted."""
+    count = {"n": 0, "stop": math.inf}
+    keep = RemovalQuality._keep
 
-    def counted(self, mask):
+    def counted(self, mask, chunk, values):
         count["n"] += 1
-        if count["n"] == count["stop"]:
+        if count["n"] > count["stop"]:
             raise KeyboardInterrupt
-        return measure(self, mask)
+        keep(self, mask, chunk, values)
 
-    monkeypatch.setattr(search.RemovalQuality, "_measured", counted)
+    def known(self, key):
+        found = list(read(self, key))
+        count["n"] -= len(found)  # they are kept, but not measured
+        return found
+
+    read = Journal.read
+    monkeypatch.setattr(Journal, "read", known)
+    monkeypatch.setattr(RemovalQuality, "_keep", counted)
+    return count
+
+
+@pytest.mark.parametrize("stop", [0, 4, 9])
+def test_an_interrupted_search_resumes(run, tmp_path, readings, stop):
+    """Interrupted anywhere, the second run measures only what is missing."""
+    words = ("--strategy", "smart", "--n-layers", "2", "--output", "out")
+    readings["stop"] = stop
     code, out, err = run(*words)
     assert (code, out) == (130, "")
     assert "Resume with: llm-pruner" in err
     assert err.rstrip().endswith("--resume")
     assert not (tmp_path / "out").exists()
-    count.update(n=0, stop=0)
+    readings.update(n=0, stop=math.inf)
     code, resumed, _ = run(*words, "--resume", "--json")
     assert code == 0
-    some = count["n"]
-    count["n"] = 0
+    some = readings["n"]
+    readings["n"] = 0
     code, fresh, _ = run(*words, "--overwrite", "--json")
-    assert count["n"] == some + 4
+    assert readings["n"] == some + stop
     assert PruningReport.from_json(resumed).plan == PruningReport.from_json(fresh).plan
+
+
+def test_an_interrupted_search_leaves_a_plan_that_can_be_used(run, tmp_path, readings):
+    words = ("--strategy", "smart", "--n-layers", "3", "--output", "out")
+    readings["stop"] = 9  # the full model, four layers, then pairs and triples
+    code, _, err = run(*words)
+    assert code == 130
+    assert "The search had come to 2 layers: use them with --plan out.partial_plan.json" in err
+    partial = PruningPlan.load(tmp_path / "out.partial_plan.json")
+    assert len(partial.remove) == 2
+    readings["stop"] = math.inf
+    code, out, _ = run("--plan", "out.partial_plan.json", "--output", "out")
+    assert code == 0
+    assert f"Removed 2 of 8 layers (0-based): {list(partial.remove)}  [smart]" in out
+
+
+def test_a_larger_budget_reuses_the_journal(run, readings):
+    words = ("--strategy", "smart", "--output", "out", "--json", "--overwrite", "--n-layers")
+    run(*words, "2")
+    readings["n"] = 0
+    run(*words, "3", "--resume")
+    some = readings["n"]
+    readings["n"] = 0
+    run(*words, "3")
+    assert some < readings["n"] - 5
+
+
+# --- every depth ------------------------------------------------------------------------------
+
+
+def test_a_sweep_prints_and_writes_the_curve_and_no_model(run, tmp_path):
+    code, out, _ = run("--strategy", "smart", "--sweep", "3", "--output", "out", "--visualize")
+    assert code == 0
+    assert not (tmp_path / "out").exists()
+    curve = DepthCurve.load(tmp_path / "out.curve.json")
+    assert [point["n_layers"] for point in curve.points] == [1, 2, 3]
+    assert "relative change of likelihood per token (smart)" in out
+    for point in curve.points:
+        assert f"{point['change']:+.1%}" in out
+        assert f"({point['held_out']['low']:+.1%} to {point['held_out']['high']:+.1%})" in out
+        assert str(point["removed"]) in out
+    assert (tmp_path / "out.curve.png").stat().st_size > 10_000
+    assert out.endswith("Wrote out.curve.json\nWrote out.curve.png\n")
+    code, out, _ = run("--strategy", "avss", "--sweep", "2", "--dry-run", "--json")
+    assert code == 0
+    assert DepthCurve.from_json(out).strategy == "avss"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "out.curve.json",
+        "out.curve.png",
+        "out.journal.jsonl",
+    }
+
+
+def test_the_choice_after_a_sweep_needs_few_measurements(run, readings):
+    run("--sweep", "3", "--output", "out")
+    readings["n"] = 0
+    code, _, _ = run("--n-layers", "2", "--output", "out", "--resume")
+    assert (code, readings["n"] < 5) == (0, True)
+
+
+# --- options of a strategy --------------------------------------------------------------------
+
+
+def test_options_of_a_strategy(run):
+    words = ("--strategy", "pruneme", "--n-layers", "2", "--dry-run", "--json")
+    code, out, _ = run(*words, "--option", "contiguous=false")
+    assert (code, PruningPlan.from_json(out).options["contiguous"]) == (0, False)
+    published = ("--option", "variant=published", "--option", "epsilon=1e-4")
+    code, out, _ = run("--strategy", "avss", *words[2:], *published)
+    options = PruningPlan.from_json(out).options
+    assert (code, options["variant"], options["epsilon"]) == (0, "published", 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("contiguos=false", "option of 'pruneme' 'contiguos'.*'contiguous'"),
+        ("contiguous", "--option 'contiguous' must be NAME=VALUE"),
+        ("contiguous=maybe", "contiguous='maybe' must be True or False"),
+    ],
+)
+def test_impossible_options_are_refused(run, option, message):
+    code, _, err = run("--strategy", "pruneme", "--dry-run", "--option", option)
+    assert code == 2
+    assert re.search(message, err)
+
+
+def test_a_mixture_of_objectives(run):
+    words = ("--strategy", "smart", "--n-layers", "1", "--dry-run", "--json")
+    code, out, _ = run(*words, "--objective", "nll=3,kl=1")
+    assert code == 0
+    plan = PruningPlan.from_json(out)
+    assert plan.options["objective"] == {"nll": 0.75, "kl": 0.25}
+    assert plan.held_out["unit"] == "weighted relative change (0.75 nll, 0.25 kl)"
+    code, _, err = run(*words, "--objective", "nll=0")
+    assert (code, "the weight of 'nll' must be a positive number" in err) == (2, True)
 
 
 def test_help_names_every_option_and_needs_no_model(capsys):

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -239,8 +240,12 @@ def test_plan_is_well_formed(strategy, model, tokenizer, eval_data, amount, tmp_
     assert list(plan.remove) == sorted(set(plan.remove) & set(UNPROTECTED)), "ends protected"
     assert sorted(plan.remove + plan.keep) == list(range(N_LAYERS))
     assert plan.options.items() >= {**amount, "protect": [2, 2]}.items()
-    assert list(plan.scores) == list(range(N_LAYERS))
-    assert dict(plan.scores) == dict(pruner.compute_layer_scores(eval_data))
+    scores = pruner.compute_layer_scores(eval_data)
+    assert list(scores) == list(range(N_LAYERS))
+    if strategy.name == "smart":  # searches for a number of layers without scores
+        assert plan.scores is None
+        plan = replace(plan, scores=scores)
+    assert dict(plan.scores) == dict(scores)
     assert plan.scores.removes == strategy.removes
     assert plan.data["items"] == len(eval_data)
     again = PruningPlan.from_json(plan.to_json())

@@ -10,8 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm_pruner.stats import AngularDistances, RunningMean, RunningVariance, last_real_token
+from llm_pruner import stats
+from llm_pruner.stats import (
+    AngularDistances,
+    CosineSimilarities,
+    RunningMean,
+    RunningVariance,
+    last_real_token,
+    real_tokens,
+    sequence_means,
+)
 
 # A stream in parts, some of them empty, at least two of them not.
 PARTS = st.lists(st.lists(st.floats(-1e3, 1e3), max_size=6), min_size=2, max_size=8).filter(
@@ -91,7 +101,8 @@ def test_nothing_has_no_mean():
     empty = [torch.tensor([])]
     assert math.isnan(fed(RunningMean(), empty).mean)
     assert math.isnan(fed(RunningVariance(), empty).variance)
-    assert AngularDistances(2).matrix.isnan().all()
+    for kind in (AngularDistances, CosineSimilarities):
+        assert fed(kind(2), [torch.zeros(2, 0, 3)]).matrix.isnan().all()
 
 
 def test_nan_is_not_lost():
@@ -100,7 +111,7 @@ def test_nan_is_not_lost():
     assert math.isnan(fed(RunningVariance(), values).variance)
 
 
-# --- angular distance -------------------------------------------------------------------------
+# --- pairs of states --------------------------------------------------------------------------
 
 KNOWN = [
     ((1.0, 0.0), (1.0, 0.0), 0.0),
@@ -121,6 +132,10 @@ def test_known_angles(a, b, want):
     assert distances.matrix[0, 1].item() == pytest.approx(want, abs=1e-7)
     assert distances.matrix[1, 0].item() == pytest.approx(want, abs=1e-7)
     assert distances.matrix.diagonal().tolist() == [0, 0]
+    cosines = fed(CosineSimilarities(2), [torch.tensor([[a], [b]])]).matrix
+    assert cosines[0, 1].item() == pytest.approx(math.cos(want * math.pi), abs=1e-7)
+    assert cosines[1, 0].item() == pytest.approx(math.cos(want * math.pi), abs=1e-7)
+    assert cosines.diagonal().tolist() == [1, 1]
 
 
 def test_angles_are_averaged_not_cosines():
@@ -131,6 +146,16 @@ def test_angles_are_averaged_not_cosines():
     assert distances.matrix[0, 1].item() == pytest.approx(70 / 180)
 
 
+def test_cosines_are_averaged_over_tokens():
+    """1, 0 and -1; the cosine of the states as one long vector would be 0.5."""
+    here = torch.tensor([[2.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    there = torch.tensor([[2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    vectors = torch.stack([here, there])
+    assert fed(CosineSimilarities(2), [vectors]).matrix[0, 1].item() == pytest.approx(0)
+    parts = vectors.split([1, 2], dim=1)
+    assert fed(CosineSimilarities(2), parts).matrix[0, 1].item() == pytest.approx(0)
+
+
 def vectors(seed: int, samples: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(4, samples, 5, generator=generator, dtype=torch.float64)
@@ -138,27 +163,31 @@ def vectors(seed: int, samples: int) -> torch.Tensor:
 
 @given(st.integers(0, 1000), SIZES)
 @settings(max_examples=40, deadline=None)
-def test_angles_of_parts_are_those_of_the_whole(seed, sizes):
+def test_pairs_of_parts_are_those_of_the_whole(seed, sizes):
     whole = vectors(seed, sum(sizes))
     matrix = fed(AngularDistances(4), whole.split(sizes, dim=1)).matrix
+    similar = fed(CosineSimilarities(4), whole.split(sizes, dim=1)).matrix
     for i in range(4):
         for j in range(4):
-            angles = []
+            cosines = []
             for x, y in zip(whole[i].tolist(), whole[j].tolist(), strict=True):
                 dot = sum(p * q for p, q in zip(x, y, strict=True))
                 cosine = dot / math.hypot(*x) / math.hypot(*y)
-                angles.append(math.acos(max(-1.0, min(1.0, cosine))) / math.pi)
+                cosines.append(max(-1.0, min(1.0, cosine)))
+            angles = [math.acos(cosine) / math.pi for cosine in cosines]
             assert matrix[i, j].item() == pytest.approx(statistics.fmean(angles), abs=1e-7)
+            assert similar[i, j].item() == pytest.approx(statistics.fmean(cosines), abs=1e-12)
     assert torch.equal(matrix, matrix.T)
     assert (matrix.diagonal() == 0).all()
     assert matrix.min() >= 0
     assert matrix.max() <= 1
 
 
-@given(st.integers(0, 100), st.floats(1e-3, 1e3))
+@pytest.mark.parametrize("kind", [AngularDistances, CosineSimilarities])
+@given(st.integers(0, 100), st.sampled_from([1e-30, 1e-3, 1e3, 1e30]))
 @settings(max_examples=20, deadline=None)
-def test_angles_do_not_depend_on_length(seed, scale):
-    one, other = AngularDistances(4), AngularDistances(4)
+def test_pairs_do_not_depend_on_length(kind, seed, scale):
+    one, other = kind(4), kind(4)
     one.update(vectors(seed, 3))
     other.update(vectors(seed, 3) * scale)
     torch.testing.assert_close(one.matrix, other.matrix)
@@ -173,23 +202,104 @@ def test_low_precision_vectors_are_turned_in_float64():
     assert distances.matrix[0, 1].item() == pytest.approx(want, rel=1e-6)
 
 
-# --- the last real token ----------------------------------------------------------------------
+@pytest.mark.parametrize("kind", [AngularDistances, CosineSimilarities])
+def test_large_states_in_half_precision_do_not_overflow(kind):
+    """The square of 6e4 is infinite in float16, and inf / inf is not a number."""
+    signs = torch.ones(3, 4, 64)
+    signs[1, :, :32] = -1  # at a right angle to the first state
+    signs[2] = -1  # opposite to it
+    states = (6e4 * signs).half()
+    assert states.isfinite().all()
+    assert not states.norm(dim=-1).isfinite().any()
+    want = [[0, 0.5, 1], [0.5, 0, 0.5], [1, 0.5, 0]]
+    if kind is CosineSimilarities:
+        want = [[1, 0, -1], [0, 1, 0], [-1, 0, 1]]
+    got = fed(kind(3), [states]).matrix
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), atol=1e-7, rtol=0)
 
 
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.booleans())
+# --- which vectors count ----------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.booleans(), st.integers(1, 60))
 @settings(max_examples=40, deadline=None)
-def test_last_real_token_for_either_padding(lengths, left):
-    """Every vector says which state, sequence and token it is; padding says -1."""
+def test_only_real_tokens_count_for_either_padding(lengths, left, limit):
+    """Every vector says which state, sequence and token it is; under the padding stands NaN."""
     width = max(lengths)
     states, mask = [], torch.zeros(len(lengths), width, dtype=torch.bool)
     for state in range(3):
-        tensor = torch.full((len(lengths), width, 3), -1.0)
+        tensor = torch.full((len(lengths), width, 3), math.nan)
         for row, length in enumerate(lengths):
             for token in range(length):
                 place = token + (width - length if left else 0)
                 tensor[row, place] = torch.tensor([state, row, token])
                 mask[row, place] = True
         states.append(tensor)
-    want = [[[s, row, n - 1] for row, n in enumerate(lengths)] for s in range(3)]
-    assert last_real_token(states, mask).tolist() == want
-    assert last_real_token(states, mask.long()).tolist() == want
+    last = [[[s, row, n - 1] for row, n in enumerate(lengths)] for s in range(3)]
+    mean = [[[s, row, (n - 1) / 2] for row, n in enumerate(lengths)] for s in range(3)]
+    every = [[[s, row, t] for row, n in enumerate(lengths) for t in range(n)] for s in range(3)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stats, "CPU_CHUNK", limit)
+        for real in (mask, mask.long()):
+            assert last_real_token(states, real).tolist() == last
+            assert sequence_means(states, real).tolist() == mean
+            chunks = list(real_tokens(states, real))
+            assert torch.cat(chunks, dim=1).tolist() == every
+            assert max(chunk.numel() for chunk in chunks) <= max(limit, 9)
+    assert {chunk.dtype for chunk in chunks} == {torch.float64}
+
+
+class Sizes(TorchDispatchMode):
+    """Notes the number of elements of everything that is computed, and of what is in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest, self.largest_exact = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+                if tensor.dtype == torch.float64:
+                    self.largest_exact = max(self.largest_exact, tensor.numel())
+        return result
+
+
+def collect(states, mask):
+    """Everything that is collected over one batch, as plain numbers."""
+    cosines, angles = CosineSimilarities(len(states)), AngularDistances(len(states))
+    variance, mean = RunningVariance(), RunningMean()
+    for tokens in real_tokens(states, mask):
+        cosines.update(tokens)
+    angles.update(last_real_token(states, mask))
+    variance.update(states[-1])
+    mean.update(states[-1])
+    return [
+        *cosines.matrix.flatten().tolist(),
+        *angles.matrix.flatten().tolist(),
+        *sequence_means(states, mask).flatten().tolist(),
+        variance.variance,
+        mean.mean,
+    ]
+
+
+def test_no_number_is_made_for_a_pair_of_tokens():
+    """8192 tokens: a matrix of tokens x tokens would have 67 million elements, 512 MiB."""
+    states = list(torch.randn(3, 2, 4096, 4, generator=torch.Generator().manual_seed(0)))
+    with Sizes() as sizes:
+        collect(states, torch.ones(2, 4096, dtype=torch.bool))
+    assert sizes.largest <= 3 * 2 * 4096 * 4, "the states themselves"
+
+
+def test_copies_in_float64_are_limited(monkeypatch):
+    """And the limit changes no number, whether it cuts within sequences or between them."""
+    states = list(torch.randn(3, 9, 10, 4, generator=torch.Generator().manual_seed(0)))
+    mask = torch.arange(10) < torch.arange(2, 11).unsqueeze(1)
+    want = collect(states, mask)
+    for limit in (108, 40, 7 * 12 + 5):  # the means of all sequences alone are 108 numbers
+        monkeypatch.setattr(stats, "CPU_CHUNK", limit)
+        with Sizes() as sizes:
+            got = collect(states, mask)
+        assert got == pytest.approx(want, rel=1e-12, abs=1e-12)
+        assert sizes.largest_exact <= max(limit, 108) < sum(map(torch.numel, states))

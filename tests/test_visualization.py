@@ -4,6 +4,8 @@ import math
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
+from itertools import pairwise
 
 import matplotlib
 import numpy as np
@@ -23,12 +25,16 @@ from llm_pruner.errors import (
     OutputError,
 )
 from llm_pruner.layers import LayerStack
-from llm_pruner.results import LayerScores
+from llm_pruner.results import DepthCurve, LayerScores
 from llm_pruner.visualization import (
     BLUE,
     GREEN,
+    MARKERS,
+    MAX_CURVES,
     ORANGE,
+    PALETTE,
     plot_activation_comparison,
+    plot_depth_curve,
     plot_holistic_benchmark,
     plot_layer_importance,
     plot_semantic_comparison,
@@ -216,6 +222,340 @@ def test_nan_is_never_drawn():
 def test_a_removed_layer_needs_a_score():
     with pytest.raises(InvalidPlanError, match=r"\[12\] have no score.* 0 to 11"):
         plot_layer_importance(valley(12), removed=[3, 12])
+
+
+def shaded(axes):
+    """The layers with a background."""
+    bars = {id(bar) for container in axes.containers for bar in container}
+    spans = [patch for patch in axes.patches if id(patch) not in bars]
+    assert all(span.get_width() == pytest.approx(1) for span in spans)
+    return [span.get_x() + 0.5 for span in spans]
+
+
+def crosses(axes):
+    return [int(x) for line in axes.lines if line.get_marker() == "x" for x in line.get_xdata()]
+
+
+def test_protected_layers_are_shaded_and_those_without_a_score_crossed():
+    scores = {i: 1.0 + i for i in range(4, 10)}
+    figure = plot_layer_importance(scores, protected=[11, 0, 1, 4], num_layers=12)
+    [axes] = figure.axes
+    assert shaded(axes) == [0, 1, 4, 11]
+    assert crosses(axes) == [0, 1, 2, 3, 10, 11]
+    assert [bar.get_height() for bar in axes.containers[0]] == list(scores.values())
+    outlined = [to_hex(bar.get_edgecolor()) == "#666666" for bar in axes.containers[0]]
+    assert outlined == [True, False, False, False, False, False]  # layer 4
+    assert axes.get_xlim() == (-0.7, 11.7)
+    assert list(axes.get_xticks()) == list(range(12))
+    assert legend_texts(figure) == ["protected (4)", "no score (6)"]
+    assert_nothing_outside(figure)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_crosses_stand_inside_the_axes(sign):
+    figure = plot_layer_importance({1: sign * 2.0, 2: sign * 1.0}, num_layers=4)
+    figure.draw_without_rendering()
+    [axes] = figure.axes
+    [line] = [line for line in axes.lines if line.get_marker() == "x"]
+    places = line.get_transform().transform(line.get_xydata())
+    assert all(axes.bbox.contains(*place) for place in places)
+    assert legend_texts(figure) == ["no score (2)"]
+
+
+def test_without_the_number_of_layers_the_axis_ends_with_the_outermost_marks():
+    figure = plot_layer_importance({2: 1.0, 3: 2.0}, protected=(5, 0))
+    [axes] = figure.axes
+    assert (shaded(axes), crosses(axes)) == ([0, 5], [0, 1, 4, 5])
+    assert axes.get_xlim() == (-0.7, 5.7)
+
+
+def test_protected_and_removed_layers_of_a_model_share_one_legend():
+    scores = LayerScores({i: float(i) for i in range(4, 30)}, strategy="bi")
+    options = {"protected": [0, 1, 2, 3, 30, 31], "num_layers": 32}
+    figure = plot_layer_importance(scores, removed=[14, 15], **options)
+    marks = ["protected (6)", "no score (6)"]
+    assert legend_texts(figure) == ["removed (2 of 32)", "kept", *marks]
+    assert_nothing_outside(figure)
+    assert not overlaps([figure._suptitle, *figure.axes[0].get_legend().get_texts()])
+    ranked = plot_layer_importance(scores, **options)
+    assert legend_texts(ranked)[2:] == marks
+    assert legend_texts(plot_layer_importance(scores, num_layers=32))[2:] == marks[1:]
+
+
+def test_a_model_without_gaps_has_no_crosses():
+    figure = plot_layer_importance(valley(12), num_layers=12)
+    assert (crosses(figure.axes[0]), legend_texts(figure)) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protected": [12], "num_layers": 12}, r"protected=\[12\] .* 0 to 11, the model's last"),
+        ({"protected": [-1]}, r"protected=\[-1\] must list layers, .* from 0\."),
+        ({"protected": (2, 2)}, r"protected=\[2, 2\] .* each once"),
+        ({"protected": [True]}, r"protected=\[True\]"),
+        ({"protected": ["first"]}, r"protected=\['first'\]"),
+        ({"protected": [3], "removed": [3, 4]}, r"Layers \[3\] are in removed and in protected"),
+        ({"num_layers": 11}, r"scores has layers \[11\], .*num_layers=11"),
+        ({"num_layers": 0}, r"num_layers=0 must be"),
+        ({"num_layers": 12.0}, r"num_layers=12\.0 must be"),
+    ],
+)
+def test_protection_that_cannot_be(options, message):
+    with pytest.raises(InvalidPlanError, match=message):
+        plot_layer_importance(valley(12), **options)
+
+
+# --- plot_depth_curve
+
+UNIT = "relative change of likelihood per token"
+COLLAPSE = [-0.01, -0.03, -0.1, -0.6, -0.95]
+
+
+def held(change, **other):
+    found = {"change": change - 0.02, "low": change - 0.04, "high": change + 0.01}
+    return {**found, "unit": UNIT, "items": 20, "fingerprint": "f", **other}
+
+
+def curve(changes, strategy="smart", measured=True, model_id="m", num_layers=32, unit=UNIT):
+    points = [
+        {
+            "n_layers": count,
+            "removed": list(range(count)),
+            "change": change,
+            "held_out": held(change, unit=unit) if measured else None,
+        }
+        for count, change in enumerate(changes, 1)
+    ]
+    return DepthCurve(model_id, num_layers, strategy, unit, points)
+
+
+def line_of(axes, colour, style):
+    """Depths, values and the depths with a marker, of the line of that look."""
+    [line] = [
+        line
+        for line in axes.lines
+        if to_hex(line.get_color()) == colour and line.get_linestyle() == style
+    ]
+    depths = list(line.get_xdata())
+    return depths, list(line.get_ydata()), [depths[place] for place in line.get_markevery()]
+
+
+def bands(axes):
+    """For each band, by colour: depth -> (low, high)."""
+    found = {}
+    for band in axes.collections:
+        ends = {}
+        for x, y in band.get_paths()[0].vertices:
+            ends.setdefault(x, []).append(y)
+        colour = to_hex(band.get_facecolor()[0])
+        found[colour] = {depth: (min(ys), max(ys)) for depth, ys in sorted(ends.items())}
+    return found
+
+
+def test_a_curve_shows_both_measurements_and_the_interval():
+    changes = [-0.01, -0.02, -0.04]
+    figure = plot_depth_curve(curve(changes))
+    [axes] = figure.axes
+    depths, values, marked = line_of(axes, BLUE, "-")
+    assert (depths, marked) == ([0, 1, 2, 3], [1, 2, 3])
+    assert values == pytest.approx([0, -3, -4, -6])
+    depths, values, marked = line_of(axes, BLUE, "--")
+    assert (depths, marked) == ([0, 1, 2, 3], [])
+    assert values == pytest.approx([0, -1, -2, -4])
+    [(colour, band)] = bands(axes).items()
+    assert colour == BLUE
+    assert list(band) == [0, 1, 2, 3]
+    wanted = [(0, 0), (-5, 0), (-6, -1), (-8, -3)]
+    assert list(band.values()) == [pytest.approx(ends) for ends in wanted]
+    assert axes.get_yscale() == "linear"
+    assert axes.get_ylabel() == f"{UNIT}\nin %"
+    assert axes.get_xlabel() == "layers removed (of 32)"
+    assert [label.get_text() for label in axes.get_xticklabels()] == [*"0123"]
+    assert figure.get_suptitle() == "Quality by number of layers removed: smart"
+    drawn = [text for text in legend_texts(figure) if text.strip()]
+    assert drawn == ["smart", "held-out data", "95 % interval", "data of the choice"]
+    assert_nothing_outside(figure)
+
+
+def test_without_held_out_data_the_line_is_that_of_the_choice():
+    figure = plot_depth_curve(curve([-0.01, 0.02], measured=False))
+    [axes] = figure.axes
+    assert line_of(axes, BLUE, "--") == ([0, 1, 2], pytest.approx([0, -1, 2]), [1, 2])
+    assert [line.get_linestyle() for line in axes.lines[1:]] == ["--"]  # after that of 0 %
+    assert bands(axes) == {}
+    assert legend_texts(figure) == ["smart", "data of the choice"]
+
+
+def test_points_without_held_out_data_keep_a_hollow_marker():
+    one = curve([-0.01, -0.02, -0.03, -0.04])
+    one.points[1]["held_out"] = None
+    one.points[3]["held_out"] = {}
+    [axes] = plot_depth_curve(one).axes
+    assert line_of(axes, BLUE, "-")[0] == [0, 1, 3]
+    assert line_of(axes, BLUE, "--")[2] == [2, 4]
+    [hollow] = [line for line in axes.lines if line.get_markevery() == [2, 4]]
+    assert to_hex(hollow.get_markerfacecolor()) == "#ffffff"
+
+
+def test_a_collapse_leaves_the_first_steps_readable():
+    figure = plot_depth_curve(curve(COLLAPSE, measured=False))
+    [axes] = figure.axes
+    assert_nothing_outside(figure)
+    heights = [axes.transData.transform((0, 100 * change))[1] for change in [0, *COLLAPSE]]
+    steps = [(one - two) / axes.bbox.height for one, two in pairwise(heights)]
+    assert min(steps[:4]) > 0.1
+    assert all(step > 0 for step in steps)
+    shown = [label.get_text() for label in axes.get_yticklabels()]
+    assert shown == ["\u2212100", "\u221230", "\u221210", "\u22123", "\u22121", "0"]
+    assert list(axes.get_yticks()) == [-100, -30, -10, -3, -1, 0]
+    assert axes.get_ylabel() == f"{UNIT}\nin %, log scale beyond 1 %"
+    assert not overlaps(axes.get_yticklabels())
+
+
+@pytest.mark.parametrize(
+    ("changes", "scale"),
+    [
+        ([-0.005, -0.09], "linear"),
+        ([-0.005, -0.11], "symlog"),
+        ([-0.3, -0.95], "linear"),
+        ([-0.01, 0.2], "symlog"),
+        ([0.0, 0.0], "linear"),
+    ],
+)
+def test_the_scale_is_logarithmic_where_changes_differ_in_size(changes, scale):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = plot_depth_curve(curve(changes, measured=False))
+        figure.draw_without_rendering()
+    assert figure.axes[0].get_yscale() == scale
+    assert ("log scale" in figure.axes[0].get_ylabel()) == (scale == "symlog")
+    low, high = figure.axes[0].get_ylim()
+    assert low < min(100 * c for c in [0, *changes])
+    assert high > max(100 * c for c in [0, *changes])
+
+
+def test_the_interval_counts_for_the_scale():
+    one = curve([-0.06])
+    one.points[0]["held_out"]["low"] = -0.9
+    assert plot_depth_curve(one).axes[0].get_yscale() == "symlog"
+
+
+def test_several_curves_keep_apart(tmp_path):
+    curves = [
+        curve(COLLAPSE),
+        curve([-0.02, -0.05, -0.08], "pruneme"),
+        curve([-0.03] * 8, "ablation", measured=False),
+    ]
+    for place, one in enumerate(curves):
+        one.save(tmp_path / f"{place}.json")
+    loaded = [DepthCurve.load(tmp_path / f"{place}.json") for place in range(3)]
+    figure = plot_depth_curve(iter(loaded))
+    [axes] = figure.axes
+    for one, colour in zip(curves, PALETTE, strict=False):
+        depths, values, _ = line_of(axes, colour, "--")
+        assert depths == list(range(len(one.points) + 1))
+        assert values == pytest.approx([0, *(100 * point["change"] for point in one.points)])
+    assert line_of(axes, ORANGE, "-")[1] == pytest.approx([0, -4, -7, -10])
+    assert set(bands(axes)) == {BLUE, ORANGE}
+    assert bands(axes)[ORANGE][3] == pytest.approx((-12, -7))
+    assert [one.get_linestyle() for one in axes.lines if one.get_color() == GREEN] == ["--"]
+    names = ["smart", "pruneme", "ablation"]
+    keys = ["held-out data", "95 % interval", "data of the choice"]
+    assert legend_texts(figure) == [*names, *keys]
+    handles = figure.legends[0].legend_handles[:3]
+    assert [to_hex(handle.get_color()) for handle in handles] == list(PALETTE[:3])
+    assert [handle.get_marker() for handle in handles] == list(MARKERS[:3])
+    assert figure.get_suptitle() == "Quality by number of layers removed"
+    assert list(axes.get_xticks()) == list(range(9))
+    assert_nothing_outside(figure)
+    assert plot_depth_curve(loaded, "Mine at $5").get_suptitle() == "Mine at $5"
+
+
+def test_curves_of_several_models_name_them():
+    curves = [curve([-0.1], model_id="a/one"), curve([-0.2], model_id="b/two", num_layers=24)]
+    figure = plot_depth_curve(curves)
+    assert legend_texts(figure)[:2] == ["smart (a/one)", "smart (b/two)"]
+    assert figure.axes[0].get_xlabel() == "layers removed"
+
+
+@pytest.mark.parametrize("count", [1, 3, MAX_CURVES])
+@pytest.mark.parametrize(("points", "ticks"), [(1, 2), (12, 13), (30, 16), (60, 16)])
+def test_no_text_of_a_curve_touches_another(count, points, ticks):
+    long = "a strategy with a name that is long"
+    curves = [
+        curve(
+            [math.expm1(-0.002 * (one + 1) * k**1.5) for k in range(1, points + 1)],
+            f"{long} {one}" if one else "smart",
+            model_id=f"organisation/a-model-of-{one}-billion",
+            num_layers=80,
+        )
+        for one in range(count)
+    ]
+    figure = plot_depth_curve(curves)
+    assert_nothing_outside(figure)
+    [axes] = figure.axes
+    assert len(axes.get_xticks()) == ticks
+    assert axes.get_xticks()[0] == 0
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    assert figure.get_figwidth() == (7.0 if points > 40 else 3.4)
+    labels = [axes.xaxis.label, axes.yaxis.label, figure._suptitle]
+    labels += [*visible_labels(axes.xaxis), *visible_labels(axes.yaxis)]
+    assert not overlaps([*labels, *figure.legends[0].get_texts()])
+    drawn = " ".join(" ".join(legend_texts(figure)).split())
+    assert all(f"{long} {one}" in drawn for one in range(1, count))
+    whole = drawn.replace("- ", "-")  # broken after the hyphens of a name
+    assert count == 1 or all(
+        f"(organisation/a-model-of-{i}-billion)" in whole for i in range(count)
+    )
+
+
+@pytest.mark.parametrize(
+    ("curves", "message"),
+    [
+        ([], "0 curves given: one figure shows 1 to 6"),
+        ([curve([-0.1], str(i)) for i in range(7)], "7 curves given"),
+        (None, "None is a NoneType, not a DepthCurve"),
+        ("curve.json", r"'curve\.json' is a str, not a DepthCurve: .* DepthCurve\.load"),
+        ([curve([-0.1]), {"points": []}], "is a dict, not a DepthCurve"),
+        ([curve([-0.1]), curve([-0.1], "x", unit="accuracy")], f"units, '{UNIT}' and 'accuracy'"),
+        ([curve([-0.1]), curve([-0.2])], "Several curves are called 'smart': name them apart"),
+    ],
+)
+def test_curves_that_cannot_be_drawn(curves, message):
+    with pytest.raises(InvalidDataError, match=message):
+        plot_depth_curve(curves)
+
+
+@pytest.mark.parametrize(
+    ("found", "error", "message"),
+    [
+        (held(-0.1, unit="accuracy"), InvalidDataError, "different units"),
+        ([1.0], InvalidDataError, r"held_out at 1 layers is \[1\.0\]: it must be a dict"),
+        ({"change": -0.1, "low": -0.2}, InvalidDataError, r"held-out high of 'smart' at 1 .* None"),
+        (held(-0.1, low="much"), InvalidDataError, r"held-out low .* 'much'"),
+        (held(-0.1, low=0.3), InvalidDataError, r"held-out low .* is above high"),
+        (held(math.nan), NonFiniteError, r"held-out change .* is nan"),
+    ],
+)
+def test_held_out_changes_that_cannot_be_drawn(found, error, message):
+    one = curve([-0.1])
+    one.points[0]["held_out"] = found
+    with pytest.raises(error, match=message):
+        plot_depth_curve(one)
+
+
+def test_a_change_that_became_nan_is_never_drawn():
+    one = curve([-0.1, -0.2])
+    one.points[1]["change"] = math.nan
+    with pytest.raises(NonFiniteError, match=r"change of 'smart' at 2 layers is nan"):
+        plot_depth_curve(one)
+
+
+def test_curves_are_named_apart_as_the_message_says():
+    one = curve([-0.1])
+    figure = plot_depth_curve([one, replace(one, strategy="first try")])
+    assert legend_texts(figure)[:2] == ["smart", "first try"]
 
 
 # --- plot_activation_comparison
@@ -540,12 +880,13 @@ def test_equal_input_gives_equal_bytes_of_the_right_kind(
             max_new_tokens=4,
         )
         plot_holistic_benchmark(BEFORE, AFTER, COUNTS, folder / f"4{suffix}")
+        plot_depth_curve(curve(COLLAPSE), None, folder / f"5{suffix}")
         return [path.read_bytes() for path in sorted(folder.iterdir())]
 
     first = draw("one")
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "black", "savefig.dpi": 50}):
         second = draw("two")  # nor does the caller's style matter
-    assert len(first) == 4
+    assert len(first) == 5
     assert first == second
     assert all(data.startswith(MAGIC[suffix]) for data in first)
 
@@ -577,6 +918,8 @@ def test_other_suffixes_are_refused_before_any_work(name, tmp_path):
         plot_activation_comparison(None, None, PROMPT, [1], path)
     with pytest.raises(OutputError, match=message):
         plot_semantic_comparison(None, None, None, PROMPT, path)
+    with pytest.raises(OutputError, match=message):
+        plot_depth_curve(None, save_path=path)
     assert not path.parent.exists()
 
 
@@ -592,6 +935,7 @@ def test_no_global_state_is_touched(tmp_path, model, tokenizer):
     before, backend = dict(matplotlib.rcParams), matplotlib.get_backend()
     plot_layer_importance(valley(12), save_path=tmp_path / "a.png")
     plot_activation_comparison(model, tokenizer, PROMPT, [1])
+    plot_depth_curve(curve(COLLAPSE))
     with pytest.raises(NonFiniteError):
         plot_holistic_benchmark({"a": 0.5}, {"a": math.nan}, 5)
     assert dict(matplotlib.rcParams) == before
@@ -619,6 +963,8 @@ def test_show_lends_the_figure_to_pyplot_and_takes_it_back(monkeypatch):
 def test_colours_are_seaborns_palette_for_the_colour_blind():
     palette = seaborn.color_palette("colorblind").as_hex()
     assert palette[:3] == [BLUE, ORANGE, GREEN]
+    assert tuple(palette[:5]) == PALETTE[:5]
+    assert len(PALETTE) == len(set(MARKERS)) == MAX_CURVES
 
 
 def test_importing_the_module_loads_nothing_heavy():

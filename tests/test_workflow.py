@@ -11,7 +11,7 @@ from llm_pruner import PruneMePruner, carry_out, load_data
 from llm_pruner.errors import InvalidDataError, InvalidPlanError
 from llm_pruner.evaluation import perplexity
 from llm_pruner.results import PruningPlan, PruningReport
-from llm_pruner.workflow import draw_figures
+from llm_pruner.workflow import DataSplit, draw_figures
 
 TEXTS = [f"{a} {b} on the {c}" for a in WORDS for b in WORDS for c in WORDS[:3]]
 
@@ -73,9 +73,14 @@ def test_a_plan_is_carried_out(llama, tokenizer, tmp_path):
     assert report.before.tasks is None
     assert report.evaluation_data["items"] == 10
     assert report.seed == 5
-    written = draw_figures(pruner, pruned, report, TEXTS[50:60])
+    data = DataSplit(TEXTS[:10], [], TEXTS[50:60])
+    written = draw_figures(pruner, pruned, report, data)
     assert all(path.stat().st_size > 1000 for path in written)
-    assert len(written) == 3
+    assert [path.stem for path in written] == [
+        "activation_comparison",
+        "semantic_comparison",
+        "layer_importance",
+    ]
 
 
 def test_a_plan_for_another_model_is_refused(llama, tokenizer, tmp_path):

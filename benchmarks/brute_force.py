@@ -1,0 +1,107 @@
+"""How close every strategy comes to the best set of layers, which brute force finds.
+
+    python benchmarks/brute_force.py                                  # demo model, 1 to 4 layers
+    python benchmarks/brute_force.py --model M --eval-dataset D.jsonl --n-samples 32
+
+Prints a Markdown table per number of layers. Sets are chosen on one half of the items: what a
+removal costs is the rise of the mean loss of their tokens, and the excess of a choice is what it
+costs above the best of all sets, as a share of that one's cost (of its size, where the best set is
+a gain). Perplexity is that of the other
+items. `greedy` is the plain greedy search, `last` takes the last layers before the final one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from itertools import combinations
+from statistics import median
+
+import torch
+
+from llm_pruner import SmartPruner, get_strategy, load_data, load_model, perplexity
+from llm_pruner.replay import Mask
+
+ONE_SHOT = ("ablation", "avss", "bi", "pruneme")
+
+
+def main() -> None:
+    """Measure all sets, choose by every strategy, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--eval-dataset", default=None)
+    parser.add_argument("--n-samples", type=int, default=80)
+    parser.add_argument("--most", type=int, default=4, help="layers to remove at most")
+    parser.add_argument("--protect", type=int, nargs=2, default=(0, 0))
+    parser.add_argument("--threads", type=int, default=1, help="one is fastest for tiny models")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    model, tokenizer = load_model(args.model, device="cpu")
+    source = args.eval_dataset or ("demo" if args.model == "demo" else None)
+    data = load_data(source, args.n_samples)
+    protect = tuple(args.protect)
+    smart = SmartPruner(model, tokenizer, protect=protect)
+    quality, stack, candidates = smart.quality(data.scoring), smart.layers, smart.candidates
+    counts = range(1, args.most + 1)
+    sets = {count: list(combinations(candidates, count)) for count in counts}
+    quality.measure([mask for count in counts for mask in sets[count]])
+
+    def cost(mask: Mask) -> float:
+        return math.log(quality() / quality(mask))
+
+    choices: dict[str, dict[int, Mask]] = {
+        "best of all sets": {count: min(sets[count], key=cost) for count in counts},
+        "smart": {count: smart.plan(data.scoring, n_layers=count).remove for count in counts},
+        "greedy": {},
+    }
+    grown: Mask = ()
+    for count in counts:
+        above = [mask for mask in sets[count] if set(grown) < set(mask)]
+        choices["greedy"][count] = grown = min(above, key=cost)
+    for name in ONE_SHOT:
+        pruner = get_strategy(name)(model, tokenizer, protect=protect)
+        scores = pruner.compute_layer_scores(data.scoring)
+        choices[name] = {
+            count: tuple(pruner.choose_layers(scores, data.scoring, n_layers=count))
+            for count in counts
+        }
+    end = len(stack) - max(1, protect[1])
+    choices["last"] = {count: tuple(range(end - count, end)) for count in counts}
+
+    def excess(mask: Mask, count: int) -> float:
+        best = cost(choices["best of all sets"][count])
+        return 100 * (cost(mask) - best) / abs(best)
+
+    print(
+        f"{args.model}: {len(stack)} layers, protected {protect}, {len(data.scoring)} items to ",
+        end="",
+    )
+    print(f"choose, {len(data.judging)} others.")
+    full = perplexity(model, tokenizer, data.judging)
+    held_out: dict[Mask, float] = {}
+    for count in counts:
+        print(
+            f"\n{count} of {len(stack)} layers: {len(sets[count])} sets, perplexity of the ", end=""
+        )
+        print(f"full model on other items {full:.3f}.\n")
+        print("| choice | layers removed (0-based) | loss rises by | excess | perplexity |")
+        print("|---|---|---|---|---|")
+        for name, chosen in choices.items():
+            mask = chosen[count]
+            if mask not in held_out:
+                with stack.bypass(mask) as cut:
+                    held_out[mask] = perplexity(cut, tokenizer, data.judging)
+            cells = [name, ", ".join(map(str, mask)), f"{cost(mask):.4f}"]
+            cells.append(f"{excess(mask, count):.1f} %")
+            print(f"| {' | '.join(cells)} | {held_out[mask]:.3f} |")
+    excesses = [excess(choices["smart"][count], count) for count in counts]
+    above = [n for n in counts if cost(choices["smart"][n]) > cost(choices["greedy"][n])]
+    print(
+        f"\nMedian excess of `smart`: {median(excesses):.1f} %. Above greedy search with ", end=""
+    )
+    print(f"{', '.join(map(str, above))} layers." if above else "no number of layers.")
+
+
+if __name__ == "__main__":
+    main()
