@@ -12,15 +12,14 @@ import torch
 
 from .batching import EvalItem, check_items, fingerprint
 from .checkpoint import save_checkpoint, verify_removal, write_mergekit_yaml
-from .errors import InvalidPlanError
-from .healing import Heal, heal_model
+from .errors import InvalidDataError, InvalidPlanError
+from .healing import Heal, LoraSettings, heal_model
 from .layers import LayerStack
 from .likelihood import check_ids, encode_for, evaluating, forward_options
-from .objectives import ObjectiveLike, parse_objective
 from .output import check_output
 from .quality import RemovalQuality
 from .results import DepthCurve, LayerScores, PruningPlan, Removes, check_layers
-from .search import single_removals
+from .surgery import share_copy
 from .utils import model_fingerprint, package_versions, progress
 
 if TYPE_CHECKING:
@@ -72,6 +71,7 @@ class BasePruner(ABC):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.steps: list[dict[str, Any]] = []
         self.partial_plan: PruningPlan | None = None
+        self._last_repair: tuple[str, tuple[PreTrainedModel, dict[str, Any]]] | None = None
         self.layers = LayerStack(model, path=layers_path)
         self.num_layers = len(self.layers)
         if protect is DEFAULT_PROTECT:  # the default itself, not an equal pair somebody gave
@@ -269,6 +269,7 @@ class BasePruner(ABC):
         *,
         heal: Heal = "none",
         heal_data: Sequence[EvalItem] | None = None,
+        lora: LoraSettings | None = None,
         overwrite: bool = False,
         plan: PruningPlan | None = None,
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -281,14 +282,15 @@ class BasePruner(ABC):
             layers: 0-based indices to remove.
             output_dir: folder to write; it appears complete or not at all.
             model_id: name of the original model, for the record.
-            heal: ``none``; ``linear`` (closed form, no training); ``lora`` (training).
+            heal: ``none``; ``linear`` (closed form, no training); ``lora`` (training on top).
             heal_data: items to repair with; other items than the choice was made on.
+            lora: how to train, for ``lora``.
             overwrite: replace an output folder that is not empty.
             plan: how the layers were chosen, for the record in ``pruning_plan.json``.
 
         Raises:
             InvalidPlanError: indices that do not fit the model, or none.
-            InvalidDataError: healing without data.
+            InvalidDataError: healing without data, or with that which the layers were chosen on.
             OutputError: the output exists, or cannot be written.
             UnsupportedModelError: the architecture cannot express the pruned model, or be healed.
             VerificationError: the written checkpoint does not compute what it should.
@@ -301,14 +303,38 @@ class BasePruner(ABC):
                 f"({list(plan.remove)})."
             )
         check_output(output_dir, overwrite=overwrite)
-        pruned = self.layers.remove(plan.remove)
-        verify_removal(self.layers, plan.remove, pruned)
-        pruned, outcome = heal_model(
-            self.layers, plan.remove, pruned, self.tokenizer, heal, heal_data
-        )
+        if heal != "none" and heal_data and plan.data.get("fingerprint") == fingerprint(heal_data):
+            raise InvalidDataError(
+                "heal_data is what the layers were chosen on: repair with other items, or the "
+                "repair makes good the choice's mistakes on those items alone."
+            )
+        pruned, outcome = self.repair(plan.remove, heal, heal_data, lora)
         plan = replace(plan, options={**plan.options, "heal": outcome})
         save_checkpoint(pruned, self.tokenizer, plan, output_dir, overwrite=overwrite)
         return pruned, self.tokenizer
+
+    def repair(
+        self,
+        layers: Sequence[int],
+        heal: Heal,
+        heal_data: Sequence[EvalItem] | None,
+        lora: LoraSettings | None = None,
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model without `layers`, verified and healed, and the record of the healing.
+
+        See `heal_model`. The last result is kept: a search that repairs on its way has healed the
+        set that it ends with.
+        """
+        data = fingerprint(heal_data) if heal_data else ""
+        how = lora.identity() if lora and heal == "lora" else ""
+        key = f"{model_fingerprint(self.model)}:{sorted(layers)}:{heal}:{data}:{how}"
+        if self._last_repair is None or self._last_repair[0] != key:
+            pruned = self.layers.remove(layers)
+            verify_removal(self.layers, layers, pruned)
+            tools = self.layers, layers, pruned, self.tokenizer, heal, heal_data
+            self._last_repair = key, heal_model(*tools, lora=lora)
+        model, record = self._last_repair[1]
+        return share_copy(model), record
 
     def _manual_plan(self, layers: Sequence[int], model_id: str) -> PruningPlan:
         return PruningPlan(
@@ -425,65 +451,6 @@ class BasePruner(ABC):
     def _options(self) -> dict[str, Any]:
         """Constructor options worth recording in a plan."""
         return {}
-
-
-class MeasuredPruner(BasePruner):
-    """Base of the strategies that measure the model without layers instead of reading it.
-
-    Args:
-        objective: what quality is, a name of `objectives.OBJECTIVES` or several with weights:
-            ``nll`` (likelihood of the references, or of running text), ``kl`` and ``agreement``
-            (with the full model), ``accuracy`` (of items with choices), ``similarity`` (of
-            generated answers); ``"nll=0.7,accuracy=0.3"``.
-        journal: file that keeps every measurement, so that a killed run can be taken up again.
-        seed: of the order in which a search looks at the items.
-        options: the other options of `BasePruner`.
-    """
-
-    removes = "highest"
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        protect: tuple[int, int] = DEFAULT_PROTECT,
-        objective: ObjectiveLike = "nll",
-        journal: str | Path | None = None,
-        seed: int = 0,
-        **options: Any,
-    ) -> None:
-        super().__init__(model, tokenizer, protect=protect, **options)
-        self.shares, self.journal, self.seed = parse_objective(objective), journal, seed
-        self._qualities: dict[str, RemovalQuality] = {}
-
-    def quality(self, eval_data: Sequence[EvalItem]) -> RemovalQuality:
-        """The measuring instrument for `eval_data`; what it has measured it remembers."""
-        key = f"{model_fingerprint(self.model)}:{fingerprint(eval_data)}"
-        if key not in self._qualities:
-            self._qualities[key] = RemovalQuality(
-                self.layers,
-                self.tokenizer,
-                eval_data,
-                objective=self.shares,
-                batch_size=self.batch_size,
-                journal=self.journal,
-                seed=self.seed,
-            )
-        return self._qualities[key]
-
-    def compute_layer_scores(self, eval_data: Sequence[EvalItem]) -> LayerScores:
-        """Relative change of quality when the layer alone is removed: -0.02 is 2 % worse.
-
-        Costs about half of the L + 1 evaluations of the data: layers below the removed one run
-        once for all.
-        """
-        quality = self.quality(eval_data)
-        scores = single_removals(quality, range(self.num_layers))
-        return LayerScores(scores, strategy=self.name, unit=quality.unit, removes=self.removes)
-
-    def _options(self) -> dict[str, Any]:
-        return {"objective": self.shares, "seed": self.seed}
 
 
 def _checked_protection(protect: Sequence[int], num_layers: int) -> tuple[int, int]:

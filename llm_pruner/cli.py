@@ -13,10 +13,12 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +140,13 @@ def _add_choice(group: Any) -> None:
         metavar="NAME=VALUE",
         help="an option of the strategy's class, e.g. contiguous=false for pruneme; repeatable",
     )
-    add("--resume", action="store_true", help="reuse the measurements of an interrupted run")
+    add(
+        "--heal-every",
+        type=int,
+        metavar="K",
+        help="smart: repair (--heal) after every K cuts, and choose the next on the repaired model",
+    )
+    add("--resume", action="store_true", help="take an interrupted run up where it stopped")
 
 
 def _add_output(group: Any) -> None:
@@ -149,9 +157,11 @@ def _add_output(group: Any) -> None:
         "--heal",
         default="none",
         choices=["none", "linear", "lora"],
-        help="repair the weights after the cut (default: none)",
+        help="repair the weights after the cut: linear in closed form, lora by training on top of "
+        "that (default: none)",
     )
     add("--heal-data", metavar="D", help="what to repair with (default: more of --eval-dataset)")
+    add("--heal-steps", type=int, metavar="N", help="lora: steps of training at most (1000)")
     add("--export-yaml", metavar="PATH", help="also write a MergeKit recipe")
     add("--visualize", action="store_true", help="draw figures into DIR/figures")
     add("--dry-run", action="store_true", help="print scores and plan; write nothing")
@@ -210,17 +220,37 @@ def _check(args: argparse.Namespace) -> None:
         raise InvalidPlanError(f"--tolerance {args.tolerance} must not be negative, e.g. 0.015.")
     if not 0 <= args.seed < 2**32:
         raise InvalidPlanError(f"--seed {args.seed} must be from 0 to {2**32 - 1}.")
+    _check_healing(args)
     if args.heal == "lora" and importlib.util.find_spec("peft") is None:
         raise MissingDependencyError("--heal lora needs peft: pip install 'llm_pruner[heal]'.")
     if Path(args.output).resolve() == Path(args.model).resolve():
         raise OutputError(f"--output {args.output} is the model itself: choose another folder.")
     args.option = dict(map(_option, args.option))
-    for name in ("n_samples", "n_layers", "batch_size", "sweep"):
+    for name in ("n_samples", "n_layers", "batch_size", "sweep", "heal_steps", "heal_every"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InvalidPlanError(f"--{name.replace('_', '-')} {value} must be at least 1.")
     if not args.dry_run and args.sweep is None:
         check_output(args.output, overwrite=args.overwrite)
+
+
+def _check_healing(args: argparse.Namespace) -> None:
+    """Refuse options of a repair that is not asked for."""
+    given = {
+        "--heal-data": args.heal_data is not None and args.heal == "none",
+        "--heal-every": args.heal_every is not None and args.heal == "none",
+        "--heal-steps": args.heal_steps is not None and args.heal != "lora",
+    }
+    for option, idle in given.items():
+        if idle:
+            wanted = "--heal lora" if option == "--heal-steps" else "--heal linear or --heal lora"
+            raise InvalidPlanError(f"{option} has no effect without {wanted}.")
+    if args.heal_every is None:
+        return
+    if args.strategy != "smart" or args.layers is not None or args.plan is not None:
+        raise InvalidPlanError("--heal-every is for layers that --strategy smart chooses.")
+    if args.sweep is not None:
+        raise InvalidPlanError("--heal-every and --sweep exclude each other: give one.")
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -249,6 +279,8 @@ def _run(args: argparse.Namespace) -> None:
     from transformers import set_seed
     from transformers.utils import logging as transformers_logging
 
+    from .lora import LoraSettings
+    from .pruners import Repairs, SmartPruner
     from .utils import disable_progress_bars, load_model
     from .workflow import carry_out, draw_figures, load_data
 
@@ -269,9 +301,22 @@ def _run(args: argparse.Namespace) -> None:
         source,
         args.n_samples,
         heal_source=args.heal_data,
-        healing=args.heal != "none" and not args.dry_run,
+        healing=args.heal != "none" and not (args.dry_run and args.heal_every is None),
         seed=args.seed,
     )
+    checkpoints = _beside(args, "healing")
+    if not args.resume and not args.dry_run:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    lora = LoraSettings(
+        steps=args.heal_steps,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        checkpoints=None if args.dry_run else checkpoints,
+    )
+    if args.heal_every is not None:
+        assert isinstance(pruner, SmartPruner)
+        in_between = replace(lora, checkpoints=None)
+        pruner.repairs = Repairs(data.healing, args.heal_every, args.heal, in_between)
     if args.sweep is not None:
         _sweep(args, pruner, data)
         return
@@ -287,9 +332,11 @@ def _run(args: argparse.Namespace) -> None:
         data.judging,
         heal=args.heal,
         heal_data=data.healing,
+        lora=lora,
         overwrite=args.overwrite,
         seed=args.seed,
     )
+    shutil.rmtree(checkpoints, ignore_errors=True)
     figures = draw_figures(pruner, pruned, report, data) if args.visualize else []
     if args.export_yaml:
         pruner.export_mergekit_yaml(plan.remove, args.export_yaml, args.model)
@@ -303,7 +350,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _make_pruner(args: argparse.Namespace, model: Any, tokenizer: Any) -> BasePruner:
     """The strategy, with those options that were given and that it has."""
-    from .base import MeasuredPruner
+    from .measured import MeasuredPruner
 
     cls = get_strategy(args.strategy)
     for name in args.option:
@@ -398,6 +445,8 @@ def plan_text(plan: PruningPlan) -> str:
         what = f"cut layer {step['layer']}" if step["action"] == "cut" else ""
         if step["action"] == "exchange":
             what = f"removed {step['in']} instead of {step['out']}"
+        elif step["action"] == "repair":
+            what = f"repaired ({step['method']})"
         undone = "" if step["kept"] else ", rolled back"
         lines.append(
             f"{what}: total change {step['change']:+.4f} on {step['samples']} samples{undone}"
@@ -463,17 +512,14 @@ def report_text(report: PruningReport) -> str:
 
 
 def _footnote(report: PruningReport) -> str:
-    heal = report.heal
-    healed = ""
+    heal, healed = report.heal, ""
     if heal["method"] != "none":
-        verdict = "kept" if heal["accepted"] else "rolled back"
-        healed = (
-            f"Healing ({heal['method']}, {verdict}): held-out loss {heal['full']:.4f} full, "
-            f"{heal['cut']:.4f} cut, {heal['healed']:.4f} healed.\n"
-            f"Without healing: perplexity {heal['cut_quality']['perplexity']:,.3f}"
-        )
         tasks = heal["cut_quality"]["tasks"]
-        healed += (f", task mean {tasks['mean']:.3f}" if tasks else "") + ".\n"
+        mean = f", task mean {tasks['mean']:.3f}" if tasks else ""
+        healed = (
+            f"{_repairs(heal)}\n"
+            f"Without healing: perplexity {heal['cut_quality']['perplexity']:,.3f}{mean}.\n"
+        )
     held = report.plan.held_out
     note = " (not healed)" if healed else ""
     return (
@@ -481,6 +527,20 @@ def _footnote(report: PruningReport) -> str:
         f"Quality on {report.evaluation_data['items']} items that played no part in the choice.\n"
         f"Checkpoint, reloaded and verified: {report.output_dir}"
     )
+
+
+def _repairs(heal: dict[str, Any]) -> str:
+    """What each repair bought: losses on the items that judge them."""
+    lost = heal["cut"] - heal["full"]
+    lines = [f"Healing, held-out loss: {heal['full']:.4f} full, {heal['cut']:.4f} cut"]
+    for stage in heal["stages"]:
+        if "skipped" in stage:
+            lines.append(f"  {stage['method']}: left out. {stage['skipped']}")
+            continue
+        verdict = "kept" if stage["kept"] else "no better, rolled back"
+        back = f", {(heal['cut'] - stage['loss']) / lost:.0%} of the loss returned" * (lost > 0)
+        lines.append(f"  {stage['method']}: {stage['loss']:.4f}{back} ({verdict})")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,11 @@ from .utils import DEMO_DIR, explain_load_failure, logger
 if TYPE_CHECKING:
     from .batching import EvalItem
 
-DEMO_FILES = {"demo": "calibration.jsonl", "demo-eval": "evaluation.jsonl"}
+DEMO_FILES = {
+    "demo": "calibration.jsonl",
+    "demo-eval": "evaluation.jsonl",
+    "demo-heal": "healing.jsonl",
+}
 __all__ = [
     "DATASETS",
     "load_dataset_from_hub",
@@ -178,7 +182,7 @@ def load_eval_dataset(
 
     Args:
         source: None for a mixture of `DEFAULT_SOURCES` in equal shares, where the others fill
-            the share of one that fails; or ``demo`` or ``demo-eval`` (the package's own items),
+            the share of one that fails; or ``demo``, ``demo-eval`` or ``demo-heal`` (own items),
             a short name of `DATASETS`, a file (.jsonl, .json, .csv, .txt), a folder of such
             files, or a hub id. Write ``./sciq`` for a folder with the name of a benchmark.
         up_to: `n` is the most that is wanted: no warning if there are fewer.

@@ -9,6 +9,7 @@
     |-- LoadError (OSError)                  a model or dataset could not be found or read
     |-- OutputError (OSError)                the output cannot be written where it was asked for
     |-- VerificationError (RuntimeError)     a written checkpoint does not compute what it should
+    |-- OutOfMemoryError (MemoryError)       the memory does not suffice for what was asked
     `-- MissingDependencyError (ImportError) an optional package is needed
 
 Each is also the builtin a Python programmer would expect, so ``except ValueError`` works.
@@ -85,5 +86,11 @@ class VerificationError(LLMPrunerError, RuntimeError):
 
 class MissingDependencyError(LLMPrunerError, ImportError):
     """An optional package is needed for what was asked."""
+
+    exit_code = 4
+
+
+class OutOfMemoryError(LLMPrunerError, MemoryError):
+    """The memory does not suffice for what was asked."""
 
     exit_code = 4

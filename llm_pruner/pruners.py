@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 
-from .base import DEFAULT_PROTECT, BasePruner, MeasuredPruner
+from .base import DEFAULT_PROTECT, BasePruner
 from .batching import EvalItem
 from .errors import InvalidPlanError
+from .measured import MeasuredPruner
 from .registry import register_strategy
 from .results import LayerScores, check_layers
+from .rounds import Repairs, search_in_rounds
 from .search import depth_curve, search_layers
 from .stats import (
     AngularDistances,
@@ -37,6 +39,7 @@ __all__ = [
     "BasePruner",
     "BlockInfluencePruner",
     "PruneMePruner",
+    "Repairs",
     "SimilarityPruner",
     "SmartPruner",
     "cumulative_avss",
@@ -375,8 +378,24 @@ class SmartPruner(MeasuredPruner):
     between removals are seen (SLEB, Song et al., arXiv:2402.09025, is the plain greedy search);
     then layers are exchanged until no exchange is better. Candidates that are clearly worse on
     few items are not measured on all (`search.LayerSearch`). The other half of healing, the
-    repair of the weights, is ``prune_and_save(..., heal=)``.
+    repair of the weights, is ``prune_and_save(..., heal=)``; with `repairs` the model is repaired
+    after every few cuts too, and the next ones are chosen on the repaired model.
+
+    Args:
+        repairs: how to repair in between; not at all if None.
     """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        protect: tuple[int, int] = DEFAULT_PROTECT,
+        repairs: Repairs | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, tokenizer, protect=protect, **options)
+        self.repairs = repairs
 
     def description(self) -> str:
         return "Cuts layer by layer, measuring each combination; then exchanges layers."
@@ -466,15 +485,29 @@ class SmartPruner(MeasuredPruner):
         pool = self.candidates if candidates is None else check_layers(candidates, self.num_layers)
         self.refuse_protected(pool)
         self.steps = []
-        return search_layers(
-            self.quality(eval_data),
+        limits: dict[str, Any] = {"n_layers": n_layers, "tolerance": tolerance}
+        limits["on_step"] = self.steps.append
+        if self.repairs is None:
+            return search_layers(self.quality(eval_data), pool, **limits)
+        how = self.repairs
+        return search_in_rounds(
+            self.layers,
+            lambda stack: self.quality_of(stack, eval_data),
+            lambda layers: self.repair(layers, how.heal, how.items, how.lora),
             pool,
-            n_layers=n_layers,
-            tolerance=tolerance,
-            on_step=self.steps.append,
+            every=how.every,
+            **limits,
         )
 
     def _choices(self, eval_data: Sequence[EvalItem], n_layers: int) -> list[list[int]]:
+        if self.repairs is not None:
+            raise InvalidPlanError("A sweep does not repair on its way: leave repairs out.")
         self.steps = []
         quality, note = self.quality(eval_data), self.steps.append
         return [list(mask) for mask in depth_curve(quality, self.candidates, n_layers, note)]
+
+    def _options(self) -> dict[str, Any]:
+        if self.repairs is None:
+            return super()._options()
+        how = {"every": self.repairs.every, "heal": self.repairs.heal}
+        return {**super()._options(), "repairs": how}

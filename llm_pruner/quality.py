@@ -334,6 +334,26 @@ class RemovalQuality:
             self._columns_of[share] = torch.tensor(rows)
         return self._columns_of[share]
 
+    def full(self) -> dict[str, float]:
+        """The quality of the model with all its layers, by measure.
+
+        Raises:
+            NonFiniteError: one is not finite, or 0.
+        """
+        self.measure([()])
+        return dict(zip(self._names, self._full(), strict=True))
+
+    def change_from(self, other: RemovalQuality) -> float:
+        """Relative change of this full model against the full model of another measurement.
+
+        For models that are not one another's cut (a repaired one); measures that compare with the
+        full model itself have no meaning here.
+        """
+        pairs = ((name, value, other.full()[name]) for name, value in self.full().items())
+        return math.fsum(
+            self._shares[name] * (found - full) / abs(full) for name, found, full in pairs
+        )
+
     def _full(self) -> list[float]:
         """The full model's qualities on all samples."""
         qualities = self._qualities((), self._columns(None))

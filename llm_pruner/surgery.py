@@ -25,6 +25,12 @@ FOLLOWS_THE_CONFIG = ("next_skip_topk", "seed")
 TIES = ("_tied_weights_keys", "all_tied_weights_keys")
 
 
+def share_copy(model: Any) -> Any:
+    """A copy of the module tree that shares every tensor."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
 def cut_layers(model: nn.Module, paths: Sequence[str], kept: Sequence[int]) -> Any:
     """A copy of `model` that has only the layers `kept` of its layer list, or of all its lists.
 
@@ -34,8 +40,7 @@ def cut_layers(model: nn.Module, paths: Sequence[str], kept: Sequence[int]) -> A
     Raises:
         UnsupportedModelError: the result cannot be expressed in the architecture's config.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    pruned = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    pruned = share_copy(model)
     n_layers = 0
     for path in paths:
         layers = pruned.get_submodule(path)

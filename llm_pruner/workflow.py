@@ -15,7 +15,7 @@ from .base import BasePruner
 from .batching import EvalItem, check_items, fingerprint
 from .data import load_eval_dataset, split_items
 from .evaluation import HolisticEvaluator, compare_speed
-from .healing import Heal
+from .healing import Heal, LoraSettings
 from .likelihood import perplexity
 from .results import LayerScores, Measurement, PruningPlan, PruningReport
 from .utils import DEMO_MODEL, count_bytes, count_parameters, logger
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 REPORT_FILE = "pruning_report.json"
 FIGURES = "figures"
 SAMPLES = 3  # questions shown with both answers in a report
-HEAL_ITEMS = 4  # healing takes this many times as many items as scoring, where there are as many
+HEAL_ITEMS = 12  # healing takes this many times as many items as scoring, where there are as many
+DEMO_HEALING = "demo-heal"
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,19 @@ def load_data(
     """Load `n_samples` items to score and as many others to judge; more to heal with if asked.
 
     Args:
-        source: see `load_eval_dataset`; ``demo`` takes judging items from the demo's own
-            evaluation set.
-        n_samples: items for each purpose; healing takes up to four times as many.
-        heal_source: another source for the healing items; the rest of `source` if None.
+        source: see `load_eval_dataset`; ``demo`` takes judging and healing items from the demo's
+            own sets.
+        n_samples: items for each purpose; healing takes up to twelve times as many.
+        heal_source: another source for the healing items; the rest of `source` if None. Items
+            whose prompt or text serves another purpose already are left out.
         healing: whether items to heal with are needed.
         seed: of the sampling.
 
     Raises:
         LoadError, InvalidDataError: the source cannot be read or holds too few items.
     """
+    if source == DEMO_MODEL and heal_source is None:
+        heal_source = DEMO_HEALING
     pool = load_eval_dataset(n_samples * (2 + HEAL_ITEMS), source, seed=seed, up_to=True)
     if source == DEMO_MODEL:
         judging = load_eval_dataset(n_samples, "demo-eval", seed=seed)
@@ -78,8 +82,20 @@ def load_data(
         scoring, rest = split_items(pool, len(pool) // 2, seed=seed)
     heal_items: list[EvalItem] = rest if healing else []
     if healing and heal_source is not None:
-        heal_items = load_eval_dataset(n_samples * HEAL_ITEMS, heal_source, seed=seed, up_to=True)
+        loaded = load_eval_dataset(n_samples * HEAL_ITEMS, heal_source, seed=seed, up_to=True)
+        taken = set(map(_prompt, [*scoring, *judging]))
+        heal_items = [item for item in loaded if _prompt(item) not in taken]
+        if len(heal_items) < len(loaded):
+            logger.info(
+                "%d of %d healing items serve another purpose already and are left out.",
+                len(loaded) - len(heal_items),
+                len(loaded),
+            )
     return DataSplit(scoring, heal_items, judging)
+
+
+def _prompt(item: EvalItem) -> str:
+    return " ".join((item if isinstance(item, str) else item["prompt"]).split())
 
 
 def carry_out(
@@ -90,6 +106,7 @@ def carry_out(
     *,
     heal: Heal = "none",
     heal_data: Sequence[EvalItem] | None = None,
+    lora: LoraSettings | None = None,
     overwrite: bool = False,
     seed: int = 0,
 ) -> tuple[PruningReport, PreTrainedModel]:
@@ -115,6 +132,7 @@ def carry_out(
         plan.model_id,
         heal=heal,
         heal_data=heal_data,
+        lora=lora,
         overwrite=overwrite,
         plan=plan,
     )

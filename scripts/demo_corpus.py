@@ -377,6 +377,11 @@ def calibration_items(per_task: int = 32) -> list[dict[str, object]]:
     return _items("calibration", per_task, 101)
 
 
+def healing_items(per_task: int = 600) -> list[dict[str, object]]:
+    """Questions for repairing the model; of the kind it was trained on."""
+    return _items("training", per_task, 303)
+
+
 def evaluation_items(per_task: int = 40) -> list[dict[str, object]]:
     """Questions for measuring what the removal cost."""
     return _items("evaluation", per_task, 202)

@@ -1,8 +1,9 @@
 """Train the embedded demo model from generated text and put it into place.
 
 Run ``python scripts/train_demo.py``. It makes the tokenizer, trains a small Llama from scratch on
-the CPU, writes model, tokenizer, ``calibration.jsonl`` and ``evaluation.jsonl`` to a staging folder
-and moves them into ``--output``; a README.md that is already there stays.
+the CPU, writes model, tokenizer and items (``calibration.jsonl``, ``evaluation.jsonl``,
+``healing.jsonl``) to a staging folder and moves them into ``--output``; a README.md that is
+already there stays.
 """
 
 from __future__ import annotations
@@ -214,6 +215,7 @@ def save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFa
     tokenizer.save_pretrained(folder)
     write_items(folder / "calibration.jsonl", demo_corpus.calibration_items())
     write_items(folder / "evaluation.jsonl", demo_corpus.evaluation_items())
+    write_items(folder / "healing.jsonl", demo_corpus.healing_items())
     config = folder / "tokenizer_config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # also known to transformers 4
