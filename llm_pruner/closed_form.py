@@ -79,8 +79,7 @@ def heal_linear(
             "it, or use heal='lora'."
         )
     first = kept.index(min(removed) - 1)
-    known: dict[tuple[Any, ...], list[Writer]] = {}
-    writers = {place: _writers(own, place, known) for place in range(first, len(own))}
+    writers = {place: find_writers(own, place) for place in range(first, len(own))}
     if not any(writer.tuned for found in writers.values() for writer in found):
         raise UnsupportedModelError(
             f"heal='linear' is not for {type(stack.model).__name__}: no part of its layers from "
@@ -115,16 +114,6 @@ def heal_linear(
         for walk in walks:
             walk.advance(place)
     return healed, records
-
-
-def _writers(
-    stack: LayerStack, place: int, known: dict[tuple[Any, ...], list[Writer]]
-) -> list[Writer]:
-    """The parts that a layer adds; layers that are built alike add alike."""
-    built = tuple((name, type(module)) for name, module in stack[place].named_modules())
-    if built not in known:
-        known[built] = find_writers(stack, place)
-    return known[built]
 
 
 class _Weights:
@@ -174,6 +163,7 @@ class _Walk:
             found: dict[str, torch.Tensor] = {}
             stream = self._after(self._cut, place, number, batch, writer, found, features)
             target = self._after(self._full, place, number, batch, writer, {}, None)
+            found["features"] = found["features"].view(*real.shape, -1)  # some layers flatten
             home = "cpu" if stream.device.type == "mps" else stream.device  # where float64 exists
             wanted, is_there, seen = (
                 part[real.to(part.device)].to(home).double()
@@ -199,16 +189,20 @@ class _Walk:
         layer = stack[self._range(stack, place)[0]]
         sums: list[torch.Tensor] = []
 
-        def later(module: nn.Module, args: Any, output: Any) -> None:
-            sums.append(output if isinstance(output, torch.Tensor) else output[0])
+        def add(scale: float) -> Callable[..., None]:
+            def call(module: nn.Module, args: Any, output: Any) -> None:
+                part = output if isinstance(output, torch.Tensor) else output[0]
+                sums.append(scale * part)
+
+            return call
 
         def enter(module: nn.Module, args: Any, output: Any) -> None:
             if features:
                 found["features"] = features(module, args[0])
 
         with ExitStack() as hooks:
-            for name in writer.later:
-                hooks.enter_context(hooked(layer.get_submodule(name), later))
+            for other in writer.later:
+                hooks.enter_context(hooked(layer.get_submodule(other.part), add(other.scale)))
             if features:
                 hooks.enter_context(hooked(layer.get_submodule(writer.tuned or ""), enter))
             alone = bool(writer.later)  # a cut is bridged by the last part alone
@@ -243,10 +237,10 @@ def _refit(
 
     def features(module: Any, entering: torch.Tensor) -> torch.Tensor:
         if not is_map:
-            return gain_slope(module, entering)
-        if module.bias is None:
-            return entering
-        return torch.cat([entering, torch.ones_like(entering[..., :1])], dim=-1)
+            return writer.scale * gain_slope(module, entering)
+        if module.bias is not None:
+            entering = torch.cat([entering, torch.ones_like(entering[..., :1])], dim=-1)
+        return writer.scale * entering
 
     sums = [_Sums(walk.deviations(place, writer, features), is_map) for walk in walks]
     fit, test = sums

@@ -11,6 +11,7 @@ import logging
 import random
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -156,17 +157,22 @@ class _Recovery(Trainer):
                 distances = [_distance(*pair, real).to(loss.device) for pair in pairs]
                 loss = loss + settings.hidden_weight * torch.stack(distances).mean()
         if not torch.isfinite(loss):
-            raise NonFiniteError(
-                f"The healing loss became {loss.item()} at step {self.state.global_step}: lower "
-                f"the learning rate (it is {self.args.learning_rate:.2g}), or load the model in "
-                "float32."
-            )
+            raise NonFiniteError(self._advice(f"loss became {loss.item()}"))
         return loss
+
+    def _advice(self, what: str) -> str:
+        return (
+            f"Healing: {what} at step {self.state.global_step}. Lower the learning rate (it is "
+            f"{self.args.learning_rate:.2g}), or load the model in float32."
+        )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out loss in nats per scored token; the same in every process."""
         model: Any = self.model
-        metrics = {"eval_loss": batch_nll(model, self._held_out)}
+        try:
+            metrics = {"eval_loss": batch_nll(model, self._held_out)}
+        except NonFiniteError as error:
+            raise NonFiniteError(self._advice("held-out loss is not finite")) from error
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -352,10 +358,12 @@ def _seeds_kept(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The trainer's notes are not the user's."""
+    """The trainer's notes are not the user's, nor are its warnings about names it still uses."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         transformers_logging.set_verbosity(level)

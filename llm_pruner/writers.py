@@ -1,12 +1,14 @@
 """What a layer adds to the residual stream, part by part: found by trial, not by name.
 
 A decoder layer is x + w_1 + w_2 + ...: attention adds something, the feed-forward part adds
-something. A writer is the module that makes such a part. If its output is shifted, and the parts
-added later are left out, the layer's output shifts by exactly as much; nothing else does that.
+something, perhaps times a constant. A writer is the module that makes such a part. If its output is
+shifted, and the parts added later are left out, the layer's output shifts in proportion; nothing
+else does that.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -14,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.nn.functional import linear
 
 from .batching import Batch
@@ -33,12 +34,14 @@ class Writer:
         part: name, inside the layer, of the module whose output is added.
         tuned: name of the module whose weights set that part by a linear rule: a linear map, or
             the gain of a norm; None if there is none (experts).
-        later: the parts that are added after this one.
+        scale: what the part is multiplied by before it is added, 1 in most architectures.
+        later: the writers of the parts that are added after this one.
     """
 
     part: str
     tuned: str | None
-    later: tuple[str, ...]
+    scale: float
+    later: tuple[Writer, ...]
 
 
 class _Reached(Exception):
@@ -121,24 +124,33 @@ class _Trial:
         self._shift = (shift * base.double().cpu().square().mean().sqrt()).to(base)
 
     def writers(self) -> list[Writer]:
-        found: list[Writer] = []
-        later: tuple[str, ...] = ()
-        while adding := [name for name in self._finished if self._adds(name, later)]:
-            part = adding[-1]
-            later = (part, *later)
-            same = [name for name in adding if not self._matters(name, later)]
+        found: tuple[Writer, ...] = ()
+        while scales := self._scales([writer.part for writer in found]):
+            part = list(scales)[-1]
+            muted = [part, *(writer.part for writer in found)]
+            same = [name for name in scales if not self._matters(name, muted)]
             fit = (name for name in reversed(same) if is_tunable(self._layer.get_submodule(name)))
-            found.append(Writer(part, next(fit, None), later[1:]))
-        return found[::-1]
+            found = (Writer(part, next(fit, None), scales[part], found), *found)
+        return list(found)
 
-    def _adds(self, name: str, later: Sequence[str]) -> bool:
-        """Whether the layer's output shifts as the module's does, without the parts `later`."""
-        if name in later:
-            return False
-        moved = self._run({name}, later) - self._run(set(), later)
+    def _scales(self, later: Sequence[str]) -> dict[str, float]:
+        """By how much the layer's output shifts as a module's does, without the parts `later`.
+
+        Of the modules with which it shifts in proportion, in order of execution.
+        """
+        still = self._run(set(), later)
+        scales: dict[str, float] = {}
         exact = self._shift.dtype in (torch.float32, torch.float64)
-        size = self._shift.abs().max()
-        return bool((moved - self._shift).abs().max() < (1e-4 if exact else 5e-2) * size)
+        shift = self._shift.double()
+        for name in self._finished:
+            if name in later:
+                continue
+            moved = (self._run({name}, later) - still).double()
+            scale = float((moved * shift).sum() / shift.square().sum())
+            off = float((moved - scale * shift).abs().max() / shift.abs().max())
+            if abs(scale) > 1e-3 and off < (1e-4 if exact else 5e-2) * max(1.0, abs(scale)):
+                scales[name] = scale
+        return scales
 
     def _matters(self, name: str, later: Sequence[str]) -> bool:
         """Whether the module makes a difference at all, without the parts `later`."""
@@ -148,6 +160,7 @@ class _Trial:
         self, shifted: set[str] | dict[str, Any], muted: Sequence[str] = (), note: bool = False
     ) -> torch.Tensor:
         """The layer's output, with some modules' outputs shifted and others' set to zero."""
+        calls: Counter[str] = Counter()
 
         def hook(name: str) -> Callable[..., Any]:
             def call(module: nn.Module, args: Any, output: Any) -> Any:
@@ -158,6 +171,7 @@ class _Trial:
                     return None
                 if note:
                     self._finished[name] = whole
+                    calls[name] += 1
                 if name in muted:
                     whole = torch.zeros_like(whole)
                 elif name in shifted and whole.numel() == self._shift.numel():
@@ -186,7 +200,9 @@ class _Trial:
             self._finished = {
                 name: part
                 for name, part in self._finished.items()
-                if part.numel() == leaving.numel() and part.shape[-1] == leaving.shape[-1]
+                if part.numel() == leaving.numel()
+                and part.shape[-1] == leaving.shape[-1]
+                and calls[name] == 1  # one that is used twice makes no part of its own
             }
         return leaving
 
@@ -224,8 +240,12 @@ def _is_gain(module: nn.Module, weight: torch.Tensor) -> bool:
 
 def gain_slope(module: Any, entering: torch.Tensor, step: float = 1.0) -> torch.Tensor:
     """How a norm's output changes if its gain grows by `step`, channel by channel: its slope."""
-    weight = module.weight.detach()
+    weight = module.weight
     with torch.no_grad():
-        more: torch.Tensor = functional_call(module, {"weight": weight + step}, (entering,))
-        same: torch.Tensor = functional_call(module, {"weight": weight}, (entering,))
+        same: torch.Tensor = module.forward(entering)  # not by a call, which would run its hooks
+        try:
+            module.weight = nn.Parameter(weight + step, requires_grad=False)
+            more: torch.Tensor = module.forward(entering)
+        finally:
+            module.weight = weight
     return more - same
