@@ -1,11 +1,13 @@
-"""What a killed search loses: it is killed, taken up again from its journal, and compared.
+"""What a killed run loses: it is killed, taken up again, and compared with one that was not.
 
-    python benchmarks/resume.py
+    python benchmarks/resume.py                # a search, taken up from its journal
+    python benchmarks/resume.py --training     # healing by LoRA, from its last checkpoint
 
-Prints a Markdown table. A search of `smart` on the demo model runs in a process of its own; that
-process is killed (SIGKILL) at five moments, drawn at random from five equal parts of the time the
-search takes, and started again with the same journal. Layer executions are counted by hooks, one
-per layer and token, padding included, into a file that outlives the kill.
+Prints a Markdown table. A search of `smart` on the demo model, or the training that heals a cut of
+it, runs in a process of its own; that process is killed (SIGKILL) at five moments, drawn at random
+from five equal parts of the time the run takes, and started again. Executions of the full model's
+layers are counted by hooks, one per layer and token, padding included, into a file that outlives
+the kill. "Kept" are the journal's readings, or the training's steps at its last checkpoint.
 """
 
 from __future__ import annotations
@@ -18,13 +20,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from counting import counted
 
-from llm_pruner import SmartPruner, load_data, load_model
+from llm_pruner import LayerStack, SmartPruner, load_data, load_model
+from llm_pruner.healing import HealingData, LoraSettings, heal_lora
+from llm_pruner.likelihood import batch_nll
 
 KILLS = 5
 
@@ -32,43 +38,47 @@ KILLS = 5
 def main() -> None:
     """Run unkilled, kill and resume, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--training", action="store_true", help="heal instead of searching")
     parser.add_argument("--n-layers", type=int, default=4, help="how many layers go")
     parser.add_argument("--n-samples", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=200, help="of the training")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--search-in", type=Path, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--place", type=Path, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.search_in:
-        search(args.search_in, args.n_samples, args.n_layers)
+    torch.set_num_threads(1)
+    if args.place:
+        job = train if args.training else search
+        job(args.place, args.n_samples, args.n_layers, args.steps)
         return
 
-    amount = ["--n-samples", str(args.n_samples), "--n-layers", str(args.n_layers)]
+    what = "a training" if args.training else "a search"
     drawn = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        whole, seconds = run(folder / "whole", amount)
-        plan, work, size = result(folder / "whole"), whole, readings(folder / "whole")
-        print(f"demo: {args.n_layers} layers by `smart`, {args.n_samples} items, unkilled ", end="")
-        print(f"{work:,} layer executions x tokens, {size} readings, {seconds:.1f} s.\n")
-        print("| killed after | readings kept | executions until then ", end="")
-        print("| of the resumed run | recomputed | same plan |")
+        whole, seconds = run(folder / "whole")
+        wanted, size = result(folder / "whole"), kept(folder / "whole")
+        print(f"demo, {args.n_layers} layers, {args.n_samples} items: {what}, unkilled ", end="")
+        print(f"{whole:,} layer executions x tokens, {seconds:.1f} s.\n")
+        print("| killed after | kept | executions until then | of the resumed run ", end="")
+        print("| recomputed | result |")
         print("|---|---|---|---|---|---|")
         for part in range(KILLS):
             place = folder / f"killed{part}"
             moment = seconds * (part + drawn.random()) / KILLS
-            before, _ = run(place, amount, kill_after=moment)
-            killed = not (place / "plan.json").exists()
-            kept = readings(place)
-            after, _ = run(place, amount)
-            again = (before + after - work) / work
-            cells = [f"{moment:.1f} s" if killed else "not in time", f"{kept} of {size}"]
-            cells += [f"{before:,}", f"{after:,}", f"{again:+.2%}"]
-            print(f"| {' | '.join(cells)} | {'yes' if result(place) == plan else 'NO'} |")
+            before, _ = run(place, kill_after=moment)
+            killed = not (place / "result.json").exists()
+            found = kept(place)
+            after, _ = run(place)
+            again = (before + after - whole) / whole
+            cells = [f"{moment:.1f} s" if killed else "not in time", f"{found} of {size}"]
+            cells += [f"{before:,}", f"{after:,}", f"{again:+.2%}", difference(place, wanted)]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def run(place: Path, amount: list[str], kill_after: float | None = None) -> tuple[int, float]:
-    """Search in another process; what it executed, and how long it searched."""
+def run(place: Path, kill_after: float | None = None) -> tuple[int, float]:
+    """Run in another process, with this one's options; what it executed, and how long it took."""
     place.mkdir(exist_ok=True)
-    command = [sys.executable, __file__, "--search-in", str(place), *amount]
+    command = [sys.executable, *sys.argv, "--place", str(place)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     process.stdout.readline()  # the model is loaded
@@ -76,19 +86,40 @@ def run(place: Path, amount: list[str], kill_after: float | None = None) -> tupl
     if kill_after is not None:
         time.sleep(kill_after)
         process.kill()
-    process.stdout.readline()  # the search is done, or killed
+    process.stdout.readline()  # it is done, or killed
     seconds = time.perf_counter() - started
     if process.wait() and kill_after is None:
-        raise SystemExit(f"The search failed with exit status {process.returncode}.")
+        raise SystemExit(f"The run failed with exit status {process.returncode}.")
     return int.from_bytes((place / "executions").read_bytes(), "little"), seconds
 
 
-def search(place: Path, n_samples: int, n_layers: int) -> None:
-    """The process that is killed."""
-    torch.set_num_threads(1)
+def search(place: Path, n_samples: int, n_layers: int, steps: int) -> None:
+    """A process that is killed while it searches."""
     model, tokenizer = load_model("demo", device="cpu")
     items = load_data("demo", n_samples).scoring
     pruner = SmartPruner(model, tokenizer, journal=place / "journal.jsonl")
+    with announced(place, pruner.layers):
+        plan = pruner.plan(items, model_id="demo", n_layers=n_layers)
+    (place / "result.json").write_text(plan.to_json())
+    print("done", flush=True)
+
+
+def train(place: Path, n_samples: int, n_layers: int, steps: int) -> None:
+    """A process that is killed while it heals."""
+    model, tokenizer = load_model("demo", device="cpu")
+    stack = LayerStack(model)
+    data = HealingData.of(model, tokenizer, load_data("demo", n_samples, healing=True).healing)
+    removed = tuple(range(4, 4 + n_layers))
+    settings = LoraSettings(steps=steps, checkpoints=place)
+    with announced(place, stack):
+        healed, _ = heal_lora(stack, removed, stack.remove(removed), tokenizer, data, settings)
+    (place / "result.json").write_text(json.dumps(batch_nll(healed, data.gate)))
+    print("done", flush=True)
+
+
+@contextmanager
+def announced(place: Path, layers: LayerStack) -> Iterator[None]:
+    """Tell that the work begins, and keep the count of its executions in a file."""
     (place / "executions").write_bytes(bytes(8))
     with (place / "executions").open("r+b") as file, mmap.mmap(file.fileno(), 8) as shown:
 
@@ -96,21 +127,30 @@ def search(place: Path, n_samples: int, n_layers: int) -> None:
             shown[:] = (int.from_bytes(shown[:], "little") + tokens).to_bytes(8, "little")
 
         print("ready", flush=True)
-        with counted(pruner.layers, note):
-            plan = pruner.plan(items, model_id="demo", n_layers=n_layers)
-        plan.save(place / "plan.json")
-        print("done", flush=True)
+        with counted(layers, note):
+            yield
 
 
 def result(place: Path) -> Any:
-    """The plan that was written, all of it."""
-    return json.loads((place / "plan.json").read_text())
+    """The plan that was written, all of it; or the healed model's held-out loss."""
+    return json.loads((place / "result.json").read_text())
 
 
-def readings(place: Path) -> int:
-    """How many lines the journal has."""
+def difference(place: Path, wanted: Any) -> str:
+    """How the result compares."""
+    found = result(place)
+    if isinstance(found, float):
+        return f"held-out loss {found:.4f}, unkilled {wanted:.4f}"
+    return "the same plan" if found == wanted else "ANOTHER PLAN"
+
+
+def kept(place: Path) -> int:
+    """How many lines the journal has; or after how many steps the last checkpoint was written."""
     journal = place / "journal.jsonl"
-    return len(journal.read_text().splitlines()) if journal.exists() else 0
+    if journal.exists():
+        return len(journal.read_text().splitlines())
+    written = [path.parent.name for path in place.glob("checkpoint-*/trainer_state.json")]
+    return max((int(name.split("-")[1]) for name in written), default=0)
 
 
 if __name__ == "__main__":

@@ -280,7 +280,8 @@ def _run(args: argparse.Namespace) -> None:
     from transformers.utils import logging as transformers_logging
 
     from .lora import LoraSettings
-    from .pruners import Repairs, SmartPruner
+    from .pruners import SmartPruner
+    from .rounds import Repairs
     from .utils import disable_progress_bars, load_model
     from .workflow import carry_out, draw_figures, load_data
 

@@ -39,7 +39,6 @@ __all__ = [
     "BasePruner",
     "BlockInfluencePruner",
     "PruneMePruner",
-    "Repairs",
     "SimilarityPruner",
     "SmartPruner",
     "cumulative_avss",

@@ -31,6 +31,8 @@ def saved(tmp_path_factory, tokenizer):
     tokenizer.save_pretrained(folder / "model")
     rows = [{"text": text} for text in TEXTS]
     (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = [{"text": " ".join(WORDS[i % 7 : i % 7 + 4 + i % 9])} for i in range(7 * 9)]
+    (folder / "more.jsonl").write_text("\n".join(map(json.dumps, more)))
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, items(24))))
     return folder
 
@@ -141,11 +143,76 @@ def test_questions_bring_similarity_and_tasks(run, tmp_path):
 
 
 @pytest.mark.parametrize("heal", ["linear", "lora"])
-def test_healing(run, heal):
-    code, out, _ = run("--layers", "3,4", "--heal", heal, "--n-samples", "2")
+def test_healing(run, saved, heal):
+    words = ("--layers", "3,4", "--heal", heal, "--heal-data", saved / "more.jsonl")
+    code, out, _ = run(*words, *(("--heal-steps", "4") if heal == "lora" else ()))
     assert code == 0
-    assert f"Healing ({heal}, " in out
-    assert "Without healing: perplexity" in out
+    lines = out[out.index("Healing, held-out loss: ") :].splitlines()
+    assert re.fullmatch(r"Healing, held-out loss: [\d.]+ full, [\d.]+ cut", lines[0])
+    verdict = r"[\d.]+(, -?\d+% of the loss returned)? \((kept|no better, rolled back)\)"
+    stages = ["linear", "lora"][: 1 + (heal == "lora")]
+    for stage, line in zip(stages, lines[1:], strict=False):
+        assert re.fullmatch(f"  {stage}: {verdict}", line)
+    assert lines[1 + len(stages)].startswith("Without healing: perplexity")
+
+
+def test_repairs_on_the_way(run, saved, tmp_path):
+    words = ("--strategy", "smart", "--n-layers", "2", "--output", "out")
+    words = (*words, "--heal-data", saved / "more.jsonl")
+    code, _, _ = run(*words, "--heal", "linear", "--heal-every", "1")
+    assert code == 0
+    plan = PruningPlan.load(tmp_path / "out" / "pruning_plan.json")
+    assert [step["action"] for step in plan.steps if step["action"] != "exchange"] == [
+        *("cut", "repair"),
+        *("cut", "repair"),
+    ]
+    code, out, _ = run(*words, "--heal", "linear", "--heal-every", "2", "--dry-run")
+    assert code == 0
+    assert "repaired (linear): total change" in out
+
+
+def test_an_interrupted_training_is_taken_up_again(run, saved, tmp_path, monkeypatch):
+    from llm_pruner import trainer
+
+    compute, calls = trainer._Recovery.compute_loss, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(self.state.global_step)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer._Recovery, "compute_loss", interrupted)
+    words = ("--layers", "3,4", "--heal-data", saved / "more.jsonl", "--output", "out")
+    words = (*words, "--heal", "lora", "--heal-steps", "8")
+    code, _, err = run(*words)
+    assert code == 130
+    assert "--resume" in err
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.healing" / "checkpoint-5").is_dir()
+    code, _, _ = run(*words, "--resume")
+    assert code == 0
+    assert calls[6:] == [5, 6, 7]
+    assert not (tmp_path / "out.healing").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--layers 3 --heal-steps 9", "--heal-steps has no effect without --heal lora"),
+        ("--layers 3 --heal linear --heal-steps 9", "no effect without --heal lora"),
+        ("--layers 3 --heal-data x.jsonl", "--heal-data has no effect without --heal linear"),
+        ("--n-layers 3 --heal-every 2", "--heal-every has no effect without --heal linear"),
+        ("--layers 3 --heal linear --heal-every 2", "for layers that --strategy smart chooses"),
+        ("--strategy avss --ratio 0.25 --heal linear --heal-every 2", "--strategy smart chooses"),
+        ("--sweep 3 --heal linear --heal-every 2", "--heal-every and --sweep exclude"),
+        ("--n-layers 3 --heal linear --heal-every 0", "--heal-every 0 must be at least 1"),
+        ("--layers 3 --heal lora --heal-steps 0", "--heal-steps 0 must be at least 1"),
+    ],
+)
+def test_options_of_a_repair_that_cannot_be(run, words, message):
+    code, _, err = run(*words.split(), model="nobody/no-such-model")
+    assert (code, message in err) == (2, True), err
 
 
 def test_a_strategy_from_a_file(run, tmp_path):

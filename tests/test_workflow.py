@@ -50,6 +50,15 @@ def test_the_demo_is_judged_on_its_own_evaluation_set():
     assert len(data.healing) >= 90
 
 
+def test_healing_items_that_serve_another_purpose_are_left_out(source, caplog):
+    """The same file named twice: what is scored and judged on is taken out of it."""
+    caplog.set_level("INFO", logger="llm_pruner")
+    data = load_data(source, 20, heal_source=source, healing=True)
+    assert len(data.healing) == 160
+    assert not set(data.healing) & {*data.scoring, *data.judging}
+    assert "40 of 200 healing items serve another purpose already" in caplog.text
+
+
 def test_the_same_seed_gives_the_same_split(source):
     assert load_data(source, 10, seed=3) == load_data(source, 10, seed=3)
     assert load_data(source, 10, seed=3) != load_data(source, 10, seed=4)
