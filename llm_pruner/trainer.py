@@ -278,8 +278,9 @@ def _merged(student: Any) -> Any:
 
     for module in student.modules():
         if isinstance(module, BaseTunerLayer):
-            base: Any = module.get_base_layer()
-            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+            base: Any = module.get_base_layer()  # a map, or experts whose tensors are adapted
+            for name, weight in base.named_parameters(recurse=False):
+                setattr(base, name, nn.Parameter(weight.detach().clone(), requires_grad=False))
     return student.merge_and_unload(safe_merge=True)
 
 

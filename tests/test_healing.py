@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import subprocess
@@ -14,8 +15,9 @@ import pytest
 import torch
 import zoo
 from conftest import items, tiny_llama
+from transformers import AutoModelForCausalLM
 
-from llm_pruner import healing, trainer
+from llm_pruner import closed_form, healing, trainer
 from llm_pruner.batching import encode_batches
 from llm_pruner.data import split_items
 from llm_pruner.errors import (
@@ -31,6 +33,8 @@ from llm_pruner.healing import HealingData, heal_lora, heal_model
 from llm_pruner.layers import LayerStack
 from llm_pruner.likelihood import batch_nll
 from llm_pruner.lora import LoraSettings, default_rate
+from llm_pruner.pruners import AblationPruner
+from llm_pruner.results import PruningPlan
 
 REMOVED = [3, 4, 6]
 SHORT = LoraSettings(steps=40)
@@ -139,6 +143,42 @@ def test_no_item_is_in_two_parts(llama, tokenizer):
     assert not train & held[0]
     assert not train & held[1]
     assert not held[0] & held[1]
+
+
+ARCHITECTURES = "llama qwen3 gemma3_text gpt2 gpt_neox opt phi mixtral falcon olmo2".split()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_healed_checkpoints_are_plain_and_verified(name, tokenizer, tmp_path, monkeypatch):
+    """Both repairs, each kept; then loaded by transformers alone, with and without cache."""
+    falling = itertools.count(0, -1)
+    for module in (healing, closed_form, trainer):
+        monkeypatch.setattr(module, "batch_nll", lambda model, batches: next(falling))
+    model = zoo.build(name).eval()
+    before = snapshot(model)
+    pruner = AblationPruner(model, tokenizer, protect=(1, 1))
+    healed, _ = pruner.prune_and_save(
+        [3], tmp_path / "out", name, heal="lora", heal_data=items(40), lora=LoraSettings(steps=3)
+    )
+    plan = PruningPlan.load(tmp_path / "out" / "pruning_plan.json")
+    assert [stage["kept"] for stage in plan.options["heal"]["stages"]] == [True, True]
+    assert_whole(model, before)
+    plain = pruner.layers.remove([3])
+    reloaded, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert reloaded.state_dict().keys() == plain.state_dict().keys()
+    changed = [
+        name
+        for name, tensor in reloaded.state_dict().items()
+        if not torch.equal(tensor, plain.state_dict()[name])
+    ]
+    assert changed
+    want = zoo.logits(healed)
+    torch.testing.assert_close(zoo.logits(reloaded.eval()), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(zoo.logits(reloaded, use_cache=True), want, rtol=1e-4, atol=1e-4)
 
 
 # --- training ---------------------------------------------------------------------------------
