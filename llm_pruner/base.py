@@ -158,8 +158,8 @@ class BasePruner(ABC):
         Raises:
             InvalidPlanError: an amount that cannot be, or a choice that holds a protected layer
                 or none at all.
-            KeyboardInterrupt, SystemExit: when interrupted; `partial_plan` then holds what a search
-                had come to.
+            BaseException: after an interruption or an error `partial_plan` holds what a search had
+                come to.
         """
         check_items(eval_data)
         amounts = {"ratio": ratio, "threshold": threshold, "n_layers": n_layers}
@@ -186,19 +186,22 @@ class BasePruner(ABC):
             )
 
         self.steps, self.partial_plan = [], None
+        judge = None if held_out is None else self.quality(held_out)  # unfit data is told first
         try:
             scores, chosen = self._score_and_choose(eval_data, **extent)
-        except (KeyboardInterrupt, SystemExit):
+            plan = self.partial_plan = record(chosen, scores)
+            self.refuse_protected(plan.remove)
+            if not plan.remove:
+                self._refuse_empty(scores)
+            if judge is not None and held_out is not None:
+                plan = replace(plan, held_out=self._judged(judge, plan.remove, held_out))
+        except BaseException:
             kept = [step["removed"] for step in self.steps if step["kept"]]
-            self.partial_plan = record(kept[-1], None) if kept else None
+            if self.partial_plan is None and kept:
+                self.partial_plan = record(kept[-1], None)
             raise
-        plan = record(chosen, scores)
-        self.refuse_protected(plan.remove)
-        if not plan.remove and scores is not None:
-            self._refuse_empty(scores)
-        if held_out is None:
-            return plan
-        return replace(plan, held_out=self.measure_choice(plan.remove, held_out))
+        self.partial_plan = None
+        return plan
 
     def _score_and_choose(
         self, eval_data: Sequence[EvalItem], **extent: Any
@@ -250,7 +253,11 @@ class BasePruner(ABC):
 
     def measure_choice(self, layers: Sequence[int], held_out: Sequence[EvalItem]) -> dict[str, Any]:
         """What removing `layers` costs on other data, as `PruningPlan.held_out` describes it."""
-        quality = self.quality(held_out)
+        return self._judged(self.quality(held_out), layers, held_out)
+
+    def _judged(
+        self, quality: RemovalQuality, layers: Sequence[int], held_out: Sequence[EvalItem]
+    ) -> dict[str, Any]:
         low, high = quality.interval(layers)
         return {
             "change": quality.change(layers),
@@ -440,12 +447,19 @@ class BasePruner(ABC):
             return scores
         return LayerScores(scores, strategy=self.name, unit=self.unit, removes=self.removes)
 
-    def _refuse_empty(self, scores: LayerScores) -> None:
-        order = [layer for layer in scores.ranked() if layer in self.candidates]
+    def _refuse_empty(self, scores: LayerScores | None) -> None:
+        if scores is not None:
+            order = [layer for layer in scores.ranked() if layer in self.candidates]
+            cheapest = f"layer {order[0]}, the cheapest, scores {scores[order[0]]:.4g}"
+            what = f"{cheapest} ({scores.unit})"
+        elif self.steps:
+            step = self.steps[-1]
+            what = f"the cheapest set tried changes quality by {step['change']:+.4f}"
+        else:
+            what = "there is no candidate"
         raise InvalidPlanError(
-            f"No layer can go at this threshold or tolerance: layer {order[0]}, the cheapest, "
-            f"scores {scores[order[0]]:.4g} ({scores.unit}). Loosen the limit, or ask for a "
-            "number of layers."
+            f"No layer can go at this threshold or tolerance: {what}. Loosen the limit, or ask for "
+            "a number of layers."
         )
 
     def _options(self) -> dict[str, Any]:
@@ -454,9 +468,13 @@ class BasePruner(ABC):
 
 
 def _checked_protection(protect: Sequence[int], num_layers: int) -> tuple[int, int]:
-    if len(protect) != 2 or any(not isinstance(side, int) or side < 0 for side in protect):
+    if (
+        not isinstance(protect, Sequence)
+        or len(protect) != 2
+        or any(not isinstance(side, int) or side < 0 for side in protect)
+    ):
         raise InvalidPlanError(
-            f"protect={tuple(protect)} must be two whole numbers from 0: layers kept at the start "
+            f"protect={protect} must be two whole numbers from 0: layers kept at the start "
             "and at the end."
         )
     first, last = protect

@@ -16,7 +16,6 @@ import shlex
 import shutil
 import signal
 import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +29,10 @@ from .errors import (
     OutputError,
     UnknownNameError,
 )
-from .output import check_output
+from .output import KEY_FILE, check_output
 from .registry import BUILTIN, check_strategy_name, get_strategy, option_names
-from .results import DepthCurve, PruningPlan, PruningReport
+from .results import PruningPlan
+from .text import curve_text, plan_text, report_text
 from .utils import DEMO_MODEL, logger, package_versions
 
 if TYPE_CHECKING:
@@ -185,8 +185,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         words = list(sys.argv[1:] if argv is None else argv)
-        again = shlex.join(["llm-pruner", *words, *([] if args.resume else ["--resume"])])
-        print(f"\ninterrupted; nothing half-written. Resume with: {again}", file=sys.stderr)
+        left = [_beside(args, ending) for ending in ("journal.jsonl", "healing")]
+        hint = ""
+        if any(path.exists() for path in left):
+            again = shlex.join(["llm-pruner", *words, *([] if args.resume else ["--resume"])])
+            hint = f" Resume with: {again}"
+        print(f"\ninterrupted; nothing half-written.{hint}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -221,6 +225,7 @@ def _check(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < 2**32:
         raise InvalidPlanError(f"--seed {args.seed} must be from 0 to {2**32 - 1}.")
     _check_healing(args)
+    _check_use(args)
     if args.heal == "lora" and importlib.util.find_spec("peft") is None:
         raise MissingDependencyError("--heal lora needs peft: pip install 'llm_pruner[heal]'.")
     if Path(args.output).resolve() == Path(args.model).resolve():
@@ -232,6 +237,19 @@ def _check(args: argparse.Namespace) -> None:
             raise InvalidPlanError(f"--{name.replace('_', '-')} {value} must be at least 1.")
     if not args.dry_run and args.sweep is None:
         check_output(args.output, overwrite=args.overwrite)
+
+
+def _check_use(args: argparse.Namespace) -> None:
+    """Refuse options that would have no effect beside others."""
+    idle = {"sweep": ("tolerance", "export_yaml"), "layers": ("tolerance", "objective")}
+    idle["plan"] = idle["layers"]
+    for option, others in idle.items():
+        for other in others:
+            if getattr(args, option) is not None and getattr(args, other) is not None:
+                name = other.replace("_", "-")
+                raise InvalidPlanError(f"--{name} has no effect with --{option}: leave it out.")
+    if args.sweep is not None and args.heal != "none":
+        raise InvalidPlanError("--heal has no effect with --sweep: leave it out.")
 
 
 def _check_healing(args: argparse.Namespace) -> None:
@@ -307,7 +325,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     checkpoints = _beside(args, "healing")
     if not args.resume and not args.dry_run:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        _clear(args)
     lora = LoraSettings(
         steps=args.heal_steps,
         seed=args.seed,
@@ -337,7 +355,8 @@ def _run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         seed=args.seed,
     )
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    if (checkpoints / KEY_FILE).exists():
+        shutil.rmtree(checkpoints)
     figures = draw_figures(pruner, pruned, report, data) if args.visualize else []
     if args.export_yaml:
         pruner.export_mergekit_yaml(plan.remove, args.export_yaml, args.model)
@@ -370,17 +389,22 @@ def _make_pruner(args: argparse.Namespace, model: Any, tokenizer: Any) -> BasePr
                 "it out, or use ablation or smart."
             )
         options["objective"] = args.objective
-    if measured and not args.dry_run and args.layers is None and args.plan is None:
-        journal = _beside(args, "journal.jsonl")
-        if not args.resume:
-            journal.unlink(missing_ok=True)
-        options["journal"] = journal
+    writes = args.resume or not args.dry_run  # a dry run leaves nothing that was not there
+    if measured and writes and args.layers is None and args.plan is None:
+        options["journal"] = _beside(args, "journal.jsonl")
     return cls(model, tokenizer, **{**options, **args.option})
 
 
 def _beside(args: argparse.Namespace, ending: str) -> Path:
     """A file beside the output folder, named after it."""
     return Path(f"{args.output.rstrip('/')}.{ending}")
+
+
+def _clear(args: argparse.Namespace) -> None:
+    """Remove what an earlier run with this output has left to be taken up again."""
+    _beside(args, "journal.jsonl").unlink(missing_ok=True)
+    if (_beside(args, "healing") / KEY_FILE).exists():
+        shutil.rmtree(_beside(args, "healing"))
 
 
 def _sweep(args: argparse.Namespace, pruner: BasePruner, data: DataSplit) -> None:
@@ -422,7 +446,7 @@ def _make_plan(args: argparse.Namespace, pruner: BasePruner, data: DataSplit) ->
             n_layers=args.n_layers,
             held_out=data.judging,
         )
-    except (KeyboardInterrupt, SystemExit):
+    except BaseException:
         if pruner.partial_plan and not args.dry_run:
             path = _beside(args, "partial_plan.json")
             pruner.partial_plan.save(path)
@@ -432,116 +456,6 @@ def _make_plan(args: argparse.Namespace, pruner: BasePruner, data: DataSplit) ->
                 file=sys.stderr,
             )
         raise
-
-
-def plan_text(plan: PruningPlan) -> str:
-    """A plan for people: the scores, and what would go."""
-    lines = []
-    if plan.scores is not None:
-        lines.append(f"layer  {plan.scores.unit}")
-        for layer, score in plan.scores.items():
-            mark = "  remove" if layer in plan.remove else ""
-            lines.append(f"{layer:5d}  {score:+.6g}{mark}")
-    for step in plan.steps:
-        what = f"cut layer {step['layer']}" if step["action"] == "cut" else ""
-        if step["action"] == "exchange":
-            what = f"removed {step['in']} instead of {step['out']}"
-        elif step["action"] == "repair":
-            what = f"repaired ({step['method']})"
-        undone = "" if step["kept"] else ", rolled back"
-        lines.append(
-            f"{what}: total change {step['change']:+.4f} on {step['samples']} samples{undone}"
-        )
-    lines.append(_headline("Would remove", plan))
-    if plan.held_out:
-        lines.append(f"Its cost: {_held_out(plan.held_out)}")
-    return "\n".join(lines) + "\n"
-
-
-def _held_out(held: dict[str, Any]) -> str:
-    return (
-        f"{held['change']:+.1%} (95 % interval {held['low']:+.1%} to {held['high']:+.1%}), "
-        f"{held['unit']}, {held['items']} unseen items"
-    )
-
-
-def curve_text(curve: DepthCurve) -> str:
-    """A curve for people: one row per number of layers."""
-    lines = [f"{curve.unit} ({curve.strategy})", "", "     k   chosen on   unseen (95 % interval)"]
-    for point in curve.points:
-        row = f"{point['n_layers']:6d}{point['change']:>+12.1%}"
-        if held := point["held_out"]:
-            row += f"{held['change']:>+9.1%} ({held['low']:+.1%} to {held['high']:+.1%})"
-        lines.append(f"{row}  {point['removed']}")
-    return "\n".join(lines) + "\n"
-
-
-def _headline(verb: str, plan: PruningPlan) -> str:
-    return (
-        f"{verb} {len(plan.remove)} of {plan.num_layers} layers (0-based): {list(plan.remove)}  "
-        f"[{plan.strategy}]"
-    )
-
-
-def report_text(report: PruningReport) -> str:
-    """A report for people: one row per quantity, before and after."""
-    before, after = report.before, report.after
-    rows = [
-        ("layers", before.layers, after.layers, "{:,.0f}"),
-        ("parameters", before.parameters, after.parameters, "{:,.0f}"),
-        ("size (MB)", before.bytes / 1e6, after.bytes / 1e6, "{:,.2f}"),
-        ("generation (tokens/s)", before.tokens_per_second, after.tokens_per_second, "{:,.0f}"),
-        ("perplexity", before.perplexity, after.perplexity, "{:,.3f}"),
-    ]
-    if before.similarity is not None and after.similarity is not None:
-        rows.append(("answer similarity", before.similarity, after.similarity, "{:.3f}"))
-    for task, score in (before.tasks or {}).items():
-        name = "task mean" if task == "mean" else f"  {task}"
-        rows.append((name, score, (after.tasks or {})[task], "{:.3f}"))
-    lines = [_headline("Removed", report.plan), ""]
-    lines.append(f"{'':24}{'before':>14}{'after':>14}{'change':>10}")
-    for name, old, new, style in rows:
-        change = f"{(new - old) / old:+.1%}" if old else ""
-        lines.append(f"{name:24}{style.format(old):>14}{style.format(new):>14}{change:>10}")
-    for sample in report.samples:
-        prompt = textwrap.shorten(sample["prompt"], 72)
-        full, cut = (textwrap.shorten(sample[key], 40) for key in ("before", "after"))
-        lines += ["", prompt] if sample is report.samples[0] else [prompt]
-        lines.append(f"  before: {full}   after: {cut}")
-    lines += ["", _footnote(report)]
-    return "\n".join(lines) + "\n"
-
-
-def _footnote(report: PruningReport) -> str:
-    heal, healed = report.heal, ""
-    if heal["method"] != "none":
-        tasks = heal["cut_quality"]["tasks"]
-        mean = f", task mean {tasks['mean']:.3f}" if tasks else ""
-        healed = (
-            f"{_repairs(heal)}\n"
-            f"Without healing: perplexity {heal['cut_quality']['perplexity']:,.3f}{mean}.\n"
-        )
-    held = report.plan.held_out
-    note = " (not healed)" if healed else ""
-    return (
-        f"Cost of the cut{note}: {_held_out(held)}.\n{healed}"
-        f"Quality on {report.evaluation_data['items']} items that played no part in the choice.\n"
-        f"Checkpoint, reloaded and verified: {report.output_dir}"
-    )
-
-
-def _repairs(heal: dict[str, Any]) -> str:
-    """What each repair bought: losses on the items that judge them."""
-    lost = heal["cut"] - heal["full"]
-    lines = [f"Healing, held-out loss: {heal['full']:.4f} full, {heal['cut']:.4f} cut"]
-    for stage in heal["stages"]:
-        if "skipped" in stage:
-            lines.append(f"  {stage['method']}: left out. {stage['skipped']}")
-            continue
-        verdict = "kept" if stage["kept"] else "no better, rolled back"
-        back = f", {(heal['cut'] - stage['loss']) / lost:.0%} of the loss returned" * (lost > 0)
-        lines.append(f"  {stage['method']}: {stage['loss']:.4f}{back} ({verdict})")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -352,18 +352,25 @@ def _kind(index: int, item: EvalItem) -> str:
             f"data[{index}] cannot be scored: a benchmark takes dicts with 'prompt' and "
             f"'reference', whose task is not called 'mean'; got {item!r:.80}."
         )
-    choices, reference = item.get("choices"), item["reference"]
-    if choices is not None:
-        texts = [text for text in choices if isinstance(text, str) and text.strip()]
-        if len(texts) < max(2, len(choices)) or reference not in texts:
-            raise InvalidDataError(
-                f"data[{index}] has reference {reference!r:.60} and choices {choices!r:.200}: give "
-                "two or more non-empty choices, the reference among them."
-            )
+    reference = item["reference"]
+    if item.get("choices") is not None:
+        check_choices(index, item)
         return "choice"
     if _task(item) == "gsm8k" and final_number(reference) is None:
         raise InvalidDataError(f"data[{index}] has no number in its reference {reference!r:.60}.")
     return "number" if _task(item) == "gsm8k" or NUMBER.fullmatch(reference.strip(" $")) else "open"
+
+
+def check_choices(index: int, item: Mapping[str, Any]) -> None:
+    """Raise InvalidDataError if an item's choices are not several texts with the reference."""
+    choices, reference = item["choices"], item["reference"]
+    listed = isinstance(choices, Sequence) and not isinstance(choices, str)
+    texts = [text for text in choices if isinstance(text, str) and text.strip()] if listed else []
+    if not listed or len(texts) < max(2, len(choices)) or reference not in texts:
+        raise InvalidDataError(
+            f"data[{index}] has reference {reference!r:.60} and choices {choices!r:.200}: give "
+            "two or more non-empty choices, the reference among them."
+        )
 
 
 def final_number(text: str) -> Decimal | None:

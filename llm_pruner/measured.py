@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .base import DEFAULT_PROTECT, BasePruner
 from .batching import EvalItem, fingerprint
+from .errors import InvalidPlanError
 from .layers import LayerStack
 from .objectives import ObjectiveLike, parse_objective
 from .quality import RemovalQuality
@@ -46,6 +47,8 @@ class MeasuredPruner(BasePruner):
         **options: Any,
     ) -> None:
         super().__init__(model, tokenizer, protect=protect, **options)
+        if type(seed) is not int or seed < 0:
+            raise InvalidPlanError(f"seed={seed!r} must be a whole number from 0.")
         self.shares, self.journal, self.seed = parse_objective(objective), journal, seed
         self._qualities: dict[str, RemovalQuality] = {}
 

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from .batching import IGNORED, Batch, EvalItem, Row, encode_rows, pad_rows
 from .errors import InvalidDataError, InvalidPlanError, UnknownNameError
-from .evaluation import ModelEvaluator, choice_score
+from .evaluation import ModelEvaluator, check_choices, choice_score
 from .layers import LayerStack
 from .likelihood import ScoredLogits, evaluating, position_limit, scored_logits
 from .replay import Mask, replayed
@@ -49,7 +49,13 @@ class Samples:
 
 
 class Measure(Protocol):
-    """One or more measures that come from the same passes."""
+    """One or more measures that come from the same passes.
+
+    Attributes:
+        prunes: whether it needs the pruned model itself, and not only passes without the layers.
+    """
+
+    prunes: bool
 
     def __init__(self, samples: Samples, names: Sequence[str]) -> None: ...
 
@@ -70,6 +76,8 @@ class TokenMeasures:
     to that of the model without layers, in nats; quality exp(-mean). ``agreement``: 1 where both
     find the same token most likely; quality the mean.
     """
+
+    prunes = False
 
     def __init__(self, samples: Samples, names: Sequence[str]) -> None:
         self._samples, self._names = samples, names
@@ -134,9 +142,14 @@ class ChoiceMeasure:
     On items with ``choices``; other items play no part.
     """
 
+    prunes = False
+
     def __init__(self, samples: Samples, names: Sequence[str]) -> None:
         self._samples = samples
         self._chosen = [bool(item and item.get("choices")) for item in samples.items]
+        for place, item in enumerate(samples.items):
+            if item and self._chosen[place]:
+                check_choices(samples.rows[place].item, item)
         if not any(self._chosen):
             raise InvalidDataError(
                 "Accuracy needs items with 'choices', and none has any: use another objective "
@@ -191,6 +204,8 @@ class AnswerMeasure:
     See `ModelEvaluator.evaluate`. Generates with each pruned model, so nothing is shared
     between masks: by far the dearest measure.
     """
+
+    prunes = True
 
     def __init__(self, samples: Samples, names: Sequence[str]) -> None:
         self._samples = samples
@@ -264,6 +279,11 @@ def parse_objective(objective: ObjectiveLike) -> dict[str, float]:
         UnknownNameError: no measure of a name.
         InvalidPlanError: a weight that is not a positive number, or a name given twice.
     """
+    if not isinstance(objective, str | Mapping):
+        raise InvalidPlanError(
+            f"objective={objective!r} must be a name, as nll, or several with weights, as "
+            "nll=0.7,kl=0.3."
+        )
     if isinstance(objective, Mapping):
         pairs = [(name, _number(weight)) for name, weight in objective.items()]
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from .errors import OutputError
 
 PLAN_FILE = "pruning_plan.json"  # what marks a folder as written by this package
+KEY_FILE = "healing.json"  # what marks a folder of a training's checkpoints as ours
 
 
 def check_output(output_dir: str | Path, *, overwrite: bool = False) -> Path:

@@ -451,16 +451,16 @@ class SmartPruner(MeasuredPruner):
         tolerance: float | None = None,
         n_layers: int | None = None,
     ) -> list[int]:
-        """A number of layers (n_layers, or ratio) from all, or what the tolerance allows.
+        """A number of layers (n_layers, or ratio), or as many as the tolerance allows, of all.
 
-        With a number and a tolerance: at most so many, within the tolerance.
+        With a number and a tolerance: at most so many, within the tolerance. With a threshold: of
+        the layers that alone score above it, as many as the tolerance allows.
         """
         if ratio is not None:
             n_layers = self.count_for(ratio)
         if n_layers is not None:
             return self._search(None, eval_data, n_layers=n_layers, tolerance=tolerance)
-        limit = {} if threshold is None else {"threshold": threshold}
-        candidates = self.select_layers(scores, **limit)
+        candidates = None if threshold is None else self.select_layers(scores, threshold=threshold)
         if tolerance is None:
             return self.optimize_selection(candidates, eval_data)
         return self.optimize_selection(candidates, eval_data, tolerance)
@@ -468,8 +468,8 @@ class SmartPruner(MeasuredPruner):
     def _score_and_choose(
         self, eval_data: Sequence[EvalItem], **extent: Any
     ) -> tuple[LayerScores | None, list[int]]:
-        """A number of layers is searched for without scores: they would cost as much again."""
-        if "n_layers" not in extent and "ratio" not in extent:
+        """Scores are made only where a threshold asks for them: the search does without."""
+        if "threshold" in extent:
             return super()._score_and_choose(eval_data, **extent)
         return None, self.choose_layers({}, eval_data, **extent)
 

@@ -14,7 +14,7 @@ import torch
 from .batching import EvalItem, encode_rows, fingerprint
 from .errors import NonFiniteError, OutputError, UnsupportedModelError
 from .layers import LayerStack
-from .likelihood import HINT, position_limit
+from .likelihood import HINT, at_least_one, position_limit
 from .objectives import MAX_LENGTH, OBJECTIVES, ObjectiveLike, Samples, parse_objective
 from .replay import Mask
 from .results import check_layers
@@ -70,6 +70,7 @@ class Journal:
         """
         line = json.dumps({"key": key, "removed": removed, "chunk": chunk, "values": values})
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab+") as file:
                 if file.tell() and (file.seek(-1, 2), file.read())[1] != b"\n":
                     file.write(b"\n")  # a crash cut the last line short
@@ -117,6 +118,7 @@ class RemovalQuality:
     ) -> None:
         self.stack = stack
         self._shares = parse_objective(objective)
+        at_least_one(batch_size=batch_size)
         length = min(MAX_LENGTH, position_limit(stack.model))
         rows = encode_rows(tokenizer, eval_data, max_length=length)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -152,11 +154,25 @@ class RemovalQuality:
                 tokenizer_fingerprint(tokenizer),
                 fingerprint(eval_data),
                 "+".join(self._names),
-                f"{batch_size}.{seed}",
+                f"1.{BLOCK}.{batch_size}.{seed}",
             )
         )
-        for mask, chunk, values in self._journal.read(self._key) if self._journal else []:
-            self._keep(mask, chunk, torch.tensor(values, dtype=torch.float64))
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Take in what the journal knows."""
+        if self._journal is None:
+            return
+        found = self._journal.read(self._key)
+        for mask, chunk, values in found:
+            known = torch.tensor(values, dtype=torch.float64)
+            fits = 0 <= chunk < len(self._chunks) and known.isfinite().all()
+            if not fits or known.shape != (len(self._names), len(self._chunks[chunk])):
+                logger.warning("%s: a reading of %s is damaged.", self._journal.path, list(mask))
+                continue
+            self._keep(mask, chunk, known)
+        if found:
+            logger.info("%d measurements taken up from %s", len(found), self._journal.path)
 
     @property
     def unit(self) -> str:
@@ -171,6 +187,11 @@ class RemovalQuality:
         """How many items of the data play a part."""
         counted = self._weights.sum(0).nonzero().flatten().tolist()
         return len({self._items[place] for place in counted})
+
+    @property
+    def can_bypass(self) -> bool:
+        """Whether any set can be measured, also one that the architecture cannot do without."""
+        return self.stack.can_replay and not any(measure.prunes for measure in self._measures)
 
     def __call__(self, removed: Iterable[int] = ()) -> float:
         """Quality without the layers `removed`; higher is better.
@@ -214,7 +235,9 @@ class RemovalQuality:
         """How much better `left` is than `right`, and the standard error of that.
 
         Both are changes on the samples of the share, paired sample by sample. The error is that
-        of the estimate for all samples, linearised; on all of them it is 0.
+        of the estimate for all samples, linearised; on all of them it is 0. Of measures that count
+        it is at least what one sample or token makes, since on few samples two sets often agree
+        in all.
         """
         difference = self.change(left, share) - self.change(right, share)
         columns = self._columns(share)
@@ -222,7 +245,14 @@ class RemovalQuality:
         if count == total:
             return difference, 0.0
         paired = self._influence(left, columns) - self._influence(right, columns)
-        spread = float(paired.square().sum()) * count / max(1, count - 1)
+        least = sum(
+            (self._shares[name] / abs(full) / float(weight)) ** 2
+            for name, full, weight in zip(
+                self._names, self._full(), self._weights[:, columns].sum(1), strict=True
+            )
+            if not OBJECTIVES[name].is_loss and weight
+        )
+        spread = max(float(paired.square().sum()), least) * count / max(1, count - 1)
         return difference, math.sqrt(spread * (1 - count / total))
 
     def interval(

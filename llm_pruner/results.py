@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from .errors import InvalidPlanError, NonFiniteError
+from .errors import InvalidPlanError, NonFiniteError, OutputError
 
 Removes = Literal["lowest", "highest"]
 
@@ -114,8 +114,16 @@ class _JsonFile:
             raise InvalidPlanError(f"Damaged {cls.FORMAT!r} file: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON to `path`."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write the JSON to `path`, in a folder that is made if need be.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(self.to_json(), encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"Cannot write {str(path)!r}: {error}.") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -5,6 +5,7 @@ Sets of layers are compared on growing shares of the samples, most of them on fe
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
@@ -72,31 +73,42 @@ def search_layers(
         InvalidPlanError: more layers are asked for than there are candidates.
         UnsupportedModelError: the architecture can do without none of the sets.
     """
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise InvalidPlanError(f"tolerance={tolerance} must be a number from 0, e.g. 0.015.")
     search = LayerSearch(quality, candidates, on_step)
     most = check_number(quality, candidates, n_layers)
     begin = time.monotonic()
     removed: Mask = ()
     while len(removed) < most:
-        grown, step = search.grow(removed)
-        if tolerance is not None and quality.change(grown) < -tolerance:
-            saved = search.refine(grown, enough=-tolerance)
-            if quality.change(saved) < -tolerance:
-                search.tell(step, kept=False, change=quality.change(saved), removed=removed)
-                break
-            grown = saved
+        try:
+            grown, step = search.grow(removed)
+        except UnsupportedModelError as error:
+            if tolerance is None or not removed:
+                raise
+            logger.info("%s", error)  # so many layers are all there are
+            break
+        exchanges: list[Step] = []
+        kept, after = True, grown
         if tolerance is not None:
-            step["change"], step["samples"] = quality.change(grown), quality.samples()
-        search.tell(step, kept=True, removed=grown)
-        removed = grown
+            step |= {"change": quality.change(grown), "samples": quality.samples()}
+            if step["change"] < -tolerance:
+                after = search.refine(grown, enough=-tolerance, on_step=exchanges.append)
+                kept = quality.change(after) >= -tolerance
+        for told in (step, *exchanges):
+            done = told.get("removed", grown)
+            search.tell(told, kept=kept, removed=done if kept else removed)
+        if not kept:
+            break
+        removed = after
         each = (time.monotonic() - begin) / len(removed)
         logger.info(
             "Cut %d of %s: layer %d, total change %+.4f on %d samples; %s",
             len(removed),
             most if tolerance is None else f"at most {most}",
             step["layer"],
-            step["change"],
+            quality.change(removed) if exchanges else step["change"],
             step["samples"],
-            f"about {each * (most - len(removed)):.0f} s to the last cut",
+            f"about {each * (most - len(removed)):.0f} s to the last cut, exchanges then",
         )
     return list(search.refine(removed))
 
@@ -109,17 +121,31 @@ def depth_curve(
 ) -> list[Mask]:
     """The best set found of 1, 2, ... `n_layers` layers, each grown from the one before.
 
-    Every depth is refined by exchanges, so the sets need not be nested.
+    Every depth is refined by exchanges, so the sets need not be nested. Where the architecture can
+    do without no further layer, the list ends.
 
     Raises:
         InvalidPlanError, UnsupportedModelError: see `search_layers`.
     """
     search = LayerSearch(quality, candidates, on_step)
     sets: list[Mask] = [()]
-    for _ in range(check_number(quality, candidates, n_layers)):
-        grown, step = search.grow(sets[-1])
+    for depth in range(1, check_number(quality, candidates, n_layers) + 1):
+        try:
+            grown, step = search.grow(sets[-1])
+        except UnsupportedModelError as error:
+            if depth == 1:
+                raise
+            logger.warning("The curve ends before %d layers. %s", depth, error)
+            break
         search.tell(step, kept=True, removed=grown)
         sets.append(search.refine(grown))
+        logger.info(
+            "%d of %d layers: %s, total change %+.4f",
+            depth,
+            n_layers,
+            list(sets[-1]),
+            quality.change(sets[-1]),
+        )
     return sets[1:]
 
 
@@ -154,7 +180,8 @@ class LayerSearch:
             UnsupportedModelError: no candidate can go.
         """
         quality = self.quality
-        left, why = self._allowed((*removed, layer) for layer in self._left(removed))
+        every, why = self._allowed((*removed, layer) for layer in self._left(removed))
+        left = list(every)
         known = {layer: (DECAY * a, DECAY * b) for layer, (a, b) in self._found.items()}
         shares = self._shares()
         if len(shares) > 1 and len(known) > len(left):
@@ -176,20 +203,24 @@ class LayerSearch:
             left = left[:width] if share != shares[-1] else left
             if len(left) == 1:
                 break
-        for mask in left:
+        rest = [mask for mask in every if mask not in left]  # should the best be refused
+        rest.sort(key=lambda mask: (_mean(self._found.get(mask[-1])), mask[-1]), reverse=True)
+        for mask in [*left, *rest]:
             grown = tuple(sorted(mask))
             if not (why := quality.refusal(grown)):
                 best: Step = {
                     "action": "cut",
                     "layer": mask[-1],
-                    "change": tried[mask[-1]],
+                    "change": quality.change(grown, share),
                     "samples": quality.samples(share),
                     "tried": {str(layer): change for layer, change in sorted(tried.items())},
                 }
                 return grown, best
         raise UnsupportedModelError(f"No further layer can be removed with {list(removed)}: {why}")
 
-    def refine(self, removed: Mask, enough: float | None = None) -> Mask:
+    def refine(
+        self, removed: Mask, enough: float | None = None, on_step: OnStep | None = None
+    ) -> Mask:
         """`removed` after exchanges of layers, each of them better on all samples, until none is.
 
         One removed layer against one that stays; then two against two, where there are at most
@@ -201,6 +232,7 @@ class LayerSearch:
         Args:
             removed: the set to improve.
             enough: stop when the change reaches this.
+            on_step: told the exchanges; the search's own listener if None.
         """
         stage = 0
         shares = self._shares()
@@ -213,7 +245,10 @@ class LayerSearch:
             better = self._race(removed, rivals, shares, errors) if few else None
             if better:
                 step = self._exchange(removed, better, len(rivals))
-                self.tell(step, kept=True, removed=better)
+                if on_step:
+                    on_step({**step, "removed": list(better)})
+                else:
+                    self.tell(step, kept=True, removed=better)
                 removed, stage, shares = better, 0, self._shares()
             else:
                 stage += 1
@@ -242,9 +277,18 @@ class LayerSearch:
     def _race(
         self, champion: Mask, rivals: Iterable[Mask], shares: Sequence[Share], errors: float
     ) -> Mask | None:
-        """The best of the rivals if it is better than the champion on all samples."""
-        quality = self.quality
-        alive, _ = self._allowed(rivals)
+        """The best of the rivals that can go, if it is better than the champion on all samples."""
+        left, _ = self._allowed(rivals)
+        while best := self._fastest(champion, left, shares, errors):
+            if not self.quality.refusal(best):
+                return best
+            left.remove(best)
+        return None
+
+    def _fastest(
+        self, champion: Mask, rivals: Sequence[Mask], shares: Sequence[Share], errors: float
+    ) -> Mask | None:
+        quality, alive = self.quality, list(rivals)
         for share in shares:
             quality.measure([champion, *alive], share, f"Comparing {len(alive)} exchanges")
             field = [champion, *alive]
@@ -258,8 +302,7 @@ class LayerSearch:
             ]
         bar = quality.change(champion)
         better = [mask for mask in alive if quality.change(mask) > bar]
-        better.sort(key=lambda mask: (quality.change(mask), mask), reverse=True)
-        return next((mask for mask in better if not quality.refusal(mask)), None)
+        return max(better, key=lambda mask: (quality.change(mask), mask), default=None)
 
     def _exchanges(self, removed: Mask, size: int) -> Iterator[Mask]:
         for out in combinations(removed, size):
@@ -307,7 +350,7 @@ def _hindrance(quality: RemovalQuality, mask: Mask) -> str:
     Asked only of models whose layers depend on one another: there a bypass may fail. For all
     others the architecture is asked about the winners alone, which is less work.
     """
-    return "" if quality.stack.can_replay else quality.refusal(tuple(sorted(mask)))
+    return "" if quality.can_bypass else quality.refusal(tuple(sorted(mask)))
 
 
 def _mean(found: tuple[float, float] | None) -> float:

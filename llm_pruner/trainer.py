@@ -36,6 +36,7 @@ from .errors import InvalidPlanError, MissingDependencyError, NonFiniteError
 from .layers import LayerStack
 from .likelihood import batch_nll, evaluating
 from .lora import LoraSettings, default_rate
+from .output import KEY_FILE
 from .surgery import share_copy
 from .utils import logger, progress
 
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 EPOCHS, MOST_STEPS = 30, 1000  # the default number of steps: so many epochs, at most so many
 CHECKS = 20  # times in a training that held-out loss is measured and a checkpoint written
-KEY_FILE = "healing.json"
 
 
 def train_lora(

@@ -14,11 +14,11 @@ import torch
 from conftest import WORDS, items, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from llm_pruner import cli
 from llm_pruner.cli import main
 from llm_pruner.layers import LayerStack
 from llm_pruner.quality import Journal, RemovalQuality
 from llm_pruner.results import DepthCurve, PruningPlan, PruningReport
+from llm_pruner.text import plan_text
 
 TEXTS = [" ".join(WORDS[(i * step) % len(WORDS)] for i in range(12)) for step in range(1, 17)]
 
@@ -383,8 +383,8 @@ def test_an_interrupted_search_resumes(run, tmp_path, readings, stop):
     readings["stop"] = stop
     code, out, err = run(*words)
     assert (code, out) == (130, "")
-    assert "Resume with: llm-pruner" in err
-    assert err.rstrip().endswith("--resume")
+    assert ("Resume with: llm-pruner" in err) == (stop > 0), "if there is something to take up"
+    assert err.rstrip().endswith("--resume" if stop else "nothing half-written.")
     assert not (tmp_path / "out").exists()
     readings.update(n=0, stop=math.inf)
     code, resumed, _ = run(*words, "--resume", "--json")
@@ -394,6 +394,48 @@ def test_an_interrupted_search_resumes(run, tmp_path, readings, stop):
     code, fresh, _ = run(*words, "--overwrite", "--json")
     assert readings["n"] == some + stop
     assert PruningReport.from_json(resumed).plan == PruningReport.from_json(fresh).plan
+
+
+def test_a_failed_start_costs_no_journal(run, tmp_path):
+    """What an earlier run has measured is given up only when the next one begins to measure."""
+    words = ("--n-layers", "2", "--output", "new/folder/out")
+    assert run(*words)[0] == 0
+    journal = tmp_path / "new" / "folder" / "out.journal.jsonl"
+    before = journal.read_text()
+    assert before
+    assert run(*words, "--overwrite", data="no-such-file.jsonl")[0] != 0
+    assert journal.read_text() == before
+    (tmp_path / "mine.healing").mkdir()
+    (tmp_path / "mine.healing" / "thesis.tex").write_text("mine")
+    assert run("--layers", "3", "--output", "mine")[0] == 0
+    assert (tmp_path / "mine.healing" / "thesis.tex").read_text() == "mine"
+
+
+def test_a_dry_run_reads_the_journal_if_asked(run, tmp_path, readings):
+    words = ("--n-layers", "2", "--output", "out")
+    assert run(*words)[0] == 0
+    readings["n"] = 0
+    assert run(*words, "--dry-run", "--resume")[0] == 0
+    assert readings["n"] == 0
+    readings.update(n=0, stop=3)
+    code, _, err = run("--n-layers", "2", "--output", "other", "--dry-run")
+    assert (code, "Resume" in err) == (130, False), "a dry run leaves nothing to take up"
+    assert not list(tmp_path.glob("other*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--sweep 2 --tolerance 0.1", "--tolerance has no effect with --sweep"),
+        ("--sweep 2 --heal linear", "--heal has no effect with --sweep"),
+        ("--sweep 2 --export-yaml x.yaml", "--export-yaml has no effect with --sweep"),
+        ("--layers 3 --tolerance 0.1", "--tolerance has no effect with --layers"),
+        ("--layers 3 --objective kl", "--objective has no effect with --layers"),
+    ],
+)
+def test_options_without_effect_are_refused(run, words, message):
+    code, _, err = run(*words.split(), model="nobody/no-such-model")
+    assert (code, message in err) == (2, True), err
 
 
 def test_an_interrupted_search_leaves_a_plan_that_can_be_used(run, tmp_path, readings):
@@ -535,4 +577,4 @@ def test_debug_shows_the_traceback(run, monkeypatch):
 
 def test_plan_and_report_read_well():
     plan = PruningPlan("demo", 12, (3, 4), strategy="smart")
-    assert cli.plan_text(plan).endswith("layers (0-based): [3, 4]  [smart]\n")
+    assert plan_text(plan).endswith("layers (0-based): [3, 4]  [smart]\n")

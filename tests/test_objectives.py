@@ -372,3 +372,18 @@ def test_the_slope_is_the_derivative_of_the_quality(name):
         assert objective.slope(mean) == pytest.approx(rise / (2 * step), rel=1e-5)
         better = objective.quality(mean + (-step if objective.is_loss else step))
         assert better > objective.quality(mean)
+
+
+@pytest.mark.parametrize("objective", [None, 5, ["nll"]], ids=str)
+def test_what_is_no_objective_is_refused(objective):
+    with pytest.raises(InvalidPlanError, match="must be a name, as nll, or several with weights"):
+        parse_objective(objective)
+
+
+@pytest.mark.parametrize("choices", [["a cat", "a mat"], "red", ["red"]], ids=str)
+def test_accuracy_refuses_choices_without_the_reference(llama_stack, tokenizer, choices):
+    item = {"prompt": "the cat", "reference": "red", "choices": choices}
+    with pytest.raises(InvalidDataError, match=r"data\[24\] has reference 'red' and choices"):
+        RemovalQuality(
+            llama_stack, tokenizer, [*choice_items(), item], objective="accuracy", batch_size=4
+        )

@@ -44,6 +44,10 @@ class Costs:
         self.asked: list[tuple[tuple[int, ...], int]] = []  # mask, samples
         self.impossible: set[int] = set()
 
+    @property
+    def can_bypass(self):
+        return self.stack.can_replay
+
     def refusal(self, mask):
         return "these cannot go" if self.impossible & set(mask) else ""
 
@@ -208,6 +212,14 @@ def test_no_exchange_improves_the_result_and_greedy_is_no_better(seed, samples):
         assert again == steps, "the same every time"
 
 
+def test_an_exchange_for_an_equal_is_not_made():
+    steps: list[dict] = []
+    search = LayerSearch(Costs([0.1] * 4), range(4), steps.append)
+    assert search.refine((0,)) == (0,)
+    assert search.refine((0, 1)) == (0, 1)
+    assert steps == []
+
+
 def test_too_many_exchanges_of_two_are_left_out():
     quality = Costs([0.01 * layer for layer in range(40)])
     LayerSearch(quality, range(40)).refine(tuple(range(12)))
@@ -251,6 +263,21 @@ def test_a_cut_beyond_the_tolerance_is_saved_by_an_exchange():
     quality = Costs([0.2, 0.2, 0.1, 0.9], {(0, 1): -0.3})
     assert search_layers(quality, range(4), tolerance=0.15) == [0, 1]
     assert search_layers(quality, range(4), tolerance=0.05) == []
+
+
+def test_exchanges_that_could_not_save_a_cut_are_not_kept():
+    """What an interrupted run would take is the last kept step: it must be within the limit."""
+    steps: list[dict] = []
+    quality = Costs([0.2, 0.2, 0.1, 0.9], {(0, 1): -0.15})
+    assert search_layers(quality, range(4), tolerance=0.15, on_step=steps.append) == [2]
+    assert any(step["action"] == "exchange" for step in steps)
+    assert all(step["change"] >= -0.15 for step in steps if step["kept"])
+
+
+@pytest.mark.parametrize("tolerance", [math.nan, -0.1])
+def test_an_impossible_tolerance_is_refused(tolerance):
+    with pytest.raises(InvalidPlanError, match=f"tolerance={tolerance}"):
+        search_layers(Costs(COSTS), range(6), tolerance=tolerance)
 
 
 def test_a_number_and_a_tolerance_hold_together():
@@ -307,6 +334,27 @@ def test_a_layer_that_cannot_go_has_no_score():
     with pytest.raises(UnsupportedModelError, match="Layer 4 has no score: these cannot go"):
         single_removals(quality, range(6))
     assert single_removals(quality, range(4))[2] == pytest.approx(-0.01)
+
+
+@pytest.mark.parametrize("samples", [16, 128, 256])
+def test_sets_that_cannot_be_removed_leave_their_place_to_others(samples):
+    """However few candidates are left after the shares of the samples."""
+    quality = Costs([0.05 * layer for layer in range(12)], samples=samples)
+    quality.impossible = {0, 1}
+    assert search_layers(quality, range(12), n_layers=2) == [2, 3]
+
+
+@pytest.mark.parametrize("samples", [16, 256])
+def test_a_refused_exchange_leaves_its_place_to_the_next(samples):
+    quality = Costs([0.5, 0.3, 0.2, 0.1], samples=samples)
+    quality.impossible = {3}
+    assert LayerSearch(quality, range(4)).refine((0,)) == (2,)
+
+
+def test_a_tolerance_ends_where_no_further_layer_can_go():
+    quality = Costs([0.1] * 6)
+    quality.impossible = {0, 1, 2, 3}
+    assert search_layers(quality, range(6), tolerance=9.0) == [4, 5]
 
 
 # --- interruption -----------------------------------------------------------------------------

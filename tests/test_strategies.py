@@ -17,7 +17,7 @@ from conftest import items, make_identity, tiny_gpt2, tiny_llama
 from torch import nn
 
 from llm_pruner import get_strategy, search
-from llm_pruner.errors import InvalidPlanError, NonFiniteError
+from llm_pruner.errors import InvalidDataError, InvalidPlanError, NonFiniteError
 from llm_pruner.pruners import (
     AblationPruner,
     AVSSPruner,
@@ -844,6 +844,44 @@ def test_smart_plans_from_candidates_within_the_tolerance(costs, tokenizer):
     assert sorted(map(int, plan.steps[0]["tried"])) == candidates
 
 
+def test_a_tolerance_alone_looks_at_every_layer(costs, tokenizer):
+    """No threshold, no scores: the same as the search with a number that is not reached."""
+    model, _ = costs
+    data = MIXED[:3]
+    change, best = slow_best(model, tokenizer, data, 2)
+    plan = SmartPruner(model, tokenizer).plan(data, tolerance=1e-6 - change)
+    assert plan.remove == best
+    assert plan.scores is None
+    assert sorted(map(int, plan.steps[0]["tried"])) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("amount", [{}, {"n_layers": 2}])
+def test_nothing_within_the_tolerance_is_an_error(costs, tokenizer, amount):
+    model, changes = costs
+    pruner = SmartPruner(model, tokenizer)
+    with pytest.raises(InvalidPlanError, match=r"No layer can go .* the cheapest set tried"):
+        pruner.plan(MIXED[:3], tolerance=-changes[0] / 2, **amount)
+
+
+def test_unfit_held_out_items_are_told_before_the_search(tokenizer, monkeypatch):
+    monkeypatch.setattr(search.LayerSearch, "grow", None)  # is not reached
+    with pytest.raises(InvalidDataError, match="eval_data is empty"):
+        SmartPruner(tiny_llama(), tokenizer).plan(MIXED, n_layers=2, held_out=[])
+
+
+def test_an_interruption_after_the_search_costs_nothing_of_it(tokenizer, monkeypatch):
+    pruner = SmartPruner(tiny_llama(), tokenizer)
+    want = pruner.plan(MIXED, n_layers=2)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SmartPruner, "_judged", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pruner.plan(MIXED, n_layers=2, held_out=MIXED[:2])
+    assert pruner.partial_plan.remove == want.remove
+
+
 @pytest.mark.parametrize(
     ("candidates", "n_layers", "message"),
     [
@@ -898,7 +936,7 @@ def test_an_interrupted_plan_leaves_what_it_had_come_to(tokenizer, monkeypatch):
     whole = pruner.plan(MIXED, n_layers=3)
     assert pruner.partial_plan is None
 
-    def stop(self, removed, enough=None):
+    def stop(self, removed, enough=None, on_step=None):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(search.LayerSearch, "refine", stop)

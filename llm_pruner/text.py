@@ -1,0 +1,118 @@
+"""Results as text for people."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from .results import DepthCurve, PruningPlan, PruningReport
+
+
+def plan_text(plan: PruningPlan) -> str:
+    """A plan for people: the scores, and what would go."""
+    lines = []
+    if plan.scores is not None:
+        lines.append(f"layer  {plan.scores.unit}")
+        for layer, score in plan.scores.items():
+            mark = "  remove" if layer in plan.remove else ""
+            lines.append(f"{layer:5d}  {score:+.6g}{mark}")
+    for step in plan.steps:
+        what = f"cut layer {step['layer']}" if step["action"] == "cut" else ""
+        if step["action"] == "exchange":
+            what = f"removed {step['in']} instead of {step['out']}"
+        elif step["action"] == "repair":
+            what = f"repaired ({step['method']})"
+        undone = "" if step["kept"] else ", rolled back"
+        lines.append(
+            f"{what}: total change {step['change']:+.4f} on {step['samples']} samples{undone}"
+        )
+    lines.append(_headline("Would remove", plan))
+    if plan.held_out:
+        lines.append(f"Its cost: {_held_out(plan.held_out)}")
+    return "\n".join(lines) + "\n"
+
+
+def _held_out(held: dict[str, Any]) -> str:
+    return (
+        f"{held['change']:+.1%} (95 % interval {held['low']:+.1%} to {held['high']:+.1%}), "
+        f"{held['unit']}, {held['items']} unseen items"
+    )
+
+
+def curve_text(curve: DepthCurve) -> str:
+    """A curve for people: one row per number of layers."""
+    lines = [f"{curve.unit} ({curve.strategy})", "", "     k   chosen on   unseen (95 % interval)"]
+    for point in curve.points:
+        row = f"{point['n_layers']:6d}{point['change']:>+12.1%}"
+        if held := point["held_out"]:
+            row += f"{held['change']:>+9.1%} ({held['low']:+.1%} to {held['high']:+.1%})"
+        lines.append(f"{row}  {point['removed']}")
+    return "\n".join(lines) + "\n"
+
+
+def _headline(verb: str, plan: PruningPlan) -> str:
+    return (
+        f"{verb} {len(plan.remove)} of {plan.num_layers} layers (0-based): {list(plan.remove)}  "
+        f"[{plan.strategy}]"
+    )
+
+
+def report_text(report: PruningReport) -> str:
+    """A report for people: one row per quantity, before and after."""
+    before, after = report.before, report.after
+    rows = [
+        ("layers", before.layers, after.layers, "{:,.0f}"),
+        ("parameters", before.parameters, after.parameters, "{:,.0f}"),
+        ("size (MB)", before.bytes / 1e6, after.bytes / 1e6, "{:,.2f}"),
+        ("generation (tokens/s)", before.tokens_per_second, after.tokens_per_second, "{:,.0f}"),
+        ("perplexity", before.perplexity, after.perplexity, "{:,.3f}"),
+    ]
+    if before.similarity is not None and after.similarity is not None:
+        rows.append(("answer similarity", before.similarity, after.similarity, "{:.3f}"))
+    for task, score in (before.tasks or {}).items():
+        name = "task mean" if task == "mean" else f"  {task}"
+        rows.append((name, score, (after.tasks or {})[task], "{:.3f}"))
+    lines = [_headline("Removed", report.plan), ""]
+    lines.append(f"{'':24}{'before':>14}{'after':>14}{'change':>10}")
+    for name, old, new, style in rows:
+        change = f"{(new - old) / old:+.1%}" if old else ""
+        lines.append(f"{name:24}{style.format(old):>14}{style.format(new):>14}{change:>10}")
+    for sample in report.samples:
+        prompt = textwrap.shorten(sample["prompt"], 72)
+        full, cut = (textwrap.shorten(sample[key], 40) for key in ("before", "after"))
+        lines += ["", prompt] if sample is report.samples[0] else [prompt]
+        lines.append(f"  before: {full}   after: {cut}")
+    lines += ["", _footnote(report)]
+    return "\n".join(lines) + "\n"
+
+
+def _footnote(report: PruningReport) -> str:
+    heal, healed = report.heal, ""
+    if heal["method"] != "none":
+        tasks = heal["cut_quality"]["tasks"]
+        mean = f", task mean {tasks['mean']:.3f}" if tasks else ""
+        healed = (
+            f"{_repairs(heal)}\n"
+            f"Without healing: perplexity {heal['cut_quality']['perplexity']:,.3f}{mean}.\n"
+        )
+    held = report.plan.held_out
+    note = " (not healed)" if healed else ""
+    return (
+        f"Cost of the cut{note}: {_held_out(held)}.\n{healed}"
+        f"Quality on {report.evaluation_data['items']} items that played no part in the choice.\n"
+        f"Checkpoint, reloaded and verified: {report.output_dir}"
+    )
+
+
+def _repairs(heal: dict[str, Any]) -> str:
+    """What each repair bought: losses on the items that judge them."""
+    lost = heal["cut"] - heal["full"]
+    lines = [f"Healing, held-out loss: {heal['full']:.4f} full, {heal['cut']:.4f} cut"]
+    for stage in heal["stages"]:
+        if "skipped" in stage:
+            lines.append(f"  {stage['method']}: left out. {stage['skipped']}")
+            continue
+        verdict = "kept" if stage["kept"] else "no better, rolled back"
+        back = f", {(heal['cut'] - stage['loss']) / lost:.0%} of the loss returned" * (lost > 0)
+        lines.append(f"  {stage['method']}: {stage['loss']:.4f}{back} ({verdict})")
+    return "\n".join(lines)
