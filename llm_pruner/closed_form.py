@@ -73,12 +73,8 @@ def heal_linear(
     healed = share_copy(pruned)
     own = LayerStack(healed, stack.paths[0])
     kept = [index for index in range(len(stack)) if index not in set(removed)]
-    if min(removed) == 0:
-        raise UnsupportedModelError(
-            "heal='linear' needs a layer before the first cut, and layer 0 was removed: protect "
-            "it, or use heal='lora'."
-        )
-    first = kept.index(min(removed) - 1)
+    bottom = min(removed)
+    first = kept.index(bottom - 1) if bottom else 0
     writers = {place: find_writers(own, place) for place in range(first, len(own))}
     if not any(writer.tuned for found in writers.values() for writer in found):
         raise UnsupportedModelError(
@@ -94,9 +90,10 @@ def heal_linear(
         parts: dict[str, float] = {}
         error = math.nan
         for writer in writers[place]:
-            # Above the last cut's layer a part that is not the last of its layer is compared with
-            # the same part of the full model; in the layer before the first cut it is the same.
-            if writer.tuned and (place > first or not writer.later):
+            # A part that is not the last of its layer is compared with the same part of the full
+            # model, from which it does not differ in the layer below the first cut.
+            same = kept[place] < bottom and writer.later
+            if writer.tuned and not same:
                 ridge, error = _refit(own[place], place, writer, walks)
                 if ridge is not None:
                     parts[writer.part] = ridge

@@ -233,11 +233,16 @@ def test_architectures(name):
     assert all(record["error"] < 1 for record in records)
 
 
-def test_no_layer_before_the_cut(llama, tokenizer):
+@pytest.mark.parametrize("removed", [[0], [0, 1, 4], [6, 7], [7]])
+def test_cuts_at_either_end(llama, tokenizer, removed):
+    """Without a layer below the cut those above it are fitted; behind the last one, its own."""
     stack = LayerStack(llama)
-    data = encode_batches(tokenizer, items(4))
-    with pytest.raises(UnsupportedModelError, match="layer 0 was removed"):
-        heal_linear(stack, [0], stack.remove([0]), data, data)
+    data = encode_batches(tokenizer, items(60))
+    healed, records = heal_linear(stack, removed, stack.remove(removed), data, data)
+    first = {0: min(set(range(8)) - set(removed)), 6: 5, 7: 6}[removed[0]]
+    assert records[0]["layer"] == first
+    assert all(record["error"] < 1 for record in records)
+    healed(**data[0].inputs())
 
 
 def test_states_that_are_not_finite_are_an_error(llama, tokenizer, monkeypatch):
