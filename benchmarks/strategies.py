@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from llm_pruner import get_strategy, load_data, load_model
-from llm_pruner.measured import MeasuredPruner
+from llm_pruner.bases import MeasuredPruner
 from llm_pruner.registry import BUILTIN
 from llm_pruner.workflow import measure_quality
 

@@ -370,7 +370,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _make_pruner(args: argparse.Namespace, model: Any, tokenizer: Any) -> BasePruner:
     """The strategy, with those options that were given and that it has."""
-    from .measured import MeasuredPruner
+    from .bases import MeasuredPruner
 
     cls = get_strategy(args.strategy)
     for name in args.option:

@@ -6,16 +6,15 @@ A new one is a subclass of `BasePruner` with `description()` and `compute_layer_
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from .base import DEFAULT_PROTECT, BasePruner
+from .bases import MeasuredPruner, SimilarityPruner
 from .batching import EvalItem
 from .errors import InvalidPlanError
-from .measured import MeasuredPruner
 from .registry import register_strategy
 from .results import LayerScores, check_layers
 from .rounds import Repairs, search_in_rounds
@@ -228,86 +227,6 @@ def cumulative_avss(scores: Mapping[int, float]) -> dict[int, float]:
         running += scores[layer]
         shares[layer] = running / total
     return shares
-
-
-class SimilarityPruner(BasePruner):
-    """Base of the strategies that compare the residual stream before and after a block of layers.
-
-    A block is a run of neighbouring layers. One pass over the data gives the distance of every
-    block of every length, since what enters and what leaves a block are states that any pass has.
-
-    Args:
-        contiguous: remove one block; otherwise the layers with the smallest distance each. By
-            default what the strategy's paper does.
-        options: the other options of `BasePruner`.
-
-    Raises:
-        InvalidPlanError: `contiguous` is no truth value.
-    """
-
-    contiguous_by_default: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        protect: tuple[int, int] = DEFAULT_PROTECT,
-        contiguous: bool | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(model, tokenizer, protect=protect, **options)
-        if not isinstance(contiguous, bool | None):
-            raise InvalidPlanError(f"contiguous={contiguous!r} must be True or False.")
-        self.contiguous = self.contiguous_by_default if contiguous is None else contiguous
-
-    @abstractmethod
-    def distances(self, eval_data: Sequence[EvalItem]) -> torch.Tensor:
-        """(L + 1, L + 1) float64: what separates state i from state j, in one pass.
-
-        State i is the input of layer i, state L the output of the last layer.
-        """
-
-    def compute_layer_scores(self, eval_data: Sequence[EvalItem]) -> LayerScores:
-        """Distances of single layers, and in `.blocks` of every block: ``blocks[start][n - 1]``."""
-        matrix = self.distances(eval_data).tolist()
-        blocks = [matrix[start][start + 1 :] for start in range(self.num_layers)]
-        scores = {index: blocks[index][0] for index in range(self.num_layers)}
-        return LayerScores(scores, strategy=self.name, unit=self.unit, blocks=blocks)
-
-    def select_layers(
-        self, scores: Mapping[int, float], ratio: float = 0.25, threshold: float | None = None
-    ) -> list[int]:
-        """The block of ``ratio`` of all layers with the smallest distance.
-
-        With `threshold`: the longest block whose distance is below it, the closest of equals.
-        Without `contiguous` the layers with the smallest distance, or all below `threshold`.
-
-        Raises:
-            InvalidPlanError: `scores` carry no block distances (not from `compute_layer_scores`).
-        """
-        if not self.contiguous:
-            return super().select_layers(scores, ratio, threshold)
-        blocks = getattr(scores, "blocks", None)
-        if blocks is None:
-            raise InvalidPlanError(
-                "These scores hold no block distances: pass what compute_layer_scores returned, "
-                f"or use {type(self).__name__}(..., contiguous=False)."
-            )
-        first, end = self.candidates.start, self.candidates.stop
-        if threshold is None:
-            lengths = [self.count_for(ratio)]
-        else:
-            lengths = list(range(len(self.candidates), 0, -1))
-        for length in lengths:
-            starts = range(first, end - length + 1)
-            best = min(starts, key=lambda start: (blocks[start][length - 1], -start))
-            if threshold is None or blocks[best][length - 1] < threshold:
-                return list(range(best, best + length))
-        return []
-
-    def _options(self) -> dict[str, Any]:
-        return {"contiguous": self.contiguous}
 
 
 @register_strategy("pruneme")
