@@ -5,9 +5,9 @@
 
 Prints a Markdown table. A search of `smart` on the demo model, or the training that heals a cut of
 it, runs in a process of its own; that process is killed (SIGKILL) at five moments, drawn at random
-from five equal parts of the time the run takes, and started again. Executions of the full model's
-layers are counted by hooks, one per layer and token, padding included, into a file that outlives
-the kill. "Kept" are the journal's readings, or the training's steps at its last checkpoint.
+from five equal parts of the time the run takes, and started again. Layer executions are counted
+by hooks, one per layer and token, padding included, into a file that outlives the kill. "Kept" are
+the journal's readings, or the training's steps at its last checkpoint.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def train(place: Path, n_samples: int, n_layers: int, steps: int) -> None:
     settings = LoraSettings(steps=steps, checkpoints=place)
     with announced(place, stack):
         healed, _ = heal_lora(stack, removed, stack.remove(removed), tokenizer, data, settings)
-    (place / "result.json").write_text(json.dumps(batch_nll(healed, data.gate)))
+        loss = batch_nll(healed, data.gate)
+    (place / "result.json").write_text(json.dumps(loss))
     print("done", flush=True)
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from .batching import EvalItem, check_items, fingerprint
+from .batching import EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap
 from .checkpoint import save_checkpoint, verify_removal, write_mergekit_yaml
-from .errors import InvalidDataError, InvalidPlanError
+from .errors import InvalidPlanError
 from .healing import Heal, LoraSettings, heal_model
 from .layers import LayerStack
 from .likelihood import check_ids, encode_for, evaluating, forward_options
@@ -181,7 +181,11 @@ class BasePruner(ABC):
                 options={**extent, "protect": list(self.protect), **self._options()},
                 scores=scores,
                 steps=self.steps,
-                data={"items": len(eval_data), "fingerprint": fingerprint(eval_data)},
+                data={
+                    "items": len(eval_data),
+                    "fingerprint": fingerprint(eval_data),
+                    "prompts": prompt_keys(eval_data),
+                },
                 versions=package_versions(),
             )
 
@@ -297,7 +301,7 @@ class BasePruner(ABC):
 
         Raises:
             InvalidPlanError: indices that do not fit the model, or none.
-            InvalidDataError: healing without data, or with that which the layers were chosen on.
+            InvalidDataError: healing without data, or with items that the layers were chosen on.
             OutputError: the output exists, or cannot be written.
             UnsupportedModelError: the architecture cannot express the pruned model, or be healed.
             VerificationError: the written checkpoint does not compute what it should.
@@ -310,11 +314,9 @@ class BasePruner(ABC):
                 f"({list(plan.remove)})."
             )
         check_output(output_dir, overwrite=overwrite)
-        if heal != "none" and heal_data and plan.data.get("fingerprint") == fingerprint(heal_data):
-            raise InvalidDataError(
-                "heal_data is what the layers were chosen on: repair with other items, or the "
-                "repair makes good the choice's mistakes on those items alone."
-            )
+        if heal != "none" and heal_data:
+            chosen_on = plan.data.get("prompts", ())
+            refuse_overlap(heal_data, chosen_on, "to heal with", "the layers were chosen on")
         pruned, outcome = self.repair(plan.remove, heal, heal_data, lora)
         plan = replace(plan, options={**plan.options, "heal": outcome})
         save_checkpoint(pruned, self.tokenizer, plan, output_dir, overwrite=overwrite)

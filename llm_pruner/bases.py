@@ -57,22 +57,22 @@ class MeasuredPruner(BasePruner):
 
     def quality(self, eval_data: Sequence[EvalItem]) -> RemovalQuality:
         """The measuring instrument for `eval_data`; what it has measured it remembers."""
-        return self.quality_of(self.layers, eval_data)
+        key = f"{model_fingerprint(self.model)}:{fingerprint(eval_data)}"
+        if key not in self._qualities:
+            self._qualities[key] = self.quality_of(self.layers, eval_data)
+        return self._qualities[key]
 
     def quality_of(self, stack: LayerStack, eval_data: Sequence[EvalItem]) -> RemovalQuality:
-        """The same instrument for the layers of another model, such as a repaired one."""
-        key = f"{model_fingerprint(stack.model)}:{fingerprint(eval_data)}"
-        if key not in self._qualities:
-            self._qualities[key] = RemovalQuality(
-                stack,
-                self.tokenizer,
-                eval_data,
-                objective=self.shares,
-                batch_size=self.batch_size,
-                journal=self.journal,
-                seed=self.seed,
-            )
-        return self._qualities[key]
+        """Such an instrument for the layers of another model, as a repaired one; not kept."""
+        return RemovalQuality(
+            stack,
+            self.tokenizer,
+            eval_data,
+            objective=self.shares,
+            batch_size=self.batch_size,
+            journal=self.journal,
+            seed=self.seed,
+        )
 
     def compute_layer_scores(self, eval_data: Sequence[EvalItem]) -> LayerScores:
         """Relative change of quality when the layer alone is removed: -0.02 is 2 % worse.

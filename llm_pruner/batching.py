@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -102,6 +102,35 @@ def fingerprint(eval_data: Sequence[EvalItem]) -> str:
     """Short hash of the items, to tell two data sets apart in a plan or a journal."""
     text = json.dumps(list(eval_data), sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def prompt_keys(eval_data: Sequence[EvalItem]) -> list[str]:
+    """A short hash of every item's prompt or text, white space apart: which questions were used."""
+    return [
+        hashlib.sha256(
+            " ".join((item if isinstance(item, str) else item["prompt"]).split()).encode()
+        ).hexdigest()[:12]
+        for item in eval_data
+    ]
+
+
+def refuse_overlap(
+    items: Sequence[EvalItem], taken: Collection[str], purpose: str, other: str
+) -> None:
+    """Raise InvalidDataError if a prompt or text of `items` is among the keys `taken`.
+
+    Args:
+        items: what is used.
+        taken: `prompt_keys` of what is used for something else.
+        purpose, other: what either is used for, for the message.
+    """
+    known = set(taken)
+    shared = [index for index, key in enumerate(prompt_keys(items)) if key in known]
+    if shared:
+        raise InvalidDataError(
+            f"{len(shared)} of the {len(items)} items {purpose} (the first is item {shared[0]}) "
+            f"are among those {other}: use other items, or the result flatters."
+        )
 
 
 class Row(NamedTuple):

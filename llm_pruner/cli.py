@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from .errors import (
     OutputError,
     UnknownNameError,
 )
-from .output import KEY_FILE, check_output
+from .output import check_output, clear_checkpoints
 from .registry import BUILTIN, check_strategy_name, get_strategy, option_names
 from .results import PruningPlan
 from .text import curve_text, plan_text, report_text
@@ -316,11 +315,13 @@ def _run(args: argparse.Namespace) -> None:
     )
     pruner = _make_pruner(args, model, tokenizer)
     source = args.eval_dataset or (DEMO_MODEL if args.model == DEMO_MODEL else None)
+    given = None if args.plan is None else PruningPlan.load(args.plan)
     data = load_data(
         source,
         args.n_samples,
         heal_source=args.heal_data,
-        healing=args.heal != "none" and not (args.dry_run and args.heal_every is None),
+        healing=args.heal != "none",
+        taken=given.data.get("prompts", ()) if given else (),
         seed=args.seed,
     )
     checkpoints = _beside(args, "healing")
@@ -339,7 +340,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.sweep is not None:
         _sweep(args, pruner, data)
         return
-    plan = _make_plan(args, pruner, data)
+    plan = _make_plan(args, pruner, data, given)
     if args.dry_run:
         print(plan.to_json() if args.json else plan_text(plan), end="")
         return
@@ -355,8 +356,7 @@ def _run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         seed=args.seed,
     )
-    if (checkpoints / KEY_FILE).exists():
-        shutil.rmtree(checkpoints)
+    clear_checkpoints(checkpoints)
     figures = draw_figures(pruner, pruned, report, data) if args.visualize else []
     if args.export_yaml:
         pruner.export_mergekit_yaml(plan.remove, args.export_yaml, args.model)
@@ -403,8 +403,7 @@ def _beside(args: argparse.Namespace, ending: str) -> Path:
 def _clear(args: argparse.Namespace) -> None:
     """Remove what an earlier run with this output has left to be taken up again."""
     _beside(args, "journal.jsonl").unlink(missing_ok=True)
-    if (_beside(args, "healing") / KEY_FILE).exists():
-        shutil.rmtree(_beside(args, "healing"))
+    clear_checkpoints(_beside(args, "healing"))
 
 
 def _sweep(args: argparse.Namespace, pruner: BasePruner, data: DataSplit) -> None:
@@ -423,7 +422,9 @@ def _sweep(args: argparse.Namespace, pruner: BasePruner, data: DataSplit) -> Non
         print("".join(f"Wrote {path}\n" for path in written), end="")
 
 
-def _make_plan(args: argparse.Namespace, pruner: BasePruner, data: DataSplit) -> PruningPlan:
+def _make_plan(
+    args: argparse.Namespace, pruner: BasePruner, data: DataSplit, given: PruningPlan | None
+) -> PruningPlan:
     if args.layers is not None:
         return PruningPlan(
             model_id=args.model,
@@ -431,10 +432,9 @@ def _make_plan(args: argparse.Namespace, pruner: BasePruner, data: DataSplit) ->
             remove=tuple(args.layers),
             versions=package_versions(),
         )
-    if args.plan is not None:
-        plan = PruningPlan.load(args.plan)
-        plan.check_fits(pruner.num_layers)
-        return plan
+    if given is not None:
+        given.check_fits(pruner.num_layers)
+        return given
     logger.info("Scoring %d layers: %s", pruner.num_layers, pruner.description())
     try:
         return pruner.plan(

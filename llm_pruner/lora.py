@@ -29,8 +29,8 @@ class LoraSettings:
         accumulate: forward passes per step.
         precision: of the arithmetic; ``auto`` is mixed where the weights are half precision.
         patience: checks (20 in a training) without improvement after which it ends.
-        checkpoints: folder for checkpoints. A training that finds its own there goes on from the
-            last; others' are deleted. A temporary folder if None.
+        checkpoints: folder for checkpoints, empty or used for them before. A training that finds
+            its own there goes on from the last; others' are deleted. A temporary folder if None.
         seed: of the adapters and the order of the data.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,34 @@ from .errors import OutputError
 
 PLAN_FILE = "pruning_plan.json"  # what marks a folder as written by this package
 KEY_FILE = "healing.json"  # what marks a folder of a training's checkpoints as ours
+
+
+def own_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a training in a folder that is its own, the oldest first.
+
+    Raises:
+        OutputError: the folder holds something, and llm_pruner did not make it.
+    """
+    if not folder.exists():
+        return []
+    if any(folder.iterdir()) and not (folder / KEY_FILE).exists():
+        raise OutputError(
+            f"{str(folder)!r} is where checkpoints of the healing would go, and it holds something "
+            "that llm_pruner did not write: move it, or choose another place."
+        )
+    found = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def clear_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a training, and its folder if nothing else is in it."""
+    if not (folder / KEY_FILE).exists():
+        return
+    for path in own_checkpoints(folder):
+        shutil.rmtree(path)
+    (folder / KEY_FILE).unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def check_output(output_dir: str | Path, *, overwrite: bool = False) -> Path:

@@ -13,7 +13,7 @@ import torch
 
 from .base import DEFAULT_PROTECT, BasePruner
 from .bases import MeasuredPruner, SimilarityPruner
-from .batching import EvalItem
+from .batching import EvalItem, prompt_keys, refuse_overlap
 from .errors import InvalidPlanError
 from .registry import register_strategy
 from .results import LayerScores, check_layers
@@ -408,9 +408,14 @@ class SmartPruner(MeasuredPruner):
         if self.repairs is None:
             return search_layers(self.quality(eval_data), pool, **limits)
         how = self.repairs
+        refuse_overlap(how.items, prompt_keys(eval_data), "to repair with", "to choose layers on")
         return search_in_rounds(
             self.layers,
-            lambda stack: self.quality_of(stack, eval_data),
+            lambda stack: (
+                self.quality(eval_data)
+                if stack is self.layers
+                else self.quality_of(stack, eval_data)
+            ),
             lambda layers: self.repair(layers, how.heal, how.items, how.lora),
             pool,
             every=how.every,

@@ -169,7 +169,8 @@ class PruningPlan(_JsonFile):
         options: what the strategy was asked for (ratio, threshold, protect, ...).
         scores: the layer scores, if the strategy made any.
         steps: what a search tried and measured, if there was one.
-        data: fingerprint and size of the data the choice rests on.
+        data: what the choice rests on: ``items`` (how many), ``fingerprint`` of all of them, and
+            ``prompts``, a short hash of each, so that they are not used for something else.
         held_out: what the choice costs on data that played no part in it: ``change`` (relative),
             ``low`` and ``high`` (95 % paired bootstrap interval), ``unit``, ``items``,
             ``fingerprint``; empty if that was not measured.

@@ -92,15 +92,18 @@ def search_in_rounds(
         kept = [index for index in range(len(stack)) if index not in removed]
         places = [place for place, index in enumerate(kept) if index in candidates]
         count = min(every, most - len(removed))
-        note = _translated(on_step, kept, removed) if on_step else None
-        found = search_layers(quality, places, n_layers=count, on_step=note)
+        made: list[Step] = []
+        found = search_layers(quality, places, n_layers=count, on_step=made.append)
         grown = sorted([*removed, *(kept[place] for place in found)])
         healed, record = repaired(grown)
         quality = measured(LayerStack(healed, stack.paths[0]))
         change = quality.change_from(start)
         allowed = tolerance is None or change >= -tolerance
         logger.info("Repaired without %s: total change %+.4f", grown, change)
-        if on_step:
+        if on_step:  # cuts are told when their repair has been judged: till then nothing is kept
+            for step in made:
+                told = _translated(step, kept, removed)
+                on_step(told if allowed else {**told, "kept": False, "removed": removed})
             repair: Step = {"action": "repair", "method": record["method"], "kept": allowed}
             repair |= {"removed": grown if allowed else removed, "change": change}
             on_step({**repair, "samples": quality.samples(), "loss": record["healed"]})
@@ -110,17 +113,13 @@ def search_in_rounds(
     return removed
 
 
-def _translated(on_step: OnStep, kept: Sequence[int], removed: Sequence[int]) -> OnStep:
-    """Steps on a cut model, told in layers of the full one."""
-
-    def tell(step: dict[str, Any]) -> None:
-        told = {**step, "removed": sorted([*removed, *(kept[i] for i in step["removed"])])}
-        if "layer" in step:
-            told["layer"] = kept[step["layer"]]
-            told["tried"] = {str(kept[int(i)]): value for i, value in step["tried"].items()}
-        for name in ("out", "in"):
-            if name in step:
-                told[name] = [kept[i] for i in step[name]]
-        on_step(told)
-
-    return tell
+def _translated(step: Step, kept: Sequence[int], removed: Sequence[int]) -> Step:
+    """A step on a cut model, told in layers of the full one."""
+    told = {**step, "removed": sorted([*removed, *(kept[i] for i in step["removed"])])}
+    if "layer" in step:
+        told["layer"] = kept[step["layer"]]
+        told["tried"] = {str(kept[int(i)]): value for i, value in step["tried"].items()}
+    for name in ("out", "in"):
+        if name in step:
+            told[name] = [kept[i] for i in step[name]]
+    return told

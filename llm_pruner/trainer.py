@@ -36,7 +36,7 @@ from .errors import InvalidPlanError, MissingDependencyError, NonFiniteError
 from .layers import LayerStack
 from .likelihood import batch_nll, evaluating
 from .lora import LoraSettings, default_rate
-from .output import KEY_FILE
+from .output import KEY_FILE, own_checkpoints
 from .surgery import share_copy
 from .utils import logger, progress
 
@@ -97,6 +97,8 @@ def train_lora(
             state = trainer.state
             outcome = {"steps": state.global_step, "best_step": state.best_global_step}
             merged = _merged(student)
+            if hasattr(pruned.config, "use_cache"):  # the trainer switches it off
+                merged.config.use_cache = pruned.config.use_cache
         finally:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
@@ -250,6 +252,7 @@ def _arguments(student: Any, steps: int, settings: LoraSettings) -> TrainingArgu
         dataloader_pin_memory=False,
         seed=settings.seed,
         use_cpu=weight.device.type == "cpu",
+        restore_callback_states_from_checkpoint=True,  # how often in a row it was no better
         bf16=precision == "bf16",
         fp16=precision == "fp16",
     )
@@ -321,11 +324,15 @@ def _claim(folder: Path, key: str) -> str | None:
 
     Checkpoints of another training are deleted, and those that were cut short: a checkpoint is
     whole when its ``trainer_state.json`` is, which is written last.
+
+    Raises:
+        OutputError: the folder holds something else.
     """
     mark = folder / KEY_FILE
+    found = own_checkpoints(folder)
     own = mark.exists() and mark.read_text(encoding="utf-8") == key
     last = None
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])):
+    for path in found:
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             whole = True

@@ -6,13 +6,13 @@ What the command line does, as functions for scripts.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .base import BasePruner
-from .batching import EvalItem, check_items, fingerprint
+from .batching import EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap
 from .data import load_eval_dataset, split_items
 from .evaluation import HolisticEvaluator, compare_speed
 from .healing import Heal, LoraSettings
@@ -51,6 +51,7 @@ def load_data(
     *,
     heal_source: str | None = None,
     healing: bool = False,
+    taken: Collection[str] = (),
     seed: int = 0,
 ) -> DataSplit:
     """Load `n_samples` items to score and as many others to judge; more to heal with if asked.
@@ -62,6 +63,7 @@ def load_data(
         heal_source: another source for the healing items; the rest of `source` if None. Items
             whose prompt or text serves another purpose already are left out.
         healing: whether items to heal with are needed.
+        taken: `prompt_keys` of items to leave out everywhere, such as those that a plan rests on.
         seed: of the sampling.
 
     Raises:
@@ -70,6 +72,7 @@ def load_data(
     if source == DEMO_MODEL and heal_source is None:
         heal_source = DEMO_HEALING
     pool = load_eval_dataset(n_samples * (2 + HEAL_ITEMS), source, seed=seed, up_to=True)
+    pool = _others(pool, taken)
     if source == DEMO_MODEL:
         judging = load_eval_dataset(n_samples, "demo-eval", seed=seed)
     else:
@@ -83,8 +86,7 @@ def load_data(
     heal_items: list[EvalItem] = rest if healing else []
     if healing and heal_source is not None:
         loaded = load_eval_dataset(n_samples * HEAL_ITEMS, heal_source, seed=seed, up_to=True)
-        taken = set(map(_prompt, [*scoring, *judging]))
-        heal_items = [item for item in loaded if _prompt(item) not in taken]
+        heal_items = _others(loaded, {*taken, *prompt_keys([*scoring, *judging])})
         if len(heal_items) < len(loaded):
             logger.info(
                 "%d of %d healing items serve another purpose already and are left out.",
@@ -94,8 +96,9 @@ def load_data(
     return DataSplit(scoring, heal_items, judging)
 
 
-def _prompt(item: EvalItem) -> str:
-    return " ".join((item if isinstance(item, str) else item["prompt"]).split())
+def _others(items: Sequence[EvalItem], taken: Collection[str]) -> list[EvalItem]:
+    pairs = zip(items, prompt_keys(items), strict=True)
+    return [item for item, key in pairs if key not in taken]
 
 
 def carry_out(
@@ -116,11 +119,15 @@ def carry_out(
 
     Raises:
         InvalidPlanError: the plan was made for a model with another number of layers.
+        InvalidDataError: items serve two purposes: choosing, healing, judging.
         Also what `BasePruner.prune_and_save` and the evaluators raise.
     """
     start = time.monotonic()
     plan.check_fits(pruner.num_layers)
     check_items(judging)
+    refuse_overlap(judging, plan.data.get("prompts", ()), "to judge on", "layers were chosen on")
+    if heal != "none" and heal_data:
+        refuse_overlap(judging, prompt_keys(heal_data), "to judge on", "to heal with")
     model, tokenizer = pruner.model, pruner.tokenizer
     questions = [item for item in judging if isinstance(item, dict)]
     if not plan.held_out:

@@ -27,12 +27,14 @@ from llm_pruner.errors import (
     MissingDependencyError,
     NonFiniteError,
     OutOfMemoryError,
+    OutputError,
     UnsupportedModelError,
 )
 from llm_pruner.healing import HealingData, heal_lora, heal_model
 from llm_pruner.layers import LayerStack
 from llm_pruner.likelihood import batch_nll
 from llm_pruner.lora import LoraSettings, default_rate
+from llm_pruner.output import clear_checkpoints
 from llm_pruner.pruners import AblationPruner
 from llm_pruner.results import PruningPlan
 
@@ -73,6 +75,7 @@ def test_healing_helps_and_leaves_the_original_whole(model, tokenizer, method):
     assert type(healed) is type(model)
     assert healed.state_dict().keys() == pruned.state_dict().keys()
     assert not healed.training
+    assert healed.config.to_dict() == pruned.config.to_dict()
 
 
 def test_a_repair_that_does_not_help_is_rolled_back(llama, tokenizer, monkeypatch):
@@ -304,6 +307,36 @@ def test_checkpoints_of_another_training_are_not_used(llama, tokenizer, tmp_path
     got, _ = trained(llama, tokenizer, seed=1, checkpoints=tmp_path)
     for name, tensor in want.state_dict().items():
         torch.testing.assert_close(got.state_dict()[name], tensor)
+
+
+def test_patience_is_counted_on_when_a_training_goes_on(llama, tokenizer, tmp_path):
+    """A training that has ended because nothing improved is not trained on and on."""
+    options = {"learning_rate": 0.5, "patience": 2, "checkpoints": tmp_path}
+    _, first = trained(llama, tokenizer, **options)
+    _, again = trained(llama, tokenizer, **options)
+    assert first["steps"] < 40
+    assert again["steps"] <= first["steps"] + 2, "one more check at the most"
+    assert again["best_step"] == first["best_step"]
+
+
+def test_a_folder_that_holds_something_else_is_refused(llama, tokenizer, tmp_path):
+    for name in ("checkpoint-7", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(OutputError, match="holds something that llm_pruner did not write"):
+        trained(llama, tokenizer, checkpoints=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-7", "checkpoint-best"}
+    clear_checkpoints(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_clearing_leaves_what_is_not_a_checkpoint(llama, tokenizer, tmp_path):
+    trained(llama, tokenizer, steps=2, checkpoints=tmp_path / "one")
+    (tmp_path / "one" / "notes.txt").write_text("mine")
+    clear_checkpoints(tmp_path / "one")
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["notes.txt"]
+    trained(llama, tokenizer, steps=2, checkpoints=tmp_path / "two")
+    clear_checkpoints(tmp_path / "two")
+    assert not (tmp_path / "two").exists()
 
 
 def test_training_leaves_random_states_modes_and_hooks_as_they_were(llama, tokenizer):

@@ -12,8 +12,10 @@ from llm_pruner.layers import LayerStack
 from llm_pruner.pruners import SmartPruner
 from llm_pruner.quality import RemovalQuality
 from llm_pruner.rounds import Repairs, search_in_rounds
+from llm_pruner.workflow import carry_out
 
-SCORING, HEALING = items(30), items(90)[30:]
+SCORING = items(30)
+HEALING = [{**item, "prompt": f"saw {item['prompt']}"} for item in items(60)]
 
 
 def pruner_with(model, tokenizer, repairs=None, **options):
@@ -133,9 +135,46 @@ def test_impossible_requests_are_refused(llama, tokenizer):
 
 
 def test_the_items_layers_were_chosen_on_do_not_repair(llama, tokenizer, tmp_path):
+    """Not one of them, however many others there are."""
     pruner = pruner_with(llama, tokenizer)
     plan = pruner.plan(SCORING, n_layers=1)
-    out = tmp_path / "out"
-    with pytest.raises(InvalidDataError, match="what the layers were chosen on"):
-        pruner.prune_and_save(plan.remove, out, "m", heal="linear", heal_data=SCORING, plan=plan)
+    out, mixed = tmp_path / "out", [*HEALING, SCORING[4]]
+    words = {"heal": "linear", "heal_data": mixed, "plan": plan}
+    with pytest.raises(InvalidDataError, match=r"1 of the 61 items .*is item 60.* chosen"):
+        pruner.prune_and_save(plan.remove, out, "m", **words)
     assert not out.exists()
+    pruner = pruner_with(llama, tokenizer, Repairs(mixed))
+    with pytest.raises(InvalidDataError, match=r"items to repair with .* to choose layers on"):
+        pruner.plan(SCORING, n_layers=1)
+
+
+def test_items_serve_one_purpose_in_a_whole_job(llama, tokenizer, tmp_path):
+    pruner = pruner_with(llama, tokenizer)
+    plan = pruner.plan(SCORING, n_layers=1)
+    with pytest.raises(InvalidDataError, match=r"items to judge on .* layers were chosen on"):
+        carry_out(pruner, plan, tmp_path / "out", SCORING[:3])
+    with pytest.raises(InvalidDataError, match=r"items to judge on .* to heal with"):
+        carry_out(pruner, plan, tmp_path / "out", HEALING[:3], heal="linear", heal_data=HEALING)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_round_is_not_in_the_partial_plan(llama, tokenizer, monkeypatch):
+    """Its cuts have not been judged on the repaired model."""
+    pruner, repair, made = pruner_with(llama, tokenizer, Repairs(HEALING)), SmartPruner.repair, []
+
+    def interrupted(self, layers, *rest):
+        made.append(list(layers))
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return repair(self, layers, *rest)
+
+    monkeypatch.setattr(SmartPruner, "repair", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pruner.plan(SCORING, n_layers=3)
+    assert list(pruner.partial_plan.remove) == made[0]
+
+
+def test_repaired_models_are_not_kept(llama, tokenizer):
+    pruner = pruner_with(llama, tokenizer, Repairs(HEALING))
+    pruner.optimize_selection(None, SCORING, n_layers=3)
+    assert len(pruner._qualities) == 1

@@ -8,6 +8,7 @@ import pytest
 from conftest import WORDS
 
 from llm_pruner import PruneMePruner, carry_out, load_data
+from llm_pruner.batching import prompt_keys
 from llm_pruner.errors import InvalidDataError, InvalidPlanError
 from llm_pruner.evaluation import perplexity
 from llm_pruner.results import PruningPlan, PruningReport
@@ -57,6 +58,14 @@ def test_healing_items_that_serve_another_purpose_are_left_out(source, caplog):
     assert len(data.healing) == 160
     assert not set(data.healing) & {*data.scoring, *data.judging}
     assert "40 of 200 healing items serve another purpose already" in caplog.text
+
+
+def test_items_that_a_plan_rests_on_are_left_out(source):
+    """Also with another seed and another number: what was scored on is in no other part."""
+    scored = load_data(source, 20, seed=0).scoring
+    data = load_data(source, 30, healing=True, taken=prompt_keys(scored), seed=1)
+    assert not set(scored) & {*data.scoring, *data.healing, *data.judging}
+    assert len(data.judging) == 30
 
 
 def test_the_same_seed_gives_the_same_split(source):
