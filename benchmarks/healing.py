@@ -1,7 +1,8 @@
 """What healing gives back: cuts of a quarter and a third of the layers, repaired step by step.
 
     python benchmarks/healing.py                                        # the demo model
-    python benchmarks/healing.py --model M --eval-dataset D.jsonl --n-samples 24 --batch-size 2
+    python benchmarks/healing.py --model M --eval-dataset D.jsonl --n-samples 24 --batch-size 2 \\
+        --steps 600
 
 Prints a Markdown table. Layers are chosen by `smart` and as `pruneme`'s block, each on the same
 items; weights are repaired on others; perplexity is that of a third set. "Returned" is the share
@@ -38,6 +39,10 @@ def main() -> None:
     parser.add_argument("--n-samples", type=int, default=160)
     parser.add_argument("--steps", type=int, default=None, help="of training")
     parser.add_argument("--batch-size", type=int, default=8, help="of training")
+    parser.add_argument("--rank", type=int, default=LoraSettings.rank)
+    parser.add_argument("--learning-rate", type=float, default=None)
+    parser.add_argument("--chosen-by", nargs="+", default=["smart", "pruneme"])
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="one is fastest for tiny models")
     args = parser.parse_args()
@@ -48,7 +53,12 @@ def main() -> None:
     data = load_data(source, args.n_samples, healing=True)
     healing = HealingData.of(model, tokenizer, data.healing)
     tokens = sum(len(row.ids) for row in healing.train)
-    settings = LoraSettings(steps=args.steps, batch_size=args.batch_size)
+    settings = LoraSettings(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        rank=args.rank,
+        learning_rate=args.learning_rate,
+    )
     full = mean_nll(model, tokenizer, data.judging)
     print(
         f"{args.model}: {len(data.scoring)} items to choose, {len(data.healing)} to heal ", end=""
@@ -59,9 +69,9 @@ def main() -> None:
     print("| + lora | returned | time | memory |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     back: dict[str, list[float]] = {"linear": [], "lora": []}
-    for name in ("smart", "pruneme"):
+    for name in args.chosen_by:
         pruner = get_strategy(name)(model, tokenizer)
-        for share in SHARES:
+        for share in args.shares:
             count = round(share * pruner.num_layers)
             removed = pruner.plan(data.scoring, n_layers=count).remove
             stack = pruner.layers

@@ -110,7 +110,7 @@ def train(place: Path, n_samples: int, n_layers: int, steps: int) -> None:
     stack = LayerStack(model)
     data = HealingData.of(model, tokenizer, load_data("demo", n_samples, healing=True).healing)
     removed = tuple(range(4, 4 + n_layers))
-    settings = LoraSettings(steps=steps, checkpoints=place)
+    settings = LoraSettings(steps=steps, checkpoints=place / "healing")
     with announced(place, stack):
         healed, _ = heal_lora(stack, removed, stack.remove(removed), tokenizer, data, settings)
         loss = batch_nll(healed, data.gate)
@@ -150,7 +150,7 @@ def kept(place: Path) -> int:
     journal = place / "journal.jsonl"
     if journal.exists():
         return len(journal.read_text().splitlines())
-    written = [path.parent.name for path in place.glob("checkpoint-*/trainer_state.json")]
+    written = [path.parent.name for path in place.glob("healing/checkpoint-*/trainer_state.json")]
     return max((int(name.split("-")[1]) for name in written), default=0)
 
 
