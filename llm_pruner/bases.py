@@ -59,11 +59,16 @@ class MeasuredPruner(BasePruner):
         """The measuring instrument for `eval_data`; what it has measured it remembers."""
         key = f"{model_fingerprint(self.model)}:{fingerprint(eval_data)}"
         if key not in self._qualities:
-            self._qualities[key] = self.quality_of(self.layers, eval_data)
+            self._qualities[key] = self._instrument(self.layers, eval_data)
         return self._qualities[key]
 
     def quality_of(self, stack: LayerStack, eval_data: Sequence[EvalItem]) -> RemovalQuality:
-        """Such an instrument for the layers of another model, as a repaired one; not kept."""
+        """The same for the layers of any model; that of another one, as a repaired, is not kept."""
+        if stack is self.layers:
+            return self.quality(eval_data)
+        return self._instrument(stack, eval_data)
+
+    def _instrument(self, stack: LayerStack, eval_data: Sequence[EvalItem]) -> RemovalQuality:
         return RemovalQuality(
             stack,
             self.tokenizer,

@@ -411,11 +411,7 @@ class SmartPruner(MeasuredPruner):
         refuse_overlap(how.items, prompt_keys(eval_data), "to repair with", "to choose layers on")
         return search_in_rounds(
             self.layers,
-            lambda stack: (
-                self.quality(eval_data)
-                if stack is self.layers
-                else self.quality_of(stack, eval_data)
-            ),
+            lambda stack: self.quality_of(stack, eval_data),
             lambda layers: self.repair(layers, how.heal, how.items, how.lora),
             pool,
             every=how.every,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .batching import EvalItem
-from .errors import InvalidPlanError
+from .errors import InvalidPlanError, UnsupportedModelError
 from .healing import Heal, LoraSettings
 from .layers import LayerStack
 from .quality import RemovalQuality
@@ -93,7 +93,13 @@ def search_in_rounds(
         places = [place for place, index in enumerate(kept) if index in candidates]
         count = min(every, most - len(removed))
         made: list[Step] = []
-        found = search_layers(quality, places, n_layers=count, on_step=made.append)
+        try:
+            found = search_layers(quality, places, n_layers=count, on_step=made.append)
+        except UnsupportedModelError as error:
+            if tolerance is None or not removed:
+                raise
+            logger.info("%s", error)  # so many layers are all there are
+            break
         grown = sorted([*removed, *(kept[place] for place in found)])
         healed, record = repaired(grown)
         quality = measured(LayerStack(healed, stack.paths[0]))

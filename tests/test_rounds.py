@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import items
 
-from llm_pruner import base
-from llm_pruner.errors import InvalidDataError, InvalidPlanError
+from llm_pruner import base, rounds
+from llm_pruner.errors import InvalidDataError, InvalidPlanError, UnsupportedModelError
 from llm_pruner.layers import LayerStack
 from llm_pruner.pruners import SmartPruner
 from llm_pruner.quality import RemovalQuality
@@ -178,3 +178,18 @@ def test_repaired_models_are_not_kept(llama, tokenizer):
     pruner = pruner_with(llama, tokenizer, Repairs(HEALING))
     pruner.optimize_selection(None, SCORING, n_layers=3)
     assert len(pruner._qualities) == 1
+
+
+def test_a_tolerance_ends_where_no_further_layer_can_go(llama, tokenizer, monkeypatch):
+    real = rounds.search_layers
+
+    def refused(quality, places, **options):
+        if len(quality.stack) < 7:
+            raise UnsupportedModelError("No further layer can be removed.")
+        return real(quality, places, **options)
+
+    monkeypatch.setattr(rounds, "search_layers", refused)
+    pruner = pruner_with(llama, tokenizer, Repairs(HEALING))
+    assert len(pruner.optimize_selection(None, SCORING, tolerance=99.0)) == 2
+    with pytest.raises(UnsupportedModelError, match="No further layer"):
+        pruner.optimize_selection(None, SCORING, n_layers=3)
