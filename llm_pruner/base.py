@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +20,7 @@ from .likelihood import check_ids, encode_for, evaluating, forward_options
 from .output import check_output
 from .quality import RemovalQuality
 from .results import DepthCurve, LayerScores, PruningPlan, Removes, check_layers
+from .shards import model_identity
 from .surgery import share_copy
 from .utils import model_fingerprint, package_versions, progress
 
@@ -187,6 +189,7 @@ class BasePruner(ABC):
                     "prompts": prompt_keys(eval_data),
                 },
                 versions=package_versions(),
+                model=self.identity,
             )
 
         self.steps, self.partial_plan = [], None
@@ -307,7 +310,7 @@ class BasePruner(ABC):
             VerificationError: the written checkpoint does not compute what it should.
         """
         plan = plan or self._manual_plan(layers, model_id)
-        plan.check_fits(self.num_layers)
+        plan.check_model(self.num_layers, self.identity)
         if tuple(sorted(layers)) != plan.remove or not plan.remove:
             raise InvalidPlanError(
                 f"layers={sorted(layers)} must be at least one layer, and those of the plan "
@@ -352,6 +355,7 @@ class BasePruner(ABC):
             remove=tuple(layers),
             strategy=self.name,
             versions=package_versions(),
+            model=self.identity,
         )
 
     def export_mergekit_yaml(
@@ -359,6 +363,11 @@ class BasePruner(ABC):
     ) -> None:
         """Write a MergeKit passthrough recipe that keeps all layers but `layers`."""
         write_mergekit_yaml(self.layers, layers, yaml_path, model_id)
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What tells the model's checkpoint from others; see `PruningPlan.check_model`."""
+        return model_identity(self.model, self.num_layers)
 
     @property
     def candidates(self) -> range:

@@ -138,28 +138,36 @@ def verify_checkpoint(folder: str | Path, model: PreTrainedModel) -> None:
         VerificationError: missing, unexpected or mismatched tensors, or other logits.
     """
     custom = type(model).__module__.startswith("transformers_modules")
-    try:
-        loaded: Any = auto_class(model).from_pretrained(
-            folder, dtype=model.dtype, output_loading_info=True, trust_remote_code=custom
-        )
-    except (ValueError, OSError, ImportError, KeyError) as error:
-        raise VerificationError(
-            f"The written checkpoint does not load: {type(error).__name__}: {error} Nothing was "
-            "left behind."
-        ) from error
-    reloaded, info = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            raise VerificationError(
-                f"The written checkpoint does not reload cleanly: {len(info[kind])} {kind}, "
-                f"such as {sorted(map(str, info[kind]))[0]}. Nothing was left behind."
-            )
+    reloaded = load_cleanly(folder, auto_class(model), dtype=model.dtype, trust_remote_code=custom)
     ids = _probe(model)
     reloaded.to(model.device)
     with evaluating(model), evaluating(reloaded):
         want = model(input_ids=ids, use_cache=False).logits
         got = reloaded(input_ids=ids, use_cache=False).logits
     _demand_equal(model, got, want, "The reloaded checkpoint and the pruned model")
+
+
+def load_cleanly(folder: str | Path, auto: Any, **options: Any) -> Any:
+    """The model of a written checkpoint, loaded by an Auto class of transformers.
+
+    Raises:
+        VerificationError: it does not load, or tensors are missing, unexpected or mismatched.
+    """
+    try:
+        loaded: Any = auto.from_pretrained(folder, output_loading_info=True, **options)
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        raise VerificationError(
+            f"The written checkpoint does not load: {type(error).__name__}: {error} Nothing was "
+            "left behind."
+        ) from error
+    model, info = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise VerificationError(
+                f"The written checkpoint does not reload cleanly: {len(info[kind])} {kind}, "
+                f"such as {sorted(map(str, info[kind]))[0]}. Nothing was left behind."
+            )
+    return model
 
 
 def write_mergekit_yaml(

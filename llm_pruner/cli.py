@@ -28,10 +28,10 @@ from .errors import (
     OutputError,
     UnknownNameError,
 )
-from .output import check_output, clear_checkpoints
+from .output import PLAN_FILE, check_output, clear_checkpoints
 from .registry import BUILTIN, check_strategy_name, get_strategy, option_names
 from .results import PruningPlan
-from .text import curve_text, plan_text, report_text
+from .text import curve_text, manifest_text, plan_text, report_text
 from .utils import DEMO_MODEL, logger, package_versions
 
 if TYPE_CHECKING:
@@ -122,8 +122,13 @@ def _add_choice(group: Any) -> None:
         metavar="K",
         help="what removing 1 to K layers costs: written to DIR.curve.json; no model is written",
     )
-    add("--layers", metavar="3,7,11", help="remove these layers; nothing is scored")
-    add("--plan", metavar="FILE", help="remove the layers of a plan made by --dry-run --json")
+    add(
+        "--layers",
+        metavar="3,7,11",
+        help="remove these layers; nothing is scored. Alone, this copies bytes on disk and loads "
+        "no model; with --eval-dataset, --heal, --visualize or --export-yaml it does",
+    )
+    add("--plan", metavar="FILE", help="the same with the layers of a plan (--dry-run --json)")
     add("--protect", metavar="A,B", help="never remove the first A and last B layers (2,2)")
     add(
         "--objective",
@@ -163,6 +168,14 @@ def _add_output(group: Any) -> None:
     add("--heal-steps", type=int, metavar="N", help="lora: steps of training at most (1000)")
     add("--export-yaml", metavar="PATH", help="also write a MergeKit recipe")
     add("--visualize", action="store_true", help="draw figures into DIR/figures")
+    add(
+        "--verify",
+        action="store_true",
+        help="pruning on disk: also hash every kept tensor, and reload the output",
+    )
+    add(
+        "--link", action="store_true", help="pruning on disk: hard-link files that stay as they are"
+    )
     add("--dry-run", action="store_true", help="print scores and plan; write nothing")
     add("--json", action="store_true", help="print the result as JSON")
     add("--quiet", action="store_true", help="no progress, no notes")
@@ -249,6 +262,20 @@ def _check_use(args: argparse.Namespace) -> None:
                 raise InvalidPlanError(f"--{name} has no effect with --{option}: leave it out.")
     if args.sweep is not None and args.heal != "none":
         raise InvalidPlanError("--heal has no effect with --sweep: leave it out.")
+    for option in ("verify", "link"):
+        if getattr(args, option) and _needs_model(args):
+            raise InvalidPlanError(
+                f"--{option} is for pruning on disk, by --layers or --plan without anything that "
+                "needs the model in memory: leave it out."
+            )
+
+
+def _needs_model(args: argparse.Namespace) -> bool:
+    """Whether something is asked for that needs the model in memory."""
+    chooses = args.layers is None and args.plan is None
+    loads = args.dtype != "auto" or args.layers_path is not None or args.dry_run
+    measures = args.eval_dataset is not None or args.visualize or args.export_yaml is not None
+    return chooses or loads or measures or args.heal != "none"
 
 
 def _check_healing(args: argparse.Namespace) -> None:
@@ -293,6 +320,33 @@ def _integers(option: str, text: str | None) -> list[int] | None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    """Prune on disk where nothing needs the model in memory, else load it."""
+    if _needs_model(args):
+        _run_in_memory(args)
+    else:
+        _prune_on_disk(args)
+
+
+def _prune_on_disk(args: argparse.Namespace) -> None:
+    from .slicer import NeedsMemoryError, prune_checkpoint
+
+    plan = args.layers if args.plan is None else PruningPlan.load(args.plan)
+    options = {"overwrite": args.overwrite, "trust_remote_code": args.trust_remote_code}
+    try:
+        manifest = prune_checkpoint(
+            args.model, plan, args.output, link=args.link, verify=args.verify, **options
+        )
+    except NeedsMemoryError as error:
+        logger.info("%s\nLoading the model instead.", error)
+        _run_in_memory(args)
+        return
+    if args.json:
+        print(PruningPlan.load(Path(args.output) / PLAN_FILE).to_json(), end="")
+    else:
+        print(manifest_text(manifest, args.output), end="")
+
+
+def _run_in_memory(args: argparse.Namespace) -> None:
     from transformers import set_seed
     from transformers.utils import logging as transformers_logging
 
@@ -431,13 +485,14 @@ def _make_plan(
             num_layers=pruner.num_layers,
             remove=tuple(args.layers),
             versions=package_versions(),
+            model=pruner.identity,
         )
     if given is not None:
-        given.check_fits(pruner.num_layers)
+        given.check_model(pruner.num_layers, pruner.identity)
         return given
     logger.info("Scoring %d layers: %s", pruner.num_layers, pruner.description())
     try:
-        return pruner.plan(
+        plan = pruner.plan(
             data.scoring,
             model_id=args.model,
             ratio=args.ratio,
@@ -446,6 +501,8 @@ def _make_plan(
             n_layers=args.n_layers,
             held_out=data.judging,
         )
+        source = args.eval_dataset or "default"
+        return replace(plan, data={**plan.data, "source": source, "seed": args.seed})
     except BaseException:
         if pruner.partial_plan and not args.dry_run:
             path = _beside(args, "partial_plan.json")

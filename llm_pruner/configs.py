@@ -8,9 +8,10 @@ refuses the removal.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 from .errors import UnsupportedModelError
@@ -32,6 +33,25 @@ DECODER_PARTS = {"blt": "global_config"}
 
 # Lists as long as the stack that do not have one entry per layer.
 NOT_PER_LAYER = ("architectures", "token_id", "token_ids", "factor", "factors", "multipliers")
+
+
+# Model types of whose layers a config.json tells everything, if it has these lists: no class of
+# transformers is needed to rewrite it (`prune_config_file`). All others go through their class.
+SPELLED_OUT: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        "apertus arcee bloom codegen cohere ernie4_5 falcon gemma glm glm4 gpt_bigcode gpt_neox "
+        "gptj granite granitemoe helium hunyuan_v1_dense llama mistral mixtral mpt nemotron olmo "
+        "olmo2 olmoe opt persimmon phi phi3 phimoe seed_oss stablelm starcoder2".split(),
+        (),
+    ),
+    **dict.fromkeys(
+        "cohere2 exaone4 gemma2 gemma3_text gpt_oss ministral olmo3 qwen2 qwen3".split(),
+        ("layer_types",),
+    ),
+    "smollm3": ("layer_types", "no_rope_layers"),
+}
+# Where this is off, all layers are alike, and the lists of `SPELLED_OUT` may be absent.
+KINDS_BY = {"qwen2": "use_sliding_window", "qwen3": "use_sliding_window"}
 
 
 @dataclass(frozen=True)
@@ -278,3 +298,39 @@ def _is_per_layer(name: str, value: Any, num_layers: int) -> bool:
         and len(value) == num_layers
         and not name.endswith(NOT_PER_LAYER)
     )
+
+
+def config_parts(values: dict[str, Any]) -> Iterator[Any]:
+    """A config.json and the configs inside it, as objects."""
+    for part in (values, *values.values()):
+        if isinstance(part, dict) and all(isinstance(key, str) for key in part):
+            yield SimpleNamespace(**part)
+
+
+def prune_config_file(
+    values: dict[str, Any], kept: Sequence[int], num_layers: int
+) -> dict[str, Any] | None:
+    """The contents of a config.json for the layers `kept`, by the rules of `prune_config`.
+
+    Returns:
+        A new dict with every other field as it was; None where the class of the model has to be
+        asked (`SPELLED_OUT`).
+
+    Raises:
+        UnsupportedModelError: as `prune_config`.
+    """
+    model_type = str(values.get("model_type"))
+    if model_type not in SPELLED_OUT:
+        return None
+    alike = model_type in KINDS_BY and not values.get(KINDS_BY[model_type])
+    for name in SPELLED_OUT[model_type]:
+        there = values.get(name)
+        if len(there or ()) != num_layers and not (alike and there is None):
+            return None
+    if values.get("per_layer_config") or values.get("is_encoder_decoder"):
+        return None
+    config = SimpleNamespace(**values)
+    if num_layers not in layer_counts(config):
+        return None
+    prune_config(config, kept, num_layers)
+    return vars(config)

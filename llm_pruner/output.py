@@ -76,7 +76,9 @@ def check_output(output_dir: str | Path, *, overwrite: bool = False) -> Path:
 
 
 @contextmanager
-def staged_output(output_dir: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged_output(
+    output_dir: str | Path, *, overwrite: bool = False, need: int = 0
+) -> Iterator[Path]:
     """A folder beside `output_dir` to write into, put in its place when the block ends well.
 
     If the block raises, nothing is left behind and what stood at `output_dir` still stands.

@@ -175,6 +175,8 @@ class PruningPlan(_JsonFile):
             ``low`` and ``high`` (95 % paired bootstrap interval), ``unit``, ``items``,
             ``fingerprint``; empty if that was not measured.
         versions: of the packages that made it.
+        model: what tells the model's checkpoint from others (`shards.Checkpoint.identity`); empty
+            for a model that was not loaded from one.
 
     Raises:
         InvalidPlanError: indices out of range, repeated, or nothing left.
@@ -192,6 +194,7 @@ class PruningPlan(_JsonFile):
     data: dict[str, Any] = field(default_factory=dict)
     held_out: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    model: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if type(self.num_layers) is not int or self.num_layers < 1:
@@ -212,12 +215,61 @@ class PruningPlan(_JsonFile):
                 f"one has {num_layers}: use the plan's model, or score this one."
             )
 
+    def check_model(self, num_layers: int, identity: Mapping[str, str]) -> None:
+        """Raise InvalidPlanError if the plan was made for another model.
+
+        Args:
+            num_layers: depth of the model.
+            identity: what is known of its checkpoint, as in `model`; what only one side knows is
+                not compared.
+        """
+        self.check_fits(num_layers)
+        known = self.model.keys() & identity.keys()
+        if "weights" in known:  # whatever commit they come from
+            known -= {"revision"}
+        for part in sorted(known):
+            if self.model[part] != identity[part]:
+                raise InvalidPlanError(
+                    f"The plan was made for another model, {self.model_id!r} ({part} "
+                    f"{self.model[part]}), than this one ({part} {identity[part]}), and layers "
+                    "that one model can do without another may need: score this one, or name the "
+                    f"layers yourself ({','.join(map(str, self.remove))})."
+                )
+
     @classmethod
     def _build(cls, data: dict[str, Any]) -> PruningPlan:
         data["remove"] = tuple(data["remove"])
         if data.get("scores") is not None:
             data["scores"] = LayerScores.from_dict(data["scores"])
         return cls(**data)
+
+
+@dataclass(frozen=True)
+class Manifest(_JsonFile):
+    """What a checkpoint pruned on disk holds, and where every tensor came from.
+
+    Attributes:
+        source: the checkpoint that was pruned, as it was named.
+        revision: its commit on the hub, if it came from there.
+        num_layers: its number of decoder layers.
+        remove: the 0-based indices that were removed.
+        bytes_before, bytes_after: size of all tensors.
+        tensors: by name: ``file``, ``dtype`` and ``shape``, as they are in the file; ``from`` and
+            ``from_file``, name and file in the source; ``sha256`` of the bytes, or None.
+    """
+
+    FORMAT = "llm_pruner.manifest/1"
+
+    source: str
+    revision: str | None
+    num_layers: int
+    remove: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+    tensors: dict[str, dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "remove", check_layers(self.remove, self.num_layers))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from .results import DepthCurve, PruningPlan, PruningReport
+from .results import DepthCurve, Manifest, PruningPlan, PruningReport
 
 
 def plan_text(plan: PruningPlan) -> str:
@@ -50,10 +50,23 @@ def curve_text(curve: DepthCurve) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _headline(verb: str, plan: PruningPlan) -> str:
+def manifest_text(manifest: Manifest, output_dir: str) -> str:
+    """What pruning on disk has written, for people."""
+    hashed = all(entry["sha256"] for entry in manifest.tensors.values())
+    how = "every byte compared, reloaded" if hashed else "compared by name, shape and size"
     return (
-        f"{verb} {len(plan.remove)} of {plan.num_layers} layers (0-based): {list(plan.remove)}  "
-        f"[{plan.strategy}]"
+        f"{_headline('Removed', manifest)}\n\n"
+        f"{manifest.bytes_after / 1e6:,.2f} of {manifest.bytes_before / 1e6:,.2f} MB kept, "
+        f"{len(manifest.tensors)} tensors, bit for bit ({how}).\n"
+        f"Checkpoint: {output_dir}\n"
+        "The model was not loaded, so what this costs was not measured: --eval-dataset does.\n"
+    )
+
+
+def _headline(verb: str, cut: PruningPlan | Manifest) -> str:
+    chosen = f"  [{cut.strategy}]" if isinstance(cut, PruningPlan) else ""
+    return (
+        f"{verb} {len(cut.remove)} of {cut.num_layers} layers (0-based): {list(cut.remove)}{chosen}"
     )
 
 

@@ -141,6 +141,19 @@ def resolve_model_id(model_id: str) -> str:
     return str(DEMO_DIR) if model_id == DEMO_MODEL else model_id
 
 
+def auto_model_class(source: str, **options: Any) -> tuple[Any, Any]:
+    """The Auto class of transformers that builds a checkpoint's model, and the config.
+
+    That for causal language models, or for image-text models where only that one knows it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(source, **options)
+    wraps = type(config) in AutoModelForImageTextToText._model_mapping
+    causal = type(config) in AutoModelForCausalLM._model_mapping or not wraps
+    return AutoModelForCausalLM if causal else AutoModelForImageTextToText, config
+
+
 def load_model(
     model_id: str,
     *,
@@ -161,22 +174,14 @@ def load_model(
         LoadError: the model cannot be found or read; the message says what to do.
     """
     from safetensors import SafetensorError
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoTokenizer,
-    )
+    from transformers import AutoTokenizer
 
     source = resolve_model_id(model_id)
     spread = str(device) == "auto"
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        kind = type(AutoConfig.from_pretrained(source, **options))  # first: fails soonest
+        auto, _ = auto_model_class(source, **options)  # first: fails soonest
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        wraps = kind in AutoModelForImageTextToText._model_mapping
-        causal = kind in AutoModelForCausalLM._model_mapping or not wraps
-        auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
         model, info = auto.from_pretrained(
             source,
             dtype=dtype,

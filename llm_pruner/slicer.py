@@ -1,0 +1,413 @@
+"""Pruning a checkpoint where it lies: new headers, copied byte ranges, no model in memory.
+
+torch is imported only for architectures whose config has to be worked out by their class
+(`configs.SPELLED_OUT` lists the others), and even then no weight is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .configs import config_parts, layer_counts, prune_config_file
+from .errors import InvalidPlanError, LoadError, UnsupportedModelError, VerificationError
+from .output import PLAN_FILE, check_output, staged_output
+from .results import Manifest, PruningPlan, check_layers
+from .shards import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Checkpoint,
+    StoredTensor,
+    header_bytes,
+    new_shards,
+    open_source,
+    read_checkpoint,
+    read_json,
+    runs,
+    tensor_hash,
+)
+from .sources import LocalFolder, Source
+from .utils import explain_load_failure, logger, package_versions
+
+MANIFEST_FILE = "pruning_manifest.json"
+MOST_LAYERS = 10_000  # a config that claims more is not believed
+OTHER_TOWERS = ("vision", "visual", "audio", "image", "speech")
+# Files that hold weights in other formats or belong to another program: not carried along.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+OWN_FILES = (INDEX_FILE, "config.json", PLAN_FILE, MANIFEST_FILE, "pruning_report.json")
+Shards = dict[str, list[tuple[StoredTensor, StoredTensor]]]
+
+
+class NeedsMemoryError(UnsupportedModelError):
+    """The removal changes weights, so that byte ranges alone do not make the pruned model."""
+
+
+def prune_checkpoint(
+    model_id: str | Path,
+    layers: Sequence[int] | PruningPlan,
+    output_dir: str | Path,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
+    link: bool = False,
+    verify: bool = False,
+    trust_remote_code: bool = False,
+) -> Manifest:
+    """Remove layers from a checkpoint on disk or on the hub without building the model.
+
+    Kept tensors are copied byte by byte, in the kernel where that can be; from the hub only they
+    are downloaded. The config follows the rules that `BasePruner.prune_and_save` follows, all
+    other files are carried along, custom code and tokenizer too. ``pruning_manifest.json`` of
+    the output says for every tensor where it came from.
+
+    Args:
+        model_id: ``demo``, a local folder, or an id on the Hugging Face hub.
+        layers: 0-based indices to remove, or a plan.
+        output_dir: folder to write; it appears complete or not at all.
+        revision: branch, tag or commit of a hub repository.
+        overwrite: replace an earlier output.
+        link: hard-link files in which nothing changes instead of copying them.
+        verify: also hash every kept tensor on both sides, which the manifest then records, check
+            the config against a freshly built model, and reload the output with transformers,
+            which takes the memory of the pruned model.
+        trust_remote_code: run code that comes with the checkpoint, if its config needs it.
+
+    Raises:
+        LoadError: no checkpoint, a damaged one, or one that is not in safetensors format.
+        InvalidPlanError: indices that do not fit the model, or a plan made for another one.
+        UnsupportedModelError: the architecture cannot express the pruned model;
+            `NeedsMemoryError` where `BasePruner.prune_and_save` can do it.
+        OutputError: the output exists, or cannot be written.
+        VerificationError: what was written is not what was read.
+    """
+    check_output(output_dir, overwrite=overwrite)
+    source = open_source(model_id, revision)
+    checkpoint = read_checkpoint(source)
+    _refuse_adapter(source)
+    values = read_json(source, "config.json")
+    plan = layers if isinstance(layers, PruningPlan) else None
+    found = _find_stack(checkpoint, values)
+    if plan is None:
+        assert not isinstance(layers, PruningPlan)
+        removed = check_layers(layers, found.num_layers)
+        plan = PruningPlan(str(model_id), found.num_layers, removed, versions=package_versions())
+    identity = checkpoint.identity()
+    plan.check_model(found.num_layers, identity)
+    plan = replace(plan, model=identity)
+    if not plan.remove:
+        raise InvalidPlanError("layers=[]: there is nothing to remove.")
+    config = _pruned_config(checkpoint, values, found, plan, trust_remote_code, verify)
+    kept = [
+        (tensor, name)
+        for tensor in checkpoint.tensors.values()
+        if (name := found.rename(tensor.name, plan.keep)) is not None
+    ]
+    shards = new_shards(kept)
+    side_files = _side_files(source)
+    need = sum(tensor.size for tensor, _ in kept) + sum(map(source.size, side_files))
+    manifest = _manifest(checkpoint, plan, shards, hashed=verify)
+    with staged_output(output_dir, overwrite=overwrite, need=need) as stage:
+        for file, pairs in shards.items():
+            _write_shard(checkpoint, stage / file, pairs, link=link)
+        _write_index(stage, shards)
+        for file in side_files:
+            (stage / file).parent.mkdir(parents=True, exist_ok=True)
+            with (stage / file).open("wb") as target:
+                source.copy(file, 0, source.size(file), target)
+        (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        plan.save(stage / PLAN_FILE)
+        manifest.save(stage / MANIFEST_FILE)
+        check_manifest(stage)
+        if verify:
+            _reload(stage, trust_remote_code)
+    return manifest
+
+
+class _Stack:
+    """Where the layers are among the names of a checkpoint's tensors.
+
+    Attributes:
+        prefixes: what stands before the number of a layer, such as ``model.layers.``.
+        num_layers: how many layers there are.
+    """
+
+    def __init__(self, prefixes: Sequence[str], num_layers: int) -> None:
+        self.prefixes, self.num_layers = tuple(prefixes), num_layers
+        heads = "|".join(map(re.escape, self.prefixes))
+        self._layer = re.compile(rf"({heads})(\d+)((?:\..*)?)", re.DOTALL)
+
+    def rename(self, name: str, kept: Sequence[int]) -> str | None:
+        """The name in the pruned model of a tensor or module; None if it goes.
+
+        What lies past the last layer (heads that predict further tokens) goes too: transformers
+        does not read it.
+        """
+        match = self._layer.fullmatch(name)
+        if match is None:
+            return name
+        index = int(match[2])
+        return f"{match[1]}{kept.index(index)}{match[3]}" if index in kept else None
+
+
+def _find_stack(checkpoint: Checkpoint, values: dict[str, Any]) -> _Stack:
+    """The layers by their names: numbers from 0 on, as many as the config counts."""
+    numbers: dict[str, set[int]] = {}
+    for name in checkpoint.tensors:
+        match = re.match(r"(?:[^.]*\.)*?(?=\d+\.)", name)
+        if match and not any(tower in match[0] for tower in OTHER_TOWERS):
+            numbers.setdefault(match[0], set()).add(int(name[len(match[0]) :].partition(".")[0]))
+    counts = {count for part in config_parts(values) for count in layer_counts(part)}
+    fitting = {
+        prefix: count
+        for prefix, there in numbers.items()
+        for count in counts
+        if count <= MOST_LAYERS and set(range(count)) <= there
+    }
+    # a part with fewer layers than another cannot be told from it by counting up
+    most = max(fitting.values(), default=0)
+    prefixes = [prefix for prefix, count in fitting.items() if count == most]
+    if not prefixes:
+        raise NeedsMemoryError(
+            f"No layers were found in checkpoint {checkpoint.source.name!r}: its config counts "
+            f"{sorted(counts) or 'none'}, and no tensors are numbered so. Use "
+            "BasePruner.prune_and_save, which loads the model."
+        )
+    return _Stack(prefixes, most)
+
+
+def _pruned_config(
+    checkpoint: Checkpoint,
+    values: dict[str, Any],
+    found: _Stack,
+    plan: PruningPlan,
+    trust_remote_code: bool,
+    verify: bool,
+) -> dict[str, Any]:
+    """The contents of the pruned config.json."""
+    config = None
+    if len(found.prefixes) == 1:
+        config = prune_config_file(values, plan.keep, found.num_layers)
+    if config is None or verify:
+        checked = _config_by_class(checkpoint, found, plan, trust_remote_code)
+        config = checked if config is None else config
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        config["quantization_config"] = _renamed(
+            quantization, lambda name: found.rename(name, plan.keep)
+        )
+    return config
+
+
+def _config_by_class(
+    checkpoint: Checkpoint, found: _Stack, plan: PruningPlan, trust_remote_code: bool
+) -> dict[str, Any]:
+    """The pruned config from the model's own class, built without memory for weights.
+
+    That is what `LayerStack.remove` does; a removal in which it changes a weight is refused.
+    """
+    import torch
+
+    from .architectures import loadable_config
+    from .layers import LayerStack
+    from .utils import auto_model_class
+
+    source = checkpoint.source
+    where = str(source.folder or source.name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if source.folder is None:
+        options["revision"] = source.revision
+    try:
+        auto, config = auto_model_class(where, **options)
+        with torch.device("meta"):
+            model = auto.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise LoadError(explain_load_failure("model", source.name, error)) from error
+    stack = LayerStack(model)
+    names = {path.rpartition(".")[2] for path in stack.paths}
+    here = {prefix.removesuffix(".").rpartition(".")[2] for prefix in found.prefixes}
+    if len(stack) != found.num_layers or len(stack.paths) != len(found.prefixes) or names != here:
+        raise NeedsMemoryError(
+            f"{type(model).__name__} has {len(stack)} layers at {list(stack.paths)}, and the "
+            f"checkpoint's tensors are numbered to {found.num_layers} at {list(found.prefixes)}: "
+            "use BasePruner.prune_and_save, which loads the model."
+        )
+    pruned = stack.remove(plan.remove)
+    changed = _changed_weights(checkpoint, found, stack, pruned, plan.remove)
+    if changed:
+        raise NeedsMemoryError(
+            f"Without these layers {type(model).__name__} needs other weights than the checkpoint "
+            f"holds ({changed[0]} and {len(changed) - 1} more): use BasePruner.prune_and_save, "
+            "which loads the model."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        loadable_config(pruned).save_pretrained(folder)
+        return read_json(LocalFolder(folder), "config.json")
+
+
+def _changed_weights(
+    checkpoint: Checkpoint, found: _Stack, stack: Any, pruned: Any, removed: Sequence[int]
+) -> list[str]:
+    """Names of weights for which byte ranges of the checkpoint do not suffice.
+
+    Those that a removal replaces, drops outside the layers or takes from a removed layer; and
+    numbered ones outside the layers that transformers knows by another name, which may be a
+    layer's.
+    """
+    model = stack.model
+    layers = tuple(f"{path}." for path in stack.paths)
+    before, after = (dict(one.named_parameters()) for one in (model, pruned))
+    known = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    gone = {
+        id(tensor)
+        for path in stack.paths
+        for index in removed
+        for tensor in model.get_submodule(f"{path}.{index}").parameters()
+    }
+    changed = [n for n, tensor in after.items() if id(tensor) not in known or id(tensor) in gone]
+    changed += [name for name in before if name not in after and not name.startswith(layers)]
+    names = model.state_dict().keys()
+    changed += [
+        name
+        for name in checkpoint.tensors
+        if re.search(r"\.\d+(\.|$)", name)
+        and name not in names
+        and not name.startswith(found.prefixes)
+        and not any(tower in name for tower in OTHER_TOWERS)
+    ]
+    return changed
+
+
+def _renamed(value: Any, rename: Callable[[str], str | None]) -> Any:
+    """A JSON value in which every text that names a layer's module follows the layer."""
+    if isinstance(value, str):
+        return rename(value)
+    if isinstance(value, list):
+        parts = [(part, _renamed(part, rename)) for part in value]
+        return [new for old, new in parts if new is not None or old is None]
+    if isinstance(value, dict):
+        return {
+            new: _renamed(part, rename)
+            for key, part in value.items()
+            if (new := rename(key)) is not None
+        }
+    return value
+
+
+def _refuse_adapter(source: Source) -> None:
+    if "adapter_config.json" in source.files():
+        raise LoadError(
+            f"Checkpoint {source.name!r} holds an adapter, whose weights belong to single layers: "
+            "merge it into the model first (peft: merge_and_unload, then save_pretrained)."
+        )
+
+
+def _side_files(source: Source) -> list[str]:
+    """What is carried along: everything but weights, what is written anew, and hidden files."""
+    return [
+        file
+        for file in source.files()
+        if file not in OWN_FILES
+        and not file.endswith((*WEIGHTS, ".index.json"))
+        and not any(part.startswith(".") for part in file.split("/"))
+    ]
+
+
+def _manifest(
+    checkpoint: Checkpoint, plan: PruningPlan, shards: Shards, *, hashed: bool
+) -> Manifest:
+    tensors = {}
+    for file, pairs in shards.items():
+        for old, new in pairs:
+            tensors[new.name] = {
+                "file": file,
+                "dtype": new.dtype,
+                "shape": list(new.shape),
+                "from": old.name,
+                "from_file": old.file,
+                "sha256": tensor_hash(checkpoint.source, old) if hashed else None,
+            }
+    return Manifest(
+        source=checkpoint.source.name,
+        revision=checkpoint.source.revision,
+        num_layers=plan.num_layers,
+        remove=plan.remove,
+        bytes_before=checkpoint.bytes,
+        bytes_after=sum(new.size for pairs in shards.values() for _, new in pairs),
+        tensors=tensors,
+    )
+
+
+def _write_shard(
+    checkpoint: Checkpoint,
+    path: Path,
+    pairs: Sequence[tuple[StoredTensor, StoredTensor]],
+    *,
+    link: bool,
+) -> None:
+    file = pairs[0][0].file
+    whole = [tensor for tensor in checkpoint.tensors.values() if tensor.file == file]
+    untouched = len(whole) == len(pairs) and all(old.name == new.name for old, new in pairs)
+    if untouched and link and checkpoint.source.folder is not None:
+        origin = (checkpoint.source.folder / file).resolve()
+        try:
+            os.link(origin, path)
+            return
+        except OSError as error:
+            logger.warning("%s is copied, since it cannot be linked: %s.", file, error.strerror)
+    header = header_bytes([new for _, new in pairs], checkpoint.metadata[file])
+    with path.open("wb") as target:
+        target.write(header)
+        for start, end in runs(old for old, _ in pairs):
+            checkpoint.source.copy(file, start, end, target)
+
+
+def _write_index(stage: Path, shards: Shards) -> None:
+    if list(shards) == [SINGLE_FILE]:
+        return
+    weight_map = {new.name: file for file, pairs in shards.items() for _, new in pairs}
+    total = sum(new.size for pairs in shards.values() for _, new in pairs)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (stage / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def check_manifest(folder: str | Path) -> Manifest:
+    """Compare a pruned checkpoint with its manifest: names, dtypes, shapes, bytes, and hashes.
+
+    Returns the manifest.
+
+    Raises:
+        VerificationError: they differ; the message names a tensor.
+        LoadError, InvalidPlanError: the checkpoint or its manifest cannot be read.
+    """
+    checkpoint = read_checkpoint(LocalFolder(folder))
+    manifest = Manifest.load(Path(folder) / MANIFEST_FILE)
+    for name in sorted(checkpoint.tensors.keys() | manifest.tensors.keys()):
+        there, entry = checkpoint.tensors.get(name), manifest.tensors.get(name)
+        if there is None or entry is None:
+            where = "checkpoint" if there is None else "manifest"
+            raise VerificationError(f"Tensor {name!r} is not in the {where} of {str(folder)!r}.")
+        same = (there.file, there.dtype, list(there.shape)) == (
+            entry["file"],
+            entry["dtype"],
+            entry["shape"],
+        )
+        hashed = entry["sha256"]
+        if not same or (hashed and tensor_hash(checkpoint.source, there) != hashed):
+            raise VerificationError(
+                f"Tensor {name!r} in {str(folder)!r} is not what its manifest says: prune again."
+            )
+    return manifest
+
+
+def _reload(folder: Path, trust_remote_code: bool) -> None:
+    from .checkpoint import load_cleanly
+    from .utils import auto_model_class
+
+    auto, _ = auto_model_class(str(folder), trust_remote_code=trust_remote_code)
+    load_cleanly(folder, auto, trust_remote_code=trust_remote_code)
