@@ -144,15 +144,13 @@ class HubRepository(Source):
     """A checkpoint on the Hugging Face hub, read by ranges over HTTP."""
 
     def __init__(self, repo_id: str, revision: str | None = None) -> None:
-        from huggingface_hub import HfApi, HfFileSystem
+        from huggingface_hub import HfApi
 
         self.name = repo_id
         with self._fetching():
             info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
         self.revision = info.sha
         self._sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}
-        self._root = f"{repo_id}@{info.sha}"
-        self._hub = HfFileSystem()
 
     def files(self) -> list[str]:
         return sorted(self._sizes)
@@ -166,9 +164,18 @@ class HubRepository(Source):
         end = min(end, self.size(file))
         if start >= end:
             return b""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+        url = hf_hub_url(self.name, file, revision=self.revision)
+        headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
         with self._fetching():
-            found = self._hub.cat_file(f"{self._root}/{file}", start=start, end=end)
-        return bytes(found)
+            answer = http_backoff("GET", url, headers=headers, timeout=HF_HUB_DOWNLOAD_TIMEOUT)
+            hf_raise_for_status(answer)
+        if answer.status_code != 206 and end - start < self.size(file):
+            raise self.broken(file, "the server does not send parts of files")
+        return bytes(answer.content)
 
     @contextmanager
     def _fetching(self) -> Iterator[None]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
 from conftest import tiny_llama
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from llm_pruner import LayerStack, PruningPlan, SmartPruner
@@ -495,3 +499,112 @@ def test_headers_are_those_of_the_library(source):
         raw = (source / file).read_bytes()
         assert len(header) % 8 == 0
         assert json.loads(header[8:]) == json.loads(raw[8:base])
+
+
+# The hub, played by a server of our own
+
+
+class Repository(BaseHTTPRequestHandler):
+    """One model repository: its list of files, and ranges of them; what it sent is counted."""
+
+    def do_GET(self):
+        server = self.server
+        if self.path.startswith("/api/models/me/model"):
+            listed = LocalFolder(server.folder)
+            siblings = [{"rfilename": f, "size": listed.size(f)} for f in listed.files()]
+            self.reply(200, json.dumps({"id": "me/model", "sha": SHA, "siblings": siblings}))
+            return
+        file = server.folder / self.path.split(f"/resolve/{SHA}/")[-1]
+        raw = file.read_bytes()
+        server.asked += 1
+        if server.asked == server.fails_at:
+            self.reply(server.fails_with, "{}")
+        elif server.knows_ranges:
+            start, end = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            server.sent += end + 1 - start
+            self.reply(206, raw[start : end + 1])
+        else:
+            self.reply(200, raw)
+
+    def reply(self, status, body):
+        body = body.encode() if isinstance(body, str) else body
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+SHA = "5" * 40
+
+
+@pytest.fixture
+def hub(source, monkeypatch, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Repository)
+    server.folder, server.asked, server.sent = source, 0, 0
+    server.fails_at, server.fails_with, server.knows_ranges = 0, 503, True
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    template = f"{constants.ENDPOINT}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_from_the_hub_only_what_stays_is_fetched(hub, source, tmp_path):
+    here = prune_checkpoint(source, REMOVED, tmp_path / "here")
+    there = prune_checkpoint("me/model", REMOVED, tmp_path / "there")
+    assert there.revision == SHA
+    assert there.tensors == here.tensors
+    want = tensors(tmp_path / "here")
+    assert all(torch.equal(t, want[name]) for name, t in tensors(tmp_path / "there").items())
+    listed = LocalFolder(source)
+    rest = sum(listed.size(f) for f in listed.files() if not f.endswith((".safetensors", ".bin")))
+    headers = read_checkpoint(listed)
+    begins = {t.file: t.start for t in reversed(list(headers.tensors.values()))}
+    again = listed.size("config.json") + 2 * listed.size(INDEX_FILE)
+    assert hub.sent <= there.bytes_after + rest + sum(begins.values()) + again
+    assert hub.sent < there.bytes_before
+
+
+def test_a_hub_that_stumbles_is_asked_again(hub, tmp_path):
+    hub.fails_at = 9
+    prune_checkpoint("me/model", REMOVED, tmp_path / "out")
+    assert check_manifest(tmp_path / "out").revision == SHA
+
+
+def test_a_hub_that_refuses_leaves_nothing(hub, tmp_path):
+    hub.fails_at, hub.fails_with = 12, 403
+    with pytest.raises(LoadError, match="Cannot load model 'me/model'"):
+        prune_checkpoint("me/model", REMOVED, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_a_server_without_ranges_is_refused(hub, tmp_path):
+    hub.knows_ranges = False
+    with pytest.raises(LoadError, match="does not send parts of files"):
+        prune_checkpoint("me/model", REMOVED, tmp_path / "out")
+
+
+def test_a_plan_for_another_revision_is_refused(hub, tmp_path):
+    plan = PruningPlan("me/model", 8, (1,), model={"revision": "6" * 40})
+    with pytest.raises(InvalidPlanError, match="revision"):
+        prune_checkpoint("me/model", plan, tmp_path / "out")
+
+
+def test_the_cached_copy_is_used_if_it_is_complete(hub, source, tmp_path):
+    snapshot = tmp_path / "cache" / "models--me--model" / "snapshots" / SHA
+    shutil.copytree(source, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(SHA)
+    manifest = prune_checkpoint("me/model", REMOVED, tmp_path / "out")
+    assert hub.sent == 0
+    assert manifest.revision == SHA
+    sorted(snapshot.glob("*.safetensors"))[-1].unlink()
+    prune_checkpoint("me/model", REMOVED, tmp_path / "again")
+    assert hub.sent > 0
