@@ -159,7 +159,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     """
     data = content.encode() if isinstance(content, str) else content
     with _os_errors_as(f"Cannot write {str(path)!r}"):
-        target = Path(path).expanduser().resolve()
+        target = Path(path).resolve()
         if target.exists() and not target.is_file():
             target.write_bytes(data)
             return

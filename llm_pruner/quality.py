@@ -55,6 +55,8 @@ class Journal:
         except (OSError, UnicodeDecodeError) as error:
             raise OutputError(f"Cannot read the journal {str(self.path)!r}: {error}.") from error
         for number, line in enumerate(lines, 1):
+            if not line:  # two processes wrote, and one saw the other's line half there
+                continue
             try:
                 entry = json.loads(line)
                 if entry["key"] == key:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import random
+import resource
 import statistics
+import subprocess
+import sys
 
 import pytest
 from conftest import items, tiny_llama
@@ -74,6 +77,55 @@ def test_a_line_cut_short_costs_that_line_alone(tmp_path):
     assert Journal(tmp_path / "none").read("a") == []
     with pytest.raises(OutputError, match="Cannot read the journal"):
         Journal(tmp_path).read("a")
+
+
+def test_a_line_that_finds_no_room_is_an_error_and_costs_that_line_alone(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append("a", (1,), 0, [[0.5]])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (journal.path.stat().st_size + 20, hard))
+    try:
+        with pytest.raises(OutputError, match=r"Cannot write the journal .*No space left"):
+            journal.append("a", (2,), 0, [[0.5]])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    journal.append("a", (3,), 0, [[0.5]])
+    assert journal.read("a") == [((1,), 0, [[0.5]]), ((3,), 0, [[0.5]])]
+
+
+APPEND = """
+import sys
+from llm_pruner.quality import Journal
+journal, key = Journal(sys.argv[1]), sys.argv[2]
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(200):
+    journal.append(key, (number,), 0, [[1 / 3] * (number % 30 * 40)])
+"""
+
+
+def test_several_processes_write_to_one_journal(tmp_path, caplog):
+    journal = Journal(tmp_path / "journal.jsonl")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", APPEND, journal.path, key],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for key in "abc"
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    want = [((number,), 0, [[1 / 3] * (number % 30 * 40)]) for number in range(200)]
+    assert [journal.read(key) for key in "abc"] == [want] * 3
+    assert not caplog.text
+    order = [json.loads(line)["key"] for line in journal.path.read_text().splitlines()]
+    assert order != sorted(order), "they wrote at the same time"
 
 
 @pytest.mark.parametrize(
