@@ -14,12 +14,12 @@ import yaml
 
 from .architectures import LOOSE, as_stored, auto_class, loadable_config
 from .configs import COUNT_FIELDS, text_config
-from .errors import InvalidPlanError, OutputError, VerificationError
+from .errors import InvalidPlanError, VerificationError
 from .layers import LayerStack
 from .likelihood import evaluating, position_limit
-from .output import PLAN_FILE, staged_output
+from .output import PLAN_FILE, staged_output, write_atomically
 from .results import PruningPlan, check_layers
-from .utils import logger
+from .utils import count_bytes, logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,7 +45,8 @@ def save_checkpoint(
         OutputError: it cannot be written.
         VerificationError: it does not load cleanly, or computes something else than `pruned`.
     """
-    with staged_output(output_dir, overwrite=overwrite) as stage:
+    need = count_bytes(pruned)
+    with staged_output(output_dir, overwrite=overwrite, need=need) as stage:
         write_model(pruned, stage)
         tokenizer.save_pretrained(stage)
         _carry_along(pruned, stage)
@@ -193,12 +194,7 @@ def write_mergekit_yaml(
     ]
     dtype = str(next(stack.model.parameters()).dtype).removeprefix("torch.")
     recipe = {"slices": slices, "merge_method": "passthrough", "dtype": dtype}
-    path = Path(yaml_path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"Cannot write the recipe {str(path)!r}: {error}.") from error
+    write_atomically(yaml_path, yaml.safe_dump(recipe, sort_keys=False))
 
 
 def _warn_of_mergekit(stack: LayerStack, removed: Sequence[int]) -> None:

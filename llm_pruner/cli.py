@@ -16,6 +16,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from .errors import (
     OutputError,
     UnknownNameError,
 )
-from .output import PLAN_FILE, check_output, clear_checkpoints
+from .output import PLAN_FILE, check_output, clear_checkpoints, hold_output
 from .registry import BUILTIN, check_strategy_name, get_strategy, option_names
 from .results import PruningPlan
 from .text import curve_text, manifest_text, plan_text, report_text
@@ -189,7 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         signal.signal(signal.SIGTERM, _stop)
         _check(args)
-        _run(args)
+        with nullcontext() if args.dry_run else hold_output(args.output):
+            _run(args)
     except LLMPrunerError as error:
         if os.environ.get("LLM_PRUNER_DEBUG"):
             raise

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .errors import OutputError
+from .output import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -115,11 +116,7 @@ def finish(figure: Figure, title: str, path: Path | None, show: bool) -> Figure:
         suffix = path.suffix.lower()
         buffer = io.BytesIO()
         figure.savefig(buffer, format=suffix[1:], metadata=METADATA[suffix])
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(buffer.getvalue())
-        except OSError as error:
-            raise OutputError(f"Cannot write the figure to {str(path)!r}: {error}.") from error
+        write_atomically(path, buffer.getvalue())
     if show:
         _show(figure)
     return figure

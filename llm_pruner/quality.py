@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -53,6 +55,8 @@ class Journal:
         except (OSError, UnicodeDecodeError) as error:
             raise OutputError(f"Cannot read the journal {str(self.path)!r}: {error}.") from error
         for number, line in enumerate(lines, 1):
+            if not line:  # two processes wrote, and one saw the other's line half there
+                continue
             try:
                 entry = json.loads(line)
                 if entry["key"] == key:
@@ -65,16 +69,19 @@ class Journal:
     def append(self, key: str, removed: Mask, chunk: int, values: list[list[float]]) -> None:
         """Record one measurement; it is with the operating system when this returns.
 
+        The line goes out in one system call, so that several processes can write to one journal.
+
         Raises:
             OutputError: the file cannot be written.
         """
         line = json.dumps({"key": key, "removed": removed, "chunk": chunk, "values": values})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab+") as file:
-                if file.tell() and (file.seek(-1, 2), file.read())[1] != b"\n":
-                    file.write(b"\n")  # a crash cut the last line short
-                file.write(f"{line}\n".encode())
+            with self.path.open("ab+", buffering=0) as file:
+                whole = not file.tell() or (file.seek(-1, 2), file.read(1))[1] == b"\n"
+                data = (f"{line}\n" if whole else f"\n{line}\n").encode()  # after a cut line
+                if file.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise OutputError(f"Cannot write the journal {str(self.path)!r}: {error}.") from error
 

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from .errors import InvalidPlanError, NonFiniteError, OutputError
+from .errors import InvalidPlanError, NonFiniteError
+from .output import write_atomically
 
 Removes = Literal["lowest", "highest"]
 
@@ -114,16 +115,12 @@ class _JsonFile:
             raise InvalidPlanError(f"Damaged {cls.FORMAT!r} file: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON to `path`, in a folder that is made if need be.
+        """Write the JSON to `path`, whole or not at all, in a folder that is made if need be.
 
         Raises:
             OutputError: it cannot be written.
         """
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(self.to_json(), encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"Cannot write {str(path)!r}: {error}.") from error
+        write_atomically(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -110,9 +110,10 @@ def prune_checkpoint(
     ]
     shards = new_shards(kept)
     side_files = _side_files(source)
-    need = sum(tensor.size for tensor, _ in kept) + sum(map(source.size, side_files))
+    need = sum(new.size for pairs in shards.values() for _, new in pairs)
+    need += sum(map(source.size, side_files))
     manifest = _manifest(checkpoint, plan, shards, hashed=verify)
-    with staged_output(output_dir, overwrite=overwrite, need=need) as stage:
+    with staged_output(output_dir, overwrite=overwrite, need=0 if link else need) as stage:
         for file, pairs in shards.items():
             _write_shard(checkpoint, stage / file, pairs, link=link)
         _write_index(stage, shards)

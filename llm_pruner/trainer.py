@@ -36,7 +36,7 @@ from .errors import InvalidPlanError, MissingDependencyError, NonFiniteError
 from .layers import LayerStack
 from .likelihood import batch_nll, evaluating
 from .lora import LoraSettings, default_rate
-from .output import KEY_FILE, own_checkpoints
+from .output import KEY_FILE, own_checkpoints, write_atomically
 from .surgery import share_copy
 from .utils import logger, progress
 
@@ -342,7 +342,7 @@ def _claim(folder: Path, key: str) -> str | None:
             last = str(path)
         else:
             shutil.rmtree(path)
-    mark.write_text(key, encoding="utf-8")
+    write_atomically(mark, key)
     if last:
         logger.info("Going on from %s", last)
     return last

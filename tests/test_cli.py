@@ -15,6 +15,7 @@ from conftest import WORDS, items, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from llm_pruner.cli import main
+from llm_pruner.errors import OutputError
 from llm_pruner.layers import LayerStack
 from llm_pruner.quality import Journal, RemovalQuality
 from llm_pruner.results import DepthCurve, PruningPlan, PruningReport
@@ -344,6 +345,40 @@ def test_an_output_that_stands_is_refused_before_the_model_is_loaded(run, tmp_pa
     assert code == 4
     assert "is not empty: choose another, or replace it" in err
     assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
+
+
+def test_a_run_is_the_only_writer_of_its_output_from_before_the_model_is_loaded(
+    run, tmp_path, monkeypatch
+):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from llm_pruner import cli
+    from llm_pruner.output import hold_output
+
+    nothing = {"model": "nobody/no-such-model"}
+    with ThreadPoolExecutor() as other:
+        hold = hold_output("out")
+        other.submit(hold.__enter__).result()
+        for words in ([], ["--sweep", "2"]):
+            code, _, err = run("--output", "out", *words, **nothing)
+            assert code == 4
+            assert "Another run is writing 'out': wait for it, or choose another output." in err
+        assert run("--output", "out", "--dry-run", **nothing)[0] == 3, "a dry run writes nothing"
+        assert run("--output", "out.v2", **nothing)[0] == 3
+        other.submit(hold.__exit__, None, None, None).result()
+
+        def attempt():
+            with hold_output("out"):
+                return "had"
+
+        def found(args):
+            with pytest.raises(OutputError, match="Another run"):
+                other.submit(attempt).result()
+
+        monkeypatch.setattr(cli, "_run", found)
+        assert run("--output", "out")[0] == 0
+        assert other.submit(attempt).result() == "had"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_plan_for_another_depth_is_refused(run, tmp_path):

@@ -14,7 +14,8 @@ import llm_pruner
 PACKAGE = Path(llm_pruner.__file__).parent
 # A module may import those above it, and nothing else of the package.
 ORDER = """
-    __init__ errors lora results text output configs architectures stats registry utils sources shards batching
+    __init__ errors output lora results text configs architectures stats registry utils sources
+    shards batching
     likelihood similarity surgery layers writers replay layouts files data evaluation objectives
     quality search closed_form trainer healing rounds checkpoint slicer base bases pruners figures
     visualization workflow cli

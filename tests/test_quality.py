@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import random
+import resource
 import statistics
+import subprocess
+import sys
 
 import pytest
 from conftest import items, tiny_llama
@@ -74,6 +77,44 @@ def test_a_line_cut_short_costs_that_line_alone(tmp_path):
     assert Journal(tmp_path / "none").read("a") == []
     with pytest.raises(OutputError, match="Cannot read the journal"):
         Journal(tmp_path).read("a")
+
+
+def test_a_line_that_finds_no_room_is_an_error_and_costs_that_line_alone(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append("a", (1,), 0, [[0.5]])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (journal.path.stat().st_size + 20, hard))
+    try:
+        with pytest.raises(OutputError, match=r"Cannot write the journal .*No space left"):
+            journal.append("a", (2,), 0, [[0.5]])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    journal.append("a", (3,), 0, [[0.5]])
+    assert journal.read("a") == [((1,), 0, [[0.5]]), ((3,), 0, [[0.5]])]
+
+
+APPEND = """
+import os, sys
+from llm_pruner.quality import Journal
+for key in "abc":
+    if os.fork() == 0:
+        for number in range(200):
+            values = [[1 / 3] * (number % 30 * 40)]
+            Journal(sys.argv[1]).append(key, (number,), 0, values)
+        os._exit(0)
+sys.exit(any(os.wait()[1] for _ in "abc"))
+"""
+
+
+def test_several_processes_write_to_one_journal(tmp_path, caplog):
+    journal = Journal(tmp_path / "journal.jsonl")
+    subprocess.run([sys.executable, "-c", APPEND, journal.path], check=True, timeout=60)
+    want = [((number,), 0, [[1 / 3] * (number % 30 * 40)]) for number in range(200)]
+    assert [journal.read(key) for key in "abc"] == [want] * 3
+    assert not caplog.text
+    lines = filter(None, journal.path.read_text().splitlines())
+    order = [json.loads(line)["key"] for line in lines]
+    assert order != sorted(order), "they wrote at the same time"
 
 
 @pytest.mark.parametrize(
