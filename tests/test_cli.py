@@ -6,14 +6,18 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+import zoo
 from conftest import WORDS, items, tiny_llama
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from llm_pruner.checkpoint import write_model
 from llm_pruner.cli import main
 from llm_pruner.errors import OutputError
 from llm_pruner.layers import LayerStack
@@ -43,9 +47,10 @@ def run(saved, tmp_path, monkeypatch, capsys):
     """Run the command on the tiny model; returns (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*words: str, model: str | None = None, data: str = "texts.jsonl"):
+    def run(*words: str, model: str | None = None, data: str | None = "texts.jsonl"):
         base = ["--model", model or str(saved / "model"), "--device", "cpu", "--n-samples", "8"]
-        code = main([*base, "--eval-dataset", str(saved / data), *map(str, words)])
+        base += [] if data is None else ["--eval-dataset", str(saved / data)]
+        code = main([*base, *map(str, words)])
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -118,6 +123,65 @@ def test_layers_may_be_any_even_protected_ones(run):
     code, out, _ = run("--layers", "7,0", "--dry-run")
     assert code == 0
     assert "[0, 7]" in out
+
+
+def test_layers_alone_are_removed_on_disk(run, saved, tmp_path, monkeypatch):
+    code, out, _ = run("--layers", "2,5", "--output", "memory")
+    assert code == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("llm_pruner.utils.load_model", None)  # nobody loads the model
+        code, out, _ = run("--layers", "2,5", "--output", "disk", "--verify", data=None)
+        assert code == 0
+        assert "Removed 2 of 8 layers (0-based): [2, 5]" in out
+        assert "tensors, bit for bit (every byte compared, reloaded)" in out
+        assert "What this costs was not measured: --eval-dataset does" in out
+        code, out, _ = run("--layers", "2,5", "--output", "disk", "--json", data=None)
+        assert code == 4
+        code, out, _ = run(*"--layers 2,5 --output disk --json --overwrite".split(), data=None)
+    assert PruningPlan.from_json(out).remove == (2, 5)
+    memory, disk = (load_file(tmp_path / name / "model.safetensors") for name in ("memory", "disk"))
+    assert memory.keys() == disk.keys()
+    assert all(torch.equal(tensor, disk[name]) for name, tensor in memory.items())
+
+
+def test_a_plan_alone_is_carried_out_on_disk(run, saved, tmp_path):
+    _, out, _ = run("--strategy", "pruneme", "--n-layers", "2", "--dry-run", "--json")
+    (tmp_path / "plan.json").write_text(out)
+    plan = PruningPlan.from_json(out)
+    assert set(plan.model) == {"tensors", "weights"}
+    assert plan.data["seed"] == 0
+    assert plan.data["source"].endswith("texts.jsonl")
+    assert run("--plan", "plan.json", "--output", "out", data=None)[0] == 0
+    assert PruningPlan.load(tmp_path / "out" / "pruning_plan.json") == plan
+    tiny_llama(10).save_pretrained(tmp_path / "other")
+    code, _, err = run("--plan", "plan.json", model=str(tmp_path / "other"), data=None)
+    assert (code, "The plan is for a model of 8 layers" in err) == (2, True)
+    torch.manual_seed(7)
+    model = tiny_llama()
+    torch.nn.init.normal_(model.model.embed_tokens.weight)
+    model.save_pretrained(tmp_path / "other")
+    for data in (None, "texts.jsonl"):  # on disk, and in memory
+        if data:
+            for file in (saved / "model").glob("tokenizer*"):
+                shutil.copy(file, tmp_path / "other")
+        code, _, err = run("--plan", "plan.json", model=str(tmp_path / "other"), data=data)
+        assert (code, "made for another model" in err) == (2, True), err
+
+
+def test_what_disk_cannot_do_memory_does(run, tokenizer, tmp_path, caplog):
+    write_model(zoo.build("beam"), tmp_path / "beam")
+    tokenizer.save_pretrained(tmp_path / "beam")
+    code, out, err = run("--layers", "1,3", "--output", "out", model=str(tmp_path / "beam"))
+    assert code == 0, err
+    code, out, err = run(
+        "--layers", "1,3", "--output", "disk", model=str(tmp_path / "beam"), data=None
+    )
+    assert code == 0, err
+    assert "needs other weights than the checkpoint holds" in caplog.text
+    assert "Loading the model instead" in caplog.text
+    assert "Removed 2 of 6 layers" in out
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "disk"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def test_figures_and_recipe(run, tmp_path):
@@ -466,6 +530,8 @@ def test_a_dry_run_reads_the_journal_if_asked(run, tmp_path, readings):
         ("--sweep 2 --export-yaml x.yaml", "--export-yaml has no effect with --sweep"),
         ("--layers 3 --tolerance 0.1", "--tolerance has no effect with --layers"),
         ("--layers 3 --objective kl", "--objective has no effect with --layers"),
+        ("--layers 3 --verify", "--verify is for pruning on disk"),
+        ("--n-layers 3 --link", "--link is for pruning on disk"),
     ],
 )
 def test_options_without_effect_are_refused(run, words, message):
