@@ -16,7 +16,7 @@ from typing import Any
 
 from .configs import config_parts, layer_counts
 from .errors import LoadError
-from .sources import HubRepository, LocalFolder, Source
+from .sources import FILE_BLOCK, HubRepository, LocalFolder, Source
 from .utils import logger, resolve_model_id
 
 SINGLE_FILE = "model.safetensors"
@@ -274,8 +274,14 @@ def new_shards(
     return shards
 
 
-def header_bytes(tensors: Sequence[StoredTensor], metadata: dict[str, str]) -> bytes:
-    """Length and header of a file of these tensors, padded to a multiple of eight bytes."""
+def header_bytes(
+    tensors: Sequence[StoredTensor], metadata: dict[str, str], aligned_with: int = 0
+) -> bytes:
+    """Length and header of a file of these tensors, padded with spaces.
+
+    To a multiple of eight bytes at least; and so that the first tensor begins as far into a block
+    of the file system as byte `aligned_with`, since whole blocks can be shared.
+    """
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     for tensor in tensors:
         entries[tensor.name] = {
@@ -284,6 +290,7 @@ def header_bytes(tensors: Sequence[StoredTensor], metadata: dict[str, str]) -> b
             "data_offsets": [tensor.start, tensor.end],
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * ((aligned_with - 8 - len(text)) % FILE_BLOCK)
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from .shards import (
     tensor_hash,
 )
 from .sources import LocalFolder, Source
-from .utils import explain_load_failure, logger, package_versions
+from .utils import explain_load_failure, logger, package_versions, progress
 
 MANIFEST_FILE = "pruning_manifest.json"
 MOST_LAYERS = 10_000  # a config that claims more is not believed
@@ -41,6 +42,7 @@ OTHER_TOWERS = ("vision", "visual", "audio", "image", "speech")
 # Files that hold weights in other formats or belong to another program: not carried along.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 OWN_FILES = (INDEX_FILE, "config.json", PLAN_FILE, MANIFEST_FILE, "pruning_report.json")
+WRITERS = 4  # files at a time
 Shards = dict[str, list[tuple[StoredTensor, StoredTensor]]]
 
 
@@ -114,8 +116,7 @@ def prune_checkpoint(
     need += sum(map(source.size, side_files))
     manifest = _manifest(checkpoint, plan, shards, hashed=verify)
     with staged_output(output_dir, overwrite=overwrite, need=0 if link else need) as stage:
-        for file, pairs in shards.items():
-            _write_shard(checkpoint, stage / file, pairs, link=link)
+        _write_shards(checkpoint, stage, shards, link=link)
         _write_index(stage, shards)
         for file in side_files:
             (stage / file).parent.mkdir(parents=True, exist_ok=True)
@@ -344,6 +345,21 @@ def _manifest(
     )
 
 
+def _write_shards(checkpoint: Checkpoint, stage: Path, shards: Shards, *, link: bool) -> None:
+    """Write the files, several at once: one is copied while others reach the disk."""
+    with ThreadPoolExecutor(WRITERS) as pool:
+        jobs = [
+            pool.submit(_write_shard, checkpoint, stage / file, pairs, link=link)
+            for file, pairs in shards.items()
+        ]
+        try:
+            for job in progress(as_completed(jobs), "Copying files", total=len(jobs)):
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def _write_shard(
     checkpoint: Checkpoint,
     path: Path,
@@ -361,11 +377,14 @@ def _write_shard(
             return
         except OSError as error:
             logger.warning("%s is copied, since it cannot be linked: %s.", file, error.strerror)
-    header = header_bytes([new for _, new in pairs], checkpoint.metadata[file])
+    first = pairs[0][0].start
+    header = header_bytes([new for _, new in pairs], checkpoint.metadata[file], first)
     with path.open("wb") as target:
         target.write(header)
         for start, end in runs(old for old, _ in pairs):
             checkpoint.source.copy(file, start, end, target)
+        target.flush()
+        os.fsync(target.fileno())
 
 
 def _write_index(stage: Path, shards: Shards) -> None:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from .errors import LoadError
 from .utils import explain_load_failure
 
+FILE_BLOCK = 4096  # what file systems share, if they do
 BLOCK = 2**24  # bytes read at once where the kernel cannot copy by itself
 NOT_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
 
@@ -119,18 +120,19 @@ class LocalFolder(Source):
 def _copy_in_kernel(source: int, target: int, start: int, end: int) -> int:
     """Copy a range as far as the kernel does it by itself; returns where that stopped.
 
-    ``copy_file_range`` shares the blocks on file systems that can; ``sendfile`` works across
-    file systems.
+    ``copy_file_range`` shares the blocks on file systems that can, from the beginning of a block
+    on; ``sendfile`` works across file systems.
     """
     ways: list[Any] = []
     if hasattr(os, "copy_file_range"):
-        ways.append(lambda at: os.copy_file_range(source, target, end - at, at))
+        ways.append(lambda at, size: os.copy_file_range(source, target, size, at))
     if hasattr(os, "sendfile"):
-        ways.append(lambda at: os.sendfile(target, source, at, end - at))
+        ways.append(lambda at, size: os.sendfile(target, source, at, size))
     for way in ways:
         try:
             while start < end:
-                copied = way(start)
+                size = min(end - start, -start % FILE_BLOCK or end - start)
+                copied = way(start, size)
                 if not copied:
                     break
                 start += copied

@@ -105,16 +105,12 @@ def clean_output(text: str) -> str:
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
     """`items` with a progress bar on stderr, unless stderr is no terminal or bars are off."""
+    if not (_progress_bars and sys.stderr.isatty()):
+        return items
     from tqdm.auto import tqdm
 
     bar: Iterable[T] = tqdm(
-        items,
-        desc=description,
-        total=total,
-        leave=False,
-        dynamic_ncols=True,
-        file=sys.stderr,
-        disable=None if _progress_bars else True,
+        items, desc=description, total=total, leave=False, dynamic_ncols=True, file=sys.stderr
     )
     return bar
 

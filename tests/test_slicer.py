@@ -498,6 +498,9 @@ def test_headers_are_those_of_the_library(source):
         )
         raw = (source / file).read_bytes()
         assert len(header) % 8 == 0
+        aligned = header_bytes(mine, checkpoint.metadata[file], base)
+        assert (len(aligned) - base) % 4096 == 0
+        assert json.loads(aligned[8:]).keys() == json.loads(raw[8:base]).keys()
         assert json.loads(header[8:]) == json.loads(raw[8:base])
 
 
