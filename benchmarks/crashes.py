@@ -3,8 +3,8 @@
     python benchmarks/crashes.py              # a few minutes
     python benchmarks/crashes.py --compare    # plain save_pretrained under the same faults, too
 
-Prints a Markdown table of fault, outcomes and what is said; ends with exit status 1 if an outcome is
-wrong. What is saved are two random Llamas of one shape, 40 MB in shards of 5 MB, "old" and "new".
+Prints a Markdown table of fault, outcomes and what is said; ends with exit status 1 if an outcome
+is wrong. What is saved are two random Llamas of one shape, 40 MB in shards of 5 MB, "old" and "new".
 A save is killed (SIGKILL) at moments drawn at random, one from each of N equal parts of the time
 that an unbroken save takes. What is found then is loaded with stock transformers, tokenizer
 included, and compared by config and a checksum of all tensors:
@@ -146,11 +146,11 @@ def killed(
             out = folder / "out"
             if over:
                 save(old, out)
-            child = Child(lambda out=out: save(new, out))
+            child = Child(functools.partial(save, new, out))
             time.sleep(seconds * (part + drawn.random()) / kills)
             child.kill()
             outcomes[judge(out, old, new)] += 1
-            said = Child(lambda out=out: save(new, out)).told()
+            said = Child(functools.partial(save, new, out)).told()
             clean = os.listdir(folder) == ["out"]
             again["complete" if judge(out, old, new) == "new" and clean else f"WRONG {said}"] += 1
             shutil.rmtree(folder)
@@ -168,10 +168,11 @@ def two_at_once(place: Path, save: Save, old: Version, new: Version, times: int)
     said: Counter[str] = Counter()
     for number in range(times):
         folder = place / f"two-{save.__name__}-{number}"
-        children = [Child(lambda one=one: save(one, folder / "out")) for one in (old, new)]
+        out = folder / "out"
+        children = [Child(functools.partial(save, one, out)) for one in (old, new)]
         for child in children:
             said[child.told().replace(str(folder), "")] += 1
-        outcomes[judge(folder / "out", old, new)] += 1
+        outcomes[judge(out, old, new)] += 1
         clean = os.listdir(folder) == ["out"]
         demand(clean or save is not ours, f"two processes left {os.listdir(folder)}")
         shutil.rmtree(folder)
