@@ -4,9 +4,9 @@
     python benchmarks/crashes.py --compare    # plain save_pretrained under the same faults, too
 
 Prints a Markdown table of fault, outcomes and what is said; ends with exit status 1 if an outcome
-is wrong. What is saved are two random Llamas of one shape, 40 MB in shards of 5 MB, "old" and "new".
-A save is killed (SIGKILL) at moments drawn at random, one from each of N equal parts of the time
-that an unbroken save takes. What is found then is loaded with stock transformers, tokenizer
+is wrong. What is saved are two random Llamas of one shape, "old" and "new", 40 MB in shards of
+5 MB. A save is killed (SIGKILL) at moments drawn at random, one from each of N equal parts of the
+time that an unbroken save takes. What is found then is loaded with stock transformers, tokenizer
 included, and compared by config and a checksum of all tensors:
 
     absent, old, new    nothing there, or exactly that model

@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import LLMPrunerError, OutputError
 
@@ -258,13 +259,15 @@ def _put_in_place(stage: Path, path: Path) -> None:
 
 def _exchange(left: Path, right: Path) -> bool:
     """Exchange the names of two folders in one step; False where that cannot be done."""
-    libc = ctypes.CDLL(None, use_errno=True)
+    if sys.platform not in ("linux", "darwin"):
+        return False
+    libc: Any = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(left), os.fsencode(right)
     here, exchange = -100, 2  # AT_FDCWD; RENAME_EXCHANGE, on macOS RENAME_SWAP
-    if sys.platform == "linux" and hasattr(libc, "renameat2"):
-        failed = libc.renameat2(here, names[0], here, names[1], exchange)
-    elif sys.platform == "darwin":
+    if sys.platform == "darwin":
         failed = libc.renamex_np(*names, exchange)
+    elif hasattr(libc, "renameat2"):
+        failed = libc.renameat2(here, names[0], here, names[1], exchange)
     else:
         return False
     code = ctypes.get_errno()
@@ -297,8 +300,11 @@ def _leftovers(path: Path, kind: str) -> list[Path]:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
+    try:
         folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            raise
 
 
 def _umask() -> int:

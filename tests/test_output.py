@@ -139,20 +139,31 @@ def test_folders_are_exchanged_in_one_step_where_the_system_can(tmp_path):
         output._exchange(tmp_path / "left", tmp_path / "none")
 
 
-def test_a_file_system_that_cannot_exchange_is_told_from_a_failure(tmp_path, monkeypatch):
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_a_file_system_that_cannot_exchange_is_told_from_a_failure(tmp_path, monkeypatch, platform):
     class Libc:
         def __init__(self, code):
             self.code = code
 
-        def renameat2(self, *arguments):
+        def renameat2(self, here, left, there, right, flags):
+            assert (platform, here, there) == ("linux", -100, -100)
+            return self.answer(left, right, flags)
+
+        def renamex_np(self, left, right, flags):
+            assert platform == "darwin"
+            return self.answer(left, right, flags)
+
+        def answer(self, left, right, flags):
+            assert (left, right, flags) == (os.fsencode(tmp_path), os.fsencode(tmp_path), 2)
             output.ctypes.set_errno(self.code)
-            return -1
+            return -1 if self.code else 0
 
     def exchange(code):
         monkeypatch.setattr(output.ctypes, "CDLL", lambda name, use_errno: Libc(code))
         return output._exchange(tmp_path, tmp_path)
 
-    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("sys.platform", platform)
+    assert exchange(0)
     assert not any(map(exchange, output.CANNOT_EXCHANGE))
     with pytest.raises(PermissionError):
         exchange(output.errno.EACCES)
