@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import LoadError
+from .processes import launched, launched_here, local_rank
 
 if TYPE_CHECKING:
     import torch
@@ -26,11 +27,24 @@ _progress_bars = True
 
 
 def get_device() -> torch.device:
-    """The best device of this machine: CUDA, then MPS, then the CPU."""
+    """The best device of this machine: CUDA, then MPS, then the CPU.
+
+    Of several processes each has the GPU of its own number.
+
+    Raises:
+        LoadError: there are fewer GPUs than processes.
+    """
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and launched() == 1:
         return torch.device("cuda")
+    if torch.cuda.is_available():
+        if local_rank() >= (there := torch.cuda.device_count()):
+            raise LoadError(
+                f"Process {local_rank()} of this machine has no GPU, of which there are {there}: "
+                f"start {there} processes (--nproc_per_node {there}), or use --device cpu."
+            )
+        return torch.device("cuda", local_rank())
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
@@ -170,6 +184,11 @@ def load_model(
 
     source = resolve_model_id(model_id)
     spread = str(device) == "auto"
+    if spread and launched_here() > 1:
+        raise LoadError(
+            f"device='auto' (--device auto) spreads a model over all devices of a machine, and "
+            f"{launched_here()} processes are on this one: start one (--nproc_per_node 1)."
+        )
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         kind = type(AutoConfig.from_pretrained(source, **options))  # first: fails soonest
