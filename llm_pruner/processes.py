@@ -7,13 +7,14 @@ Every process has to come to the same calls in the same order.
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any, TypeVar
 
 from .errors import InvalidPlanError, LLMPrunerError, ProcessGroupError
@@ -30,19 +31,18 @@ class _Group:
 
     Attributes:
         members: their process group, over which objects go (gloo).
-        store: what all of them can write to and read from, as long as the launcher lives.
         timeout: seconds that one waits for another.
         apart: this process works for itself, inside `on_first`.
     """
 
     members: Any
-    store: Any
     timeout: float
     apart: bool = False
 
 
 _group: _Group | None = None
-_board: Any = None  # the store of the last group: errors are told when the group is over
+_board: Any = None  # where all read and write while the launcher lives, also after the group
+_numbers = count()  # of the groups
 
 
 def launched() -> int:
@@ -93,9 +93,8 @@ def group(timeout: float = TIMEOUT) -> Iterator[None]:
     import torch.distributed as dist
 
     limit = timedelta(seconds=timeout)
-    owned = not dist.is_initialized()
     try:
-        if owned:
+        if not dist.is_initialized():
             dist.init_process_group(_backend(), timeout=limit)
         members = dist.new_group(backend="gloo", timeout=limit)
     except RuntimeError as error:
@@ -104,14 +103,17 @@ def group(timeout: float = TIMEOUT) -> Iterator[None]:
             f"({_first_line(error)}). Start them with torchrun --standalone, or on several "
             "machines with one --rdzv-endpoint."
         ) from error
-    store = dist.distributed_c10d._get_default_store()
-    _group, _board = _Group(members, store, timeout), store
+    place = f"llm_pruner/{next(_numbers)}"
+    _board = dist.PrefixStore(place, dist.distributed_c10d._get_default_store())
+    _group = _Group(members, timeout)
     try:
         yield
     finally:
         _group = None
-    if owned:  # after an error others may not answer, and the process ends anyway
-        dist.destroy_process_group()
+    # The default group stays, for the next block and for accelerate; after an error it may hang.
+    dist.destroy_process_group(members)
+    atexit.unregister(dist.destroy_process_group)
+    atexit.register(dist.destroy_process_group)
 
 
 def _backend() -> str:
@@ -138,12 +140,12 @@ def portion(costs: Sequence[float]) -> range:
     Args:
         costs: what each unit costs, in any measure.
     """
-    count = working_together()
-    if count == 1:
+    processes = working_together()
+    if processes == 1:
         return range(len(costs))
     whole = sum(costs) or 1.0
     middles = [end - cost / 2 for end, cost in zip(accumulate(costs), costs, strict=True)]
-    owners = [min(count - 1, int(middle / whole * count)) for middle in middles]
+    owners = [min(processes - 1, int(middle / whole * processes)) for middle in middles]
     first = sum(owner < rank() for owner in owners)
     return range(first, first + owners.count(rank()))
 
@@ -227,10 +229,10 @@ def told_by_first(message: str) -> bool:
         return False
     try:
         if rank() == 0:
-            _board.set("llm_pruner/error", message)
+            _board.set("error", message)
             return False
-        _board.wait(["llm_pruner/error"], timedelta(seconds=PATIENCE))
-        return bool(_board.get("llm_pruner/error").decode() == message)
+        _board.wait(["error"], timedelta(seconds=PATIENCE))
+        return bool(_board.get("error").decode() == message)
     except RuntimeError:  # nothing was left, or the launcher has gone: then this one is told
         return False
 

@@ -76,7 +76,7 @@ def _sample(name: str, tensor: torch.Tensor) -> bytes:
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The entries of the state dict; those that accelerate keeps on the disk are read from there."""
+    """The entries of the state dict; what accelerate keeps on the disk is read from there."""
     state = model.state_dict()
     yield from ((name, tensor) for name, tensor in state.items() if not tensor.is_meta)
     if not any(tensor.is_meta for tensor in state.values()):
