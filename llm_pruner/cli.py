@@ -206,7 +206,7 @@ def _main(args: argparse.Namespace, words: list[str]) -> int:
         return error.exit_code
     except SystemExit:
         if launched() > 1:  # a launcher ends all processes when one of them has ended
-            _tell("stopped: another process ended, or the launcher. Go on with --resume.")
+            _tell("stopped by the launcher: another process has ended. Go on with --resume.")
         raise
     except KeyboardInterrupt:
         left = [_beside(args, ending) for ending in ("journal.jsonl", "healing")]

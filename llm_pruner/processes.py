@@ -41,7 +41,8 @@ class _Group:
 
 
 _group: _Group | None = None
-_board: Any = None  # where all read and write while the launcher lives, also after the group
+# Where all read and write while the launcher lives, also after the group: a store, and a key.
+_board: tuple[Any, str] | None = None
 _numbers = count()  # of the groups
 
 
@@ -103,8 +104,7 @@ def group(timeout: float = TIMEOUT) -> Iterator[None]:
             f"({_first_line(error)}). Start them with torchrun --standalone, or on several "
             "machines with one --rdzv-endpoint."
         ) from error
-    place = f"llm_pruner/{next(_numbers)}"
-    _board = dist.PrefixStore(place, dist.distributed_c10d._get_default_store())
+    _board = dist.distributed_c10d._get_default_store(), f"llm_pruner/error/{next(_numbers)}"
     _group = _Group(members, timeout)
     try:
         yield
@@ -227,12 +227,13 @@ def told_by_first(message: str) -> bool:
     """
     if _board is None:
         return False
+    store, key = _board
     try:
         if rank() == 0:
-            _board.set("error", message)
+            store.set(key, message)
             return False
-        _board.wait(["error"], timedelta(seconds=PATIENCE))
-        return bool(_board.get("error").decode() == message)
+        store.wait([key], timedelta(seconds=PATIENCE))
+        return bool(store.get(key).decode() == message)
     except RuntimeError:  # nothing was left, or the launcher has gone: then this one is told
         return False
 
