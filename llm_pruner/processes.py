@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -248,5 +249,5 @@ def _lost(error: BaseException) -> ProcessGroupError:
 
 
 def _first_line(error: BaseException) -> str:
-    """What a library says, without the place in its source."""
-    return str(error).splitlines()[0].rpartition("] ")[2][:200]
+    """What a library says first, without the place in its source."""
+    return re.sub(r"^\[\S+\] ", "", str(error)).splitlines()[0].split(". ")[0][:200]

@@ -186,7 +186,7 @@ def test_a_killed_process_stops_the_others_and_its_work_is_kept(
         "out.partial_plan.json",
     }
     kept = len(readings(tmp_path / "out.journal.jsonl"))
-    assert kept > 60
+    assert kept > 25
     monkeypatch.chdir(tmp_path)
     appended = []
     append = Journal.append
@@ -203,7 +203,7 @@ def test_a_killed_process_stops_the_others_and_its_work_is_kept(
     assert cli.main(words(saved, *SEARCH[:-1], "alone")) == 0
     alone = json.loads((tmp_path / "alone" / "pruning_plan.json").read_text())
     assert resumed == alone
-    assert rest <= len(appended) - kept + 4  # what was under way when it was killed
+    assert rest == len(appended) - kept  # nothing was measured again
     capsys.readouterr()
 
 
@@ -211,6 +211,7 @@ def test_a_hung_process_is_waited_for_so_long_and_no_longer(two, saved, tmp_path
     done = two("hung", *words(saved, *SEARCH, "--timeout", "4"))
     assert done.code != 0
     assert "error: Another process has ended, or does not answer within 4 seconds" in done.err[0]
+    assert done.err[1].startswith("error: rank 1: stopped by the launcher: another process has")
     assert done.found[0]["code"] == 4
     assert not (tmp_path / "out").exists()
 

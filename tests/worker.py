@@ -113,17 +113,17 @@ def command(folder: Path) -> None:
 
 def second_stops(folder: Path, how: Callable[[], None], after: int) -> None:
     """The command, whose second process stops in the middle of its measurements."""
-    keep = quality.RemovalQuality._keep
-    kept = 0
+    append = quality.Journal.append
+    measured = 0
 
     def counting(*args: Any) -> None:
-        nonlocal kept
-        kept += 1
-        if processes.rank() == 1 and kept > after:
+        nonlocal measured
+        measured += 1
+        if processes.rank() == 1 and measured > after:
             how()
-        keep(*args)
+        append(*args)
 
-    quality.RemovalQuality._keep = counting  # type: ignore[method-assign]
+    quality.Journal.append = counting  # type: ignore[method-assign]
     command(folder)
 
 
@@ -143,9 +143,9 @@ if __name__ == "__main__":
     if task == "library":
         library(place)
     elif task == "killed":
-        second_stops(place, lambda: os.kill(os.getpid(), signal.SIGKILL), after=60)
+        second_stops(place, lambda: os.kill(os.getpid(), signal.SIGKILL), after=25)
     elif task == "hung":
-        second_stops(place, lambda: time.sleep(600), after=60)
+        second_stops(place, lambda: time.sleep(600), after=25)
     elif task == "full":
         checkpoint.write_model = disk_is_full
         command(place)
