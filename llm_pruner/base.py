@@ -18,6 +18,7 @@ from .healing import Heal, LoraSettings, heal_model
 from .layers import LayerStack
 from .likelihood import check_ids, encode_for, evaluating, forward_options
 from .output import check_output
+from .processes import on_first, portion
 from .quality import RemovalQuality
 from .results import DepthCurve, LayerScores, PruningPlan, Removes, check_layers
 from .shards import model_identity
@@ -316,13 +317,14 @@ class BasePruner(ABC):
                 f"layers={sorted(layers)} must be at least one layer, and those of the plan "
                 f"({list(plan.remove)})."
             )
-        check_output(output_dir, overwrite=overwrite)
+        on_first(lambda: check_output(output_dir, overwrite=overwrite))
         if heal != "none" and heal_data:
             chosen_on = plan.data.get("prompts", ())
             refuse_overlap(heal_data, chosen_on, "to heal with", "the layers were chosen on")
         pruned, outcome = self.repair(plan.remove, heal, heal_data, lora)
         plan = replace(plan, options={**plan.options, "heal": outcome})
-        save_checkpoint(pruned, self.tokenizer, plan, output_dir, overwrite=overwrite)
+        parts = pruned, self.tokenizer, plan, output_dir
+        on_first(lambda: save_checkpoint(*parts, overwrite=overwrite))
         return pruned, self.tokenizer
 
     def repair(
@@ -362,7 +364,7 @@ class BasePruner(ABC):
         self, layers: Sequence[int], yaml_path: str | Path, model_id: str
     ) -> None:
         """Write a MergeKit passthrough recipe that keeps all layers but `layers`."""
-        write_mergekit_yaml(self.layers, layers, yaml_path, model_id)
+        on_first(lambda: write_mergekit_yaml(self.layers, layers, yaml_path, model_id))
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -420,9 +422,14 @@ class BasePruner(ABC):
         )
 
     def hidden_states(
-        self, eval_data: Sequence[EvalItem]
+        self, eval_data: Sequence[EvalItem], *, shared: bool = False
     ) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
         """The residual stream on `eval_data`, batch by batch, for strategies that read activations.
+
+        Args:
+            eval_data: items to read.
+            shared: of several processes each sees its portion of the batches only, perhaps none;
+                what it takes from them has to be put together with `stats.merged`.
 
         Yields:
             states: L + 1 tensors (sequences, tokens, hidden): the input of every layer, and the
@@ -430,6 +437,9 @@ class BasePruner(ABC):
             real: bool (sequences, tokens), false for padding.
         """
         batches = encode_for(self.model, self.tokenizer, eval_data, self.batch_size)
+        if shared:
+            own = portion([batch.input_ids.numel() for batch in batches])
+            batches = batches[own.start : own.stop]
         states: list[torch.Tensor] = []
 
         def keep(index: int, entering: torch.Tensor, leaving: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from .architectures import LOOSE, as_stored, auto_class, loadable_config
 from .configs import COUNT_FIELDS, text_config
 from .errors import InvalidPlanError, VerificationError
 from .layers import LayerStack
-from .likelihood import evaluating, position_limit
+from .likelihood import evaluating, input_device, position_limit
 from .output import PLAN_FILE, staged_output, write_atomically
 from .results import PruningPlan, check_layers
 from .utils import count_bytes, logger
@@ -141,7 +141,7 @@ def verify_checkpoint(folder: str | Path, model: PreTrainedModel) -> None:
     custom = type(model).__module__.startswith("transformers_modules")
     reloaded = load_cleanly(folder, auto_class(model), dtype=model.dtype, trust_remote_code=custom)
     ids = _probe(model)
-    reloaded.to(model.device)
+    reloaded.to(input_device(model))
     with evaluating(model), evaluating(reloaded):
         want = model(input_ids=ids, use_cache=False).logits
         got = reloaded(input_ids=ids, use_cache=False).logits
@@ -219,7 +219,7 @@ def _probe(model: Any) -> torch.Tensor:
     length = min(PROBE_TOKENS, position_limit(model))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (1, length), generator=generator)
-    return ids.to(next(model.parameters()).device)
+    return ids.to(input_device(model))
 
 
 def _cached_logits(model: Any, ids: torch.Tensor) -> torch.Tensor | None:

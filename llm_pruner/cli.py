@@ -16,8 +16,9 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from .errors import (
     UnknownNameError,
 )
 from .output import PLAN_FILE, check_output, clear_checkpoints, hold_output
+from .processes import TIMEOUT, group, launched, on_first, one_only, rank, told_by_first
 from .registry import BUILTIN, check_strategy_name, get_strategy, option_names
 from .results import PruningPlan
 from .text import curve_text, manifest_text, plan_text, report_text, saved_text
@@ -94,6 +96,13 @@ def _add_input(group: Any) -> None:
     )
     add("--batch-size", type=int, default=8, metavar="N", help="sequences at a time (default: 8)")
     add("--seed", type=int, default=0, help="random seed of sampling and healing (default: 0)")
+    add(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        metavar="SECONDS",
+        help="how long one of several processes waits for another (default: 1800)",
+    )
 
 
 def _add_choice(group: Any) -> None:
@@ -183,30 +192,58 @@ def _add_output(group: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    """Run the command; returns the exit code.
+
+    Of several processes the first alone prints, but for errors that it does not have.
+    """
+    with redirect_stdout(StringIO()) if rank() > 0 else nullcontext():
+        with redirect_stderr(StringIO()) if rank() > 0 else nullcontext():
+            args = build_parser().parse_args(argv)
+        return _main(args, list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(args: argparse.Namespace, words: list[str]) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logger.setLevel(logging.ERROR if args.quiet else logging.INFO)
+    logger.setLevel(logging.ERROR if args.quiet or rank() > 0 else logging.INFO)
     try:
         signal.signal(signal.SIGTERM, _stop)
-        _check(args)
-        with nullcontext() if args.dry_run else hold_output(args.output):
-            _run(args)
+        if one_only():
+            logger.warning("accelerate launch --cpu starts one process; for several use torchrun.")
+        with group(args.timeout):
+            _check(args)
+            writes = not args.dry_run and rank() == 0
+            with hold_output(args.output) if writes else nullcontext():
+                _run(args)
     except LLMPrunerError as error:
         if os.environ.get("LLM_PRUNER_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        _tell(str(error))
         return error.exit_code
+    except SystemExit:
+        if launched() > 1:  # a launcher ends all processes when one of them has ended
+            _tell("stopped by the launcher: another process has ended. Go on with --resume.")
+        raise
     except KeyboardInterrupt:
-        words = list(sys.argv[1:] if argv is None else argv)
         left = [_beside(args, ending) for ending in ("journal.jsonl", "healing")]
         hint = ""
         if any(path.exists() for path in left):
             again = shlex.join(["llm-pruner", *words, *([] if args.resume else ["--resume"])])
             hint = f" Resume with: {again}"
-        print(f"\ninterrupted; nothing half-written.{hint}", file=sys.stderr)
+            if launched() > 1:
+                hint = " Go on with the same command and --resume."
+        if rank() == 0:
+            print(f"\ninterrupted; nothing half-written.{hint}", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _tell(message: str) -> None:
+    """Print an error; of several processes that have the same one the first alone does."""
+    if launched() > 1:  # ended by the launcher now, it could not say why
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if not told_by_first(message):
+        who = f"rank {rank()}: " if rank() > 0 else ""
+        print(f"error: {who}{message}", file=sys.stderr, flush=True)
 
 
 def _stop(number: int, frame: object) -> None:
@@ -250,7 +287,7 @@ def _check(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise InvalidPlanError(f"--{name.replace('_', '-')} {value} must be at least 1.")
     if not args.dry_run and args.sweep is None:
-        check_output(args.output, overwrite=args.overwrite)
+        on_first(lambda: check_output(args.output, overwrite=args.overwrite))
 
 
 def _check_use(args: argparse.Namespace) -> None:
@@ -332,21 +369,22 @@ def _run(args: argparse.Namespace) -> None:
 def _prune_on_disk(args: argparse.Namespace) -> None:
     from .slicer import NeedsMemoryError, prune_checkpoint
 
-    plan = args.layers if args.plan is None else PruningPlan.load(args.plan)
     options = {"overwrite": args.overwrite, "trust_remote_code": args.trust_remote_code}
+    plan = on_first(lambda: args.layers if args.plan is None else PruningPlan.load(args.plan))
+    proof = {"link": args.link, "verify": args.verify}
     try:
-        manifest = prune_checkpoint(
-            args.model, plan, args.output, link=args.link, verify=args.verify, **options
+        manifest = on_first(
+            lambda: prune_checkpoint(args.model, plan, args.output, **proof, **options)
         )
         text = manifest_text(manifest, args.output)
     except NeedsMemoryError as error:
         logger.info("%s\nLoading the model instead.", error)
         pruner = _make_pruner(args, *_load(args))
         given = plan if isinstance(plan, PruningPlan) else _manual_plan(args, pruner)
-        options = {"overwrite": args.overwrite, "plan": given}
-        pruner.prune_and_save(given.remove, args.output, args.model, **options)
+        where = args.output, args.model
+        pruner.prune_and_save(given.remove, *where, overwrite=args.overwrite, plan=given)
         text = saved_text(given, args.output)
-    saved = PruningPlan.load(Path(args.output) / PLAN_FILE)
+    saved = on_first(lambda: PruningPlan.load(Path(args.output) / PLAN_FILE))
     print(saved.to_json() if args.json else text, end="")
 
 
@@ -357,7 +395,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     from .utils import disable_progress_bars, load_model
 
     transformers_logging.set_verbosity(logging.ERROR)
-    if args.quiet or not sys.stderr.isatty():
+    if args.quiet or rank() > 0 or not sys.stderr.isatty():
         disable_progress_bars()
     set_seed(args.seed)
     logger.info("Loading %s", args.model)
@@ -377,18 +415,20 @@ def _run_in_memory(args: argparse.Namespace) -> None:
 
     pruner = _make_pruner(args, *_load(args))
     source = args.eval_dataset or (DEMO_MODEL if args.model == DEMO_MODEL else None)
-    given = None if args.plan is None else PruningPlan.load(args.plan)
-    data = load_data(
-        source,
-        args.n_samples,
-        heal_source=args.heal_data,
-        healing=args.heal != "none",
-        taken=given.data.get("prompts", ()) if given else (),
-        seed=args.seed,
+    given = on_first(lambda: None if args.plan is None else PruningPlan.load(args.plan))
+    data = on_first(
+        lambda: load_data(
+            source,
+            args.n_samples,
+            heal_source=args.heal_data,
+            healing=args.heal != "none",
+            taken=given.data.get("prompts", ()) if given else (),
+            seed=args.seed,
+        )
     )
     checkpoints = _beside(args, "healing")
     if not args.resume and not args.dry_run:
-        _clear(args)
+        on_first(lambda: _clear(args))
     lora = LoraSettings(
         steps=args.heal_steps,
         seed=args.seed,
@@ -418,7 +458,7 @@ def _run_in_memory(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         seed=args.seed,
     )
-    clear_checkpoints(checkpoints)
+    on_first(lambda: clear_checkpoints(checkpoints))
     figures = draw_figures(pruner, pruned, report, data) if args.visualize else []
     if args.export_yaml:
         pruner.export_mergekit_yaml(plan.remove, args.export_yaml, args.model)
@@ -473,12 +513,12 @@ def _sweep(args: argparse.Namespace, pruner: BasePruner, data: DataSplit) -> Non
     written = []
     if not args.dry_run:
         written.append(_beside(args, "curve.json"))
-        curve.save(written[0])
+        on_first(lambda: curve.save(written[0]))
     if args.visualize and not args.dry_run:
         from .visualization import plot_depth_curve
 
         written.append(_beside(args, "curve.png"))
-        plot_depth_curve(curve, save_path=written[1])
+        on_first(lambda: plot_depth_curve(curve, save_path=written[1]) and None)
     print(curve.to_json() if args.json else curve_text(curve), end="")
     if not args.json:
         print("".join(f"Wrote {path}\n" for path in written), end="")
@@ -516,7 +556,7 @@ def _make_plan(
         source = args.eval_dataset or "default"
         return replace(plan, data={**plan.data, "source": source, "seed": args.seed})
     except BaseException:
-        if pruner.partial_plan and not args.dry_run:
+        if pruner.partial_plan and not args.dry_run and rank() == 0:
             path = _beside(args, "partial_plan.json")
             pruner.partial_plan.save(path)
             print(

@@ -9,6 +9,7 @@
     |-- LoadError (OSError)                  a model or dataset could not be found or read
     |-- OutputError (OSError)                the output cannot be written where it was asked for
     |-- VerificationError (RuntimeError)     a written checkpoint does not compute what it should
+    |-- ProcessGroupError (RuntimeError)     of several processes one ended, or does not answer
     |-- OutOfMemoryError (MemoryError)       the memory does not suffice for what was asked
     `-- MissingDependencyError (ImportError) an optional package is needed
 
@@ -82,6 +83,12 @@ class VerificationError(LLMPrunerError, RuntimeError):
     """A written checkpoint does not compute what it should."""
 
     exit_code = 6
+
+
+class ProcessGroupError(LLMPrunerError, RuntimeError):
+    """Of several processes one has ended, or does not answer."""
+
+    exit_code = 4
 
 
 class MissingDependencyError(LLMPrunerError, ImportError):

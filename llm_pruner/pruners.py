@@ -15,6 +15,7 @@ from .base import DEFAULT_PROTECT, BasePruner
 from .bases import MeasuredPruner, SimilarityPruner
 from .batching import EvalItem, prompt_keys, refuse_overlap
 from .errors import InvalidPlanError
+from .processes import gather
 from .registry import register_strategy
 from .results import LayerScores, check_layers
 from .rounds import Repairs, search_in_rounds
@@ -25,6 +26,7 @@ from .stats import (
     RunningMean,
     RunningVariance,
     last_real_token,
+    merged,
     real_tokens,
     sequence_means,
 )
@@ -145,7 +147,7 @@ class AVSSPruner(BasePruner):
         sparse = [RunningMean() for _ in layers]
         neurons = torch.zeros(self.num_layers, 1, dtype=torch.float64)  # sums over tokens
         tokens = 0
-        for states, real in self.hidden_states(eval_data):
+        for states, real in self.hidden_states(eval_data, shared=True):
             outputs = states[1:]
             if self.pool == "sequence":
                 for index, means in enumerate(sequence_means(outputs, real)):
@@ -159,8 +161,10 @@ class AVSSPruner(BasePruner):
                     sparse[index].update(chunk[index].abs() < self.epsilon)
                     if self.pool == "none":
                         pooled[index].update(chunk[index])
+        per_sequence, pooled, sparse = merged(per_sequence), merged(pooled), merged(sparse)
         if self.pool == "neuron":
-            for index, means in enumerate(neurons / tokens):
+            total = sum(gather(neurons), neurons.new_zeros(1))
+            for index, means in enumerate(total / sum(gather(tokens))):
                 pooled[index].update(means)
                 sparse[index].update(means.abs() < self.epsilon)
         variance = [
@@ -173,7 +177,7 @@ class AVSSPruner(BasePruner):
         added = [RunningVariance() for _ in self.layers]
         entering = [RunningVariance() for _ in self.layers]
         sparse = [RunningMean() for _ in self.layers]
-        for states, real in self.hidden_states(eval_data):
+        for states, real in self.hidden_states(eval_data, shared=True):
             for chunk in real_tokens(states, real):  # (layers + 1, tokens, hidden)
                 for index in range(self.num_layers):
                     update = chunk[index + 1] - chunk[index]
@@ -181,6 +185,7 @@ class AVSSPruner(BasePruner):
                     added[index].update(update)
                     entering[index].update(chunk[index])
                     sparse[index].update(update.abs() < 0.1 * size)
+        added, entering, sparse = merged(added), merged(entering), merged(sparse)
         scores = {}
         for index in range(self.num_layers):
             variance = added[index].variance / (entering[index].variance or math.nan)
@@ -252,8 +257,9 @@ class PruneMePruner(SimilarityPruner):
 
     def distances(self, eval_data: Sequence[EvalItem]) -> torch.Tensor:
         angles = AngularDistances(self.num_layers + 1)
-        for states, real in self.hidden_states(eval_data):
+        for states, real in self.hidden_states(eval_data, shared=True):
             angles.update(last_real_token(states, real))
+        (angles,) = merged([angles])
         return angles.matrix
 
 
@@ -282,9 +288,10 @@ class BlockInfluencePruner(SimilarityPruner):
 
     def distances(self, eval_data: Sequence[EvalItem]) -> torch.Tensor:
         cosines = CosineSimilarities(self.num_layers + 1)
-        for states, real in self.hidden_states(eval_data):
+        for states, real in self.hidden_states(eval_data, shared=True):
             for tokens in real_tokens(states, real):
                 cosines.update(tokens)
+        (cosines,) = merged([cosines])
         return (1 - cosines.matrix).clamp(0, 2)
 
 

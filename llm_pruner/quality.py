@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from .batching import EvalItem, encode_rows, fingerprint
-from .errors import NonFiniteError, OutputError, UnsupportedModelError
+from .errors import NonFiniteError, OutputError, ProcessGroupError, UnsupportedModelError
 from .layers import LayerStack
 from .likelihood import HINT, at_least_one, position_limit
 from .objectives import MAX_LENGTH, OBJECTIVES, ObjectiveLike, Samples, parse_objective
-from .replay import Mask
+from .processes import gather, portion, working_together
+from .replay import Mask, executions, in_tree_order
 from .results import check_layers
 from .stats import bootstrap_counts
 from .utils import logger, model_fingerprint, progress, tokenizer_fingerprint
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 BLOCK = 16  # samples on which a comparison begins, at least
 Share = tuple[int, ...]  # chunks of samples
+Task = tuple[int, list[Mask]]  # a chunk, and the masks to be measured on it
 
 
 class Journal:
@@ -104,7 +106,8 @@ class RemovalQuality:
 
     Attributes:
         rungs: numbers of chunks of samples; the last is all of them.
-        measured: chunks measured by this object, over all masks; those of the journal not counted.
+        measured: chunks measured by this object, over all masks; those of the journal, and of other
+            processes, not counted.
         refused: masks that cannot be, and why.
 
     Raises:
@@ -133,6 +136,7 @@ class RemovalQuality:
         for block in blocks:
             block.sort(key=lambda row: len(rows[row].ids))  # of similar length, less padding
         rows = [rows[index] for block in blocks for index in block]
+        self._lengths = [len(row.ids) for row in rows]
         self._chunks: list[range] = []
         self._blocks: list[list[int]] = []
         for begin, block in zip(_starts(blocks), blocks, strict=True):
@@ -170,8 +174,10 @@ class RemovalQuality:
         """Take in what the journal knows."""
         if self._journal is None:
             return
-        found = self._journal.read(self._key)
-        for mask, chunk, values in found:
+        # From all processes, before any of them writes: from here on they know the same.
+        parts = gather(self._journal.read(self._key))
+        found = {(mask, chunk): values for part in parts for mask, chunk, values in part}
+        for (mask, chunk), values in found.items():
             known = torch.tensor(values, dtype=torch.float64)
             fits = 0 <= chunk < len(self._chunks) and known.isfinite().all()
             if not fits or known.shape != (len(self._names), len(self._chunks[chunk])):
@@ -306,6 +312,8 @@ class RemovalQuality:
     ) -> None:
         """Measure what is not known yet of `masks` on the samples of a share, all in one sweep.
 
+        Of several processes each measures its portion, and all come to know everything.
+
         Raises:
             NonFiniteError: NaN or infinite values; the message names the layers.
         """
@@ -320,8 +328,44 @@ class RemovalQuality:
             ]
             if missing:
                 todo.append((chunk, missing))
-        for chunk, missing in progress(todo, label):
+        own = self._portion(todo)
+        for chunk, missing in progress(own, label):
             self._measure(chunk, missing)
+        if todo and working_together() > 1:
+            self._exchange(own, todo)
+
+    def _portion(self, todo: list[Task]) -> list[Task]:
+        """What of it falls to this process; masks that share states stay together."""
+        units: list[tuple[int, Mask]] = []
+        costs: list[int] = []
+        for chunk, masks in todo:
+            ordered = in_tree_order(masks, len(self.stack))
+            lengths = [self._lengths[row] for row in self._chunks[chunk]]
+            units += [(chunk, mask) for mask in ordered]
+            padded = len(lengths) * max(lengths)
+            costs += [padded * layers for layers in executions(self.stack, ordered)]
+        own: dict[int, list[Mask]] = {}
+        for place in portion(costs):
+            chunk, mask = units[place]
+            own.setdefault(chunk, []).append(mask)
+        return list(own.items())
+
+    def _exchange(self, own: list[Task], todo: list[Task]) -> None:
+        """Take in what the other processes have measured."""
+        found = {
+            (mask, chunk): self._values[mask][:, span.start : span.stop].tolist()
+            for chunk, masks in own
+            for mask in masks
+            if (span := self._chunks[chunk])
+        }
+        for part in gather(found):
+            for (mask, chunk), values in part.items():
+                self._keep(mask, chunk, torch.tensor(values, dtype=torch.float64))
+        if any(chunk not in self._done.get(mask, ()) for chunk, masks in todo for mask in masks):
+            raise ProcessGroupError(
+                "The processes measure different sets of layers, so they have come to different "
+                "decisions: all need the same model and data, and a strategy no chance of its own."
+            )
 
     def refusal(self, mask: Mask) -> str:
         """Why the architecture cannot do without these layers; empty if it can."""

@@ -6,7 +6,7 @@ that keep the same layers up to some depth share all states up to there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
@@ -41,7 +41,7 @@ def replayed(
     Yields:
         Each mask with what `run` returned, in the order of the tree.
     """
-    ordered = sorted(set(masks), key=lambda mask: _bits(mask, len(stack)))
+    ordered = in_tree_order(masks, len(stack))
     if not stack.can_replay:
         for mask in ordered:
             with stack.bypass(mask) as model:
@@ -58,6 +58,21 @@ def replayed(
         with begin as model, stack.entering(wanted - set(states), states.__setitem__):
             result = run(model)
         yield mask, result
+
+
+def in_tree_order(masks: Iterable[Mask], depth: int) -> list[Mask]:
+    """Different masks of `depth` layers, in the order in which `replayed` runs them."""
+    return sorted(set(masks), key=lambda mask: _bits(mask, depth))
+
+
+def executions(stack: LayerStack, ordered: Sequence[Mask]) -> list[int]:
+    """How many layers `replayed` runs for each of these masks, which are in its order."""
+    whole = [len(stack) - len(mask) for mask in ordered]
+    if not stack.can_replay:
+        return whole
+    forks = [0, *(_fork(*pair) for pair in pairwise(ordered))]
+    below = [sum(layer < fork for layer in mask) for mask, fork in zip(ordered, forks, strict=True)]
+    return [count - (fork - gone) for count, fork, gone in zip(whole, forks, below, strict=True)]
 
 
 def _bits(mask: Mask, depth: int) -> tuple[bool, ...]:

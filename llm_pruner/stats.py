@@ -3,15 +3,19 @@
 Two choices are kept apart. Which vectors count, padding left out: `real_tokens`,
 `last_real_token`, `sequence_means`. What is averaged over them: `RunningMean`, `RunningVariance`,
 and for all pairs of the L + 1 states of the residual stream at once `CosineSimilarities` and
-`AngularDistances`, which keep (L + 1)^2 numbers and no activations.
+`AngularDistances`, which keep (L + 1)^2 numbers and no activations. What several
+processes have each taken in, `merged` puts together.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
+
+from .processes import gather
 
 # The most elements that are copied to float64 at a time: 8 MiB, which a CPU's cache holds, or
 # 128 MiB, which keep an accelerator busy.
@@ -36,11 +40,19 @@ class RunningVariance:
             count = part.numel()
             mean = part.mean().item()
             deviation = (part - mean).square().sum().item()
-            total = self.count + count
-            distance = mean - self.mean
-            self._deviation += deviation + distance**2 * self.count * count / total
-            self.mean += distance * count / total
-            self.count = total
+            self._join(count, mean, deviation)
+
+    def merge(self, other: RunningVariance) -> None:
+        """Take in what `other` has taken in."""
+        if other.count:
+            self._join(other.count, other.mean, other._deviation)
+
+    def _join(self, count: int, mean: float, deviation: float) -> None:
+        total = self.count + count
+        distance = mean - self.mean
+        self._deviation += deviation + distance**2 * self.count * count / total
+        self.mean += distance * count / total
+        self.count = total
 
     @property
     def variance(self) -> float:
@@ -60,6 +72,11 @@ class RunningMean:
         for part in _parts(values.flatten()):
             self.total += part.sum().item()
             self.count += part.numel()
+
+    def merge(self, other: RunningMean) -> None:
+        """Take in what `other` has taken in."""
+        self.total += other.total
+        self.count += other.count
 
     @property
     def mean(self) -> float:
@@ -84,6 +101,11 @@ class _PairMean(ABC):
             unit = torch.nn.functional.normalize(part, dim=-1, eps=torch.finfo(part.dtype).tiny)
             self._sum += self._summed(unit).cpu()
             self._count += part.shape[1]
+
+    def merge(self, other: Self) -> None:
+        """Take in what `other` has taken in."""
+        self._sum += other._sum
+        self._count += other._count
 
     @property
     def matrix(self) -> torch.Tensor:
@@ -127,6 +149,26 @@ class AngularDistances(_PairMean):
         angle = cosine.arccos() / torch.pi
         angle.diagonal(dim1=1, dim2=2).zero_()  # arccos of 1 - 1e-16 is 1e-8, not 0
         return angle.sum(0)
+
+
+class _Merges(Protocol):
+    def merge(self, other: Any, /) -> None: ...
+
+
+Accumulator = TypeVar("Accumulator", bound=_Merges)
+
+
+def merged(accumulators: Sequence[Accumulator]) -> list[Accumulator]:
+    """What all processes together have taken in, the same bits in each of them.
+
+    Args:
+        accumulators: those of this process; in every process as many, of the same kinds.
+    """
+    first, *others = gather(list(accumulators))
+    for other in others:
+        for accumulator, more in zip(first, other, strict=True):
+            accumulator.merge(more)
+    return first
 
 
 def real_tokens(states: Sequence[torch.Tensor], mask: torch.Tensor) -> Iterator[torch.Tensor]:

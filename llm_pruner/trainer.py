@@ -37,6 +37,7 @@ from .layers import LayerStack
 from .likelihood import batch_nll, evaluating
 from .lora import LoraSettings, default_rate
 from .output import KEY_FILE, own_checkpoints, write_atomically
+from .processes import told_plainly
 from .surgery import share_copy
 from .utils import logger, progress
 
@@ -92,8 +93,9 @@ def train_lora(
                 settings=settings,
             )
             trainer.remove_callback(PrinterCallback)
-            trainer.train(resume_from_checkpoint=start)
-            trainer.accelerator.wait_for_everyone()  # the best state is loaded from the folder
+            with told_plainly():
+                trainer.train(resume_from_checkpoint=start)
+                trainer.accelerator.wait_for_everyone()  # the best state is in the folder
             state = trainer.state
             outcome = {"steps": state.global_step, "best_step": state.best_global_step}
             merged = _merged(student)

@@ -7,11 +7,12 @@ import importlib
 import importlib.metadata
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import LoadError
+from .processes import launched, launched_here, local_rank
 
 if TYPE_CHECKING:
     import torch
@@ -26,11 +27,24 @@ _progress_bars = True
 
 
 def get_device() -> torch.device:
-    """The best device of this machine: CUDA, then MPS, then the CPU."""
+    """The best device of this machine: CUDA, then MPS, then the CPU.
+
+    Of several processes each has the GPU of its own number.
+
+    Raises:
+        LoadError: there are fewer GPUs than processes.
+    """
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and launched() == 1:
         return torch.device("cuda")
+    if torch.cuda.is_available():
+        if local_rank() >= (there := torch.cuda.device_count()):
+            raise LoadError(
+                f"Process {local_rank()} of this machine has no GPU, of which there are {there}: "
+                f"start {there} processes (--nproc_per_node {there}), or use --device cpu."
+            )
+        return torch.device("cuda", local_rank())
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
@@ -50,12 +64,32 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     """Short hash of a model's config and of a sample of every tensor, to tell models apart."""
     config = getattr(model, "config", None)
     digest = hashlib.sha256(config.to_json_string().encode() if config is not None else b"")
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 256)].float().cpu()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
+    for _, sample in sorted((name, _sample(name, tensor)) for name, tensor in _tensors(model)):
+        digest.update(sample)
     return digest.hexdigest()[:16]
+
+
+def _sample(name: str, tensor: torch.Tensor) -> bytes:
+    flat = tensor.detach().reshape(-1)
+    values = flat[:: max(1, flat.numel() // 256)].float().cpu()
+    return f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + values.numpy().tobytes()
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The entries of the state dict; what accelerate keeps on the disk is read from there."""
+    state = model.state_dict()
+    yield from ((name, tensor) for name, tensor in state.items() if not tensor.is_meta)
+    if not any(tensor.is_meta for tensor in state.values()):
+        return
+    from accelerate.utils import align_module_device
+
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        names = [(name, prefix + name) for name in (*module._parameters, *module._buffers)]
+        away = [(name, full) for name, full in names if full in state and state[full].is_meta]
+        if away:
+            with align_module_device(module, "cpu"):
+                yield from ((full, getattr(module, name)) for name, full in away)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -174,6 +208,11 @@ def load_model(
 
     source = resolve_model_id(model_id)
     spread = str(device) == "auto"
+    if spread and launched_here() > 1:
+        raise LoadError(
+            f"device='auto' (--device auto) spreads a model over all devices of a machine, and "
+            f"{launched_here()} processes are on this one: start one (--nproc_per_node 1)."
+        )
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         auto, _ = auto_model_class(source, **options)  # first: fails soonest

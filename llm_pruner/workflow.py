@@ -17,6 +17,7 @@ from .data import load_eval_dataset, split_items
 from .evaluation import HolisticEvaluator, compare_speed
 from .healing import Heal, LoraSettings
 from .likelihood import perplexity
+from .processes import on_first
 from .results import LayerScores, Measurement, PruningPlan, PruningReport
 from .utils import DEMO_MODEL, count_bytes, count_parameters, logger
 
@@ -132,7 +133,10 @@ def carry_out(
     questions = [item for item in judging if isinstance(item, dict)]
     if not plan.held_out:
         plan = replace(plan, held_out=pruner.measure_choice(plan.remove, judging))
-    quality_before, answers_before = measure_quality(model, tokenizer, judging, pruner.batch_size)
+    size = pruner.batch_size
+    quality_before, answers_before = on_first(
+        lambda: measure_quality(model, tokenizer, judging, size)
+    )
     pruned, _ = pruner.prune_and_save(
         plan.remove,
         output_dir,
@@ -143,14 +147,16 @@ def carry_out(
         overwrite=overwrite,
         plan=plan,
     )
-    saved = PruningPlan.load(Path(output_dir) / "pruning_plan.json")
-    quality_after, answers_after = measure_quality(pruned, tokenizer, judging, pruner.batch_size)
+    saved = on_first(lambda: PruningPlan.load(Path(output_dir) / "pruning_plan.json"))
+    quality_after, answers_after = on_first(
+        lambda: measure_quality(pruned, tokenizer, judging, size)
+    )
     healing = dict(saved.options["heal"])
     if heal != "none":  # what the cut alone costs on the judging items, for comparison
         cut = pruner.layers.remove(plan.remove)
-        healing["cut_quality"], _ = measure_quality(cut, tokenizer, judging, pruner.batch_size)
+        healing["cut_quality"], _ = on_first(lambda: measure_quality(cut, tokenizer, judging, size))
     logger.info("Measuring generation speed")
-    speeds = compare_speed([model, pruned], tokenizer)
+    speeds = on_first(lambda: compare_speed([model, pruned], tokenizer))
     before, after = (
         Measurement(
             layers=layers,
@@ -175,7 +181,7 @@ def carry_out(
         seed=seed,
         seconds=time.monotonic() - start,
     )
-    report.save(Path(output_dir) / REPORT_FILE)
+    on_first(lambda: report.save(Path(output_dir) / REPORT_FILE))
     return report, pruned
 
 
@@ -230,6 +236,20 @@ def draw_figures(
     were given, computed here for a search that did without; the benchmark where the data has
     references.
     """
+    plan, scores = report.plan, report.plan.scores
+    if scores is None and plan.strategy == pruner.name:
+        found = pruner.compute_layer_scores(data.scoring)
+        scores = found if isinstance(found, LayerScores) else LayerScores(found)
+    return on_first(lambda: _drawn(pruner, pruned, report, data, scores))
+
+
+def _drawn(
+    pruner: BasePruner,
+    pruned: PreTrainedModel,
+    report: PruningReport,
+    data: DataSplit,
+    scores: LayerScores | None,
+) -> list[Path]:
     from . import visualization
 
     folder = Path(report.output_dir) / FIGURES
@@ -243,10 +263,6 @@ def draw_figures(
     visualization.plot_semantic_comparison(
         pruner.model, pruned, pruner.tokenizer, prompt, save_path=written[1]
     )
-    scores = plan.scores
-    if scores is None and plan.strategy == pruner.name:
-        found = pruner.compute_layer_scores(data.scoring)
-        scores = found if isinstance(found, LayerScores) else LayerScores(found)
     if scores is not None:
         written.append(folder / "layer_importance.png")
         visualization.plot_layer_importance(

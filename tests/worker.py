@@ -1,0 +1,153 @@
+"""What each process of tests/test_processes.py runs; it writes what it finds to a file of its own.
+
+torchrun ... tests/worker.py TASK FOLDER [arguments of the command]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import N_LAYERS, items, tiny_llama, word_tokenizer
+
+from llm_pruner import BasePruner, checkpoint, cli, get_strategy, processes, quality, workflow
+from llm_pruner.bases import MeasuredPruner
+from llm_pruner.errors import InvalidPlanError, LLMPrunerError
+from llm_pruner.utils import model_fingerprint
+
+ODD = 11  # items; in batches of 2 they cannot be divided evenly
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("pruneme", {}),
+    ("bi", {}),
+    ("avss", {}),
+    *(("avss", {"variant": "published", "pool": pool, "epsilon": 0.1})
+      for pool in ("sequence", "none", "neuron")),
+    ("ablation", {}),
+    ("ablation", {"objective": "nll=0.5,kl=0.5"}),
+    ("smart", {}),
+]  # fmt: skip
+
+
+class SmallestUpdate(BasePruner):
+    """Knows nothing of processes."""
+
+    def description(self) -> str:
+        return "The strategy of CONTRIBUTING.md."
+
+    def compute_layer_scores(self, eval_data: Sequence[Any]) -> dict[int, float]:
+        total = [0.0] * self.num_layers
+        for states, real in self.hidden_states(eval_data):
+            for i in range(self.num_layers):
+                total[i] += (states[i + 1] - states[i])[real].norm(dim=-1).sum().item()
+        return dict(enumerate(total))
+
+
+def found(journal: Path | None = None) -> dict[str, Any]:
+    """The scores of every strategy and the plan of `smart`, to the last bit; and who did what."""
+    model, tokenizer = tiny_llama(), word_tokenizer()
+    results: dict[str, Any] = {"scores": {}, "measured": {}}
+    for n_items in (ODD, 1):
+        for name, options in VARIANTS:
+            pruner = get_strategy(name)(model, tokenizer, batch_size=2, **options)
+            scores = pruner.compute_layer_scores(items(n_items))
+            key = f"{n_items} {name} {options}"
+            results["scores"][key] = [scores[i].hex() for i in range(N_LAYERS)]
+            if isinstance(pruner, MeasuredPruner):
+                results["measured"][key] = pruner.quality(items(n_items)).measured
+    own = SmallestUpdate(model, tokenizer, batch_size=2).compute_layer_scores(items(ODD))
+    results["scores"]["own"] = [own[i].hex() for i in range(N_LAYERS)]
+    smart = get_strategy("smart")(model, tokenizer, batch_size=2, journal=journal)
+    plan = smart.plan(items(48), n_layers=3, held_out=items(60)[48:])
+    results["plan"] = json.loads(plan.to_json())
+    results["search"] = smart.quality(items(48)).measured
+    return results
+
+
+def library(folder: Path) -> None:
+    """What the library finds, and what `on_first` does, in this process of several."""
+    with processes.group(60):
+        results = found(folder / "journal.jsonl")
+        results["alone"] = processes.on_first(
+            lambda: [os.environ["RANK"], processes.gather("x"), list(processes.portion([1, 1, 1]))]
+        )
+
+        def fail() -> None:
+            raise InvalidPlanError("only the first knows")
+
+        def break_down() -> None:
+            raise ZeroDivisionError("a fault")
+
+        results["errors"] = []
+        for work in (fail, break_down):
+            try:
+                processes.on_first(work)
+            except (LLMPrunerError, ZeroDivisionError) as error:
+                results["errors"].append(f"{type(error).__name__}: {error}")
+        results["portion"] = list(processes.portion([5, 1, 1, 1, 1, 1]))
+        results["after"] = processes.gather(processes.rank())
+    write(folder, results)
+
+
+def command(folder: Path) -> None:
+    """The whole command; which model this process ends with."""
+    results: dict[str, Any] = {}
+    carry_out = workflow.carry_out
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        report, pruned = carry_out(*args, **kwargs)
+        results.update(model=model_fingerprint(pruned), report=json.loads(report.to_json()))
+        return report, pruned
+
+    workflow.carry_out = watched  # type: ignore[assignment]
+    results["code"] = cli.main(sys.argv[3:])
+    write(folder, results)
+    sys.exit(results["code"])
+
+
+def second_stops(folder: Path, how: Callable[[], None], after: int) -> None:
+    """The command, whose second process stops in the middle of its measurements."""
+    append = quality.Journal.append
+    measured = 0
+
+    def counting(*args: Any) -> None:
+        nonlocal measured
+        measured += 1
+        if processes.rank() == 1 and measured > after:
+            how()
+        append(*args)
+
+    quality.Journal.append = counting  # type: ignore[method-assign]
+    command(folder)
+
+
+def disk_is_full(*args: Any) -> None:
+    """What writing a model to a full disk does."""
+    raise OSError(28, "No space left on device")
+
+
+def write(folder: Path, results: dict[str, Any]) -> None:
+    """Leave what this process has found."""
+    (folder / f"{processes.rank()}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    task, place = sys.argv[1], Path(sys.argv[2])
+    if task == "library":
+        library(place)
+    elif task == "killed":
+        second_stops(place, lambda: os.kill(os.getpid(), signal.SIGKILL), after=25)
+    elif task == "hung":
+        second_stops(place, lambda: time.sleep(600), after=25)
+    elif task == "full":
+        checkpoint.write_model = disk_is_full
+        command(place)
+    else:
+        command(place)
