@@ -109,6 +109,9 @@ def main() -> None:
         names = {str(old): "old", str(new): "new"}
         names[str(None)] = "absent" if kind == "fresh" else "gone"
         outcome = names.get(str(found(out)), f"WRONG: {found(out)}")
+        aside = out.parent.glob(".out.old-*") if out.parent.exists() else ()
+        if any(found(folder) != old for folder in aside):
+            outcome = "HALF OLD"  # which a later run might put back
         job(out, "next")
         left = sorted(path.name for path in out.parent.iterdir())
         if left != ["out"] and kind != "file":  # a file's leftover is hidden, and stays
