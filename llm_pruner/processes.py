@@ -49,7 +49,7 @@ _numbers = count()  # of the groups
 
 def launched() -> int:
     """How many processes a launcher has started for this job; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def rank() -> int:
@@ -99,7 +99,7 @@ def group(timeout: float = TIMEOUT) -> Iterator[None]:
         if not dist.is_initialized():
             dist.init_process_group(_backend(), timeout=limit)
         members = dist.new_group(backend="gloo", timeout=limit)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: the environment lacks something
         raise ProcessGroupError(
             f"The {launched()} processes did not find each other within {timeout:g} seconds "
             f"({_first_line(error)}). Start them with torchrun --standalone, or on several "
@@ -250,4 +250,4 @@ def _lost(error: BaseException) -> ProcessGroupError:
 
 def _first_line(error: BaseException) -> str:
     """What a library says first, without the place in its source."""
-    return re.sub(r"^\[\S+\] ", "", str(error)).splitlines()[0].split(". ")[0][:200]
+    return re.sub(r"^\[\S+\] ", "", str(error)).split("\n")[0].split(". ")[0][:200]

@@ -17,7 +17,7 @@ import worker
 from conftest import WORDS, items, tiny_llama, word_tokenizer
 
 from llm_pruner import AblationPruner, SmartPruner, cli, get_device, load_model, processes
-from llm_pruner.errors import InvalidPlanError, LoadError
+from llm_pruner.errors import InvalidPlanError, LoadError, NonFiniteError, ProcessGroupError
 from llm_pruner.quality import Journal
 
 HERE = Path(__file__).parent
@@ -116,6 +116,8 @@ def test_two_processes_find_what_one_finds(two, tmp_path):
     assert len(set(known)) == len(known)  # nothing was measured twice
     assert first["alone"] == second["alone"] == ["0", ["x"], [0, 1, 2]]
     told = "InvalidPlanError: only the first knows"
+    for found in (first, second):
+        assert "measure different sets of layers" in found["errors"].pop()
     assert first["errors"] == [told, "ZeroDivisionError: a fault"]
     assert second["errors"] == [told, "ProcessGroupError: Rank 0: ZeroDivisionError: a fault"]
     assert (first["portion"], second["portion"]) == ([0], [1, 2, 3, 4, 5])
@@ -240,6 +242,25 @@ def test_a_timeout_is_a_number_of_seconds(timeout):
     message = "must be a number of seconds above 0"
     with pytest.raises(InvalidPlanError, match=message), processes.group(timeout):
         pass
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("[/src/gloo/pair.cc:1] Connection closed by peer. And so on"), True),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted"), True),
+        (RuntimeError("another thing"), False),
+        (NonFiniteError("a loss"), False),
+    ],
+    ids=str,
+)
+def test_a_lost_process_is_told_plainly(monkeypatch, error, told):
+    monkeypatch.setattr(processes, "_group", processes._Group(None, 7.0))
+    message = "Another process has ended, or does not answer within 7 seconds"
+    kind, text = (ProcessGroupError, message) if told else (type(error), str(error))
+    with pytest.raises(kind, match=text) as raised, processes.told_plainly():
+        raise error
+    assert told == ("--resume" in str(raised.value))
 
 
 def launch(monkeypatch, **more: int) -> None:
