@@ -11,6 +11,7 @@ import atexit
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -233,9 +234,13 @@ def told_by_first(message: str) -> bool:
         if rank() == 0:
             store.set(key, message)
             return False
-        store.wait([key], timedelta(seconds=PATIENCE))
+        end = time.monotonic() + PATIENCE
+        while not store.check([key]):  # wait() would complain on stderr
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
         return bool(store.get(key).decode() == message)
-    except RuntimeError:  # nothing was left, or the launcher has gone: then this one is told
+    except RuntimeError:  # the launcher has gone
         return False
 
 
