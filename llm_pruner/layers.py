@@ -16,7 +16,7 @@ from torch import nn
 
 from .configs import layer_counts, text_config
 from .errors import InvalidPlanError, UnsupportedModelError
-from .likelihood import evaluating, input_device
+from .likelihood import evaluating
 from .results import check_layers
 from .surgery import cut_layers
 
@@ -73,7 +73,8 @@ class LayerStack(Sequence[nn.Module]):
     @property
     def device(self) -> torch.device:
         """Where token ids have to be for the model's forward."""
-        return input_device(self.model)
+        device = next(self.model.parameters()).device
+        return torch.device("cpu") if device.type == "meta" else device  # offloaded: moved by hooks
 
     @contextmanager
     def observe(self, observer: Observer) -> Iterator[None]:

@@ -11,6 +11,7 @@ import atexit
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ _numbers = count()  # of the groups
 
 def launched() -> int:
     """How many processes a launcher has started for this job; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def rank() -> int:
@@ -99,7 +100,7 @@ def group(timeout: float = TIMEOUT) -> Iterator[None]:
         if not dist.is_initialized():
             dist.init_process_group(_backend(), timeout=limit)
         members = dist.new_group(backend="gloo", timeout=limit)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: the environment lacks something
         raise ProcessGroupError(
             f"The {launched()} processes did not find each other within {timeout:g} seconds "
             f"({_first_line(error)}). Start them with torchrun --standalone, or on several "
@@ -233,9 +234,13 @@ def told_by_first(message: str) -> bool:
         if rank() == 0:
             store.set(key, message)
             return False
-        store.wait([key], timedelta(seconds=PATIENCE))
+        end = time.monotonic() + PATIENCE
+        while not store.check([key]):  # wait() would complain on stderr
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
         return bool(store.get(key).decode() == message)
-    except RuntimeError:  # nothing was left, or the launcher has gone: then this one is told
+    except RuntimeError:  # the launcher has gone
         return False
 
 
@@ -250,4 +255,4 @@ def _lost(error: BaseException) -> ProcessGroupError:
 
 def _first_line(error: BaseException) -> str:
     """What a library says first, without the place in its source."""
-    return re.sub(r"^\[\S+\] ", "", str(error)).splitlines()[0].split(". ")[0][:200]
+    return re.sub(r"^\[\S+\] ", "", str(error)).split("\n")[0].split(". ")[0][:200]

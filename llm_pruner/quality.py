@@ -358,14 +358,16 @@ class RemovalQuality:
             for mask in masks
             if (span := self._chunks[chunk])
         }
-        for part in gather(found):
-            for (mask, chunk), values in part.items():
-                self._keep(mask, chunk, torch.tensor(values, dtype=torch.float64))
-        if any(chunk not in self._done.get(mask, ()) for chunk, masks in todo for mask in masks):
+        wanted = hash(tuple((chunk, tuple(masks)) for chunk, masks in todo))
+        everything = gather((wanted, found))
+        if any(other != wanted for other, _ in everything):
             raise ProcessGroupError(
                 "The processes measure different sets of layers, so they have come to different "
                 "decisions: all need the same model and data, and a strategy no chance of its own."
             )
+        for _, part in everything:
+            for (mask, chunk), values in part.items():
+                self._keep(mask, chunk, torch.tensor(values, dtype=torch.float64))
 
     def refusal(self, mask: Mask) -> str:
         """Why the architecture cannot do without these layers; empty if it can."""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import worker
 from conftest import WORDS, items, tiny_llama, word_tokenizer
 
 from llm_pruner import AblationPruner, SmartPruner, cli, get_device, load_model, processes
-from llm_pruner.errors import InvalidPlanError, LoadError
+from llm_pruner.errors import InvalidPlanError, LoadError, NonFiniteError, ProcessGroupError
 from llm_pruner.quality import Journal
 
 HERE = Path(__file__).parent
@@ -116,6 +117,8 @@ def test_two_processes_find_what_one_finds(two, tmp_path):
     assert len(set(known)) == len(known)  # nothing was measured twice
     assert first["alone"] == second["alone"] == ["0", ["x"], [0, 1, 2]]
     told = "InvalidPlanError: only the first knows"
+    for found in (first, second):
+        assert "measure different sets of layers" in found["errors"].pop()
     assert first["errors"] == [told, "ZeroDivisionError: a fault"]
     assert second["errors"] == [told, "ProcessGroupError: Rank 0: ZeroDivisionError: a fault"]
     assert (first["portion"], second["portion"]) == ([0], [1, 2, 3, 4, 5])
@@ -242,6 +245,25 @@ def test_a_timeout_is_a_number_of_seconds(timeout):
         pass
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("[/src/gloo/pair.cc:1] Connection closed by peer. And so on"), True),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted"), True),
+        (RuntimeError("another thing"), False),
+        (NonFiniteError("a loss"), False),
+    ],
+    ids=str,
+)
+def test_a_lost_process_is_told_plainly(monkeypatch, error, told):
+    monkeypatch.setattr(processes, "_group", processes._Group(None, 7.0))
+    message = "Another process has ended, or does not answer within 7 seconds"
+    kind, text = (ProcessGroupError, message) if told else (type(error), str(error))
+    with pytest.raises(kind, match=text) as raised, processes.told_plainly():
+        raise error
+    assert told == ("--resume" in str(raised.value))
+
+
 def launch(monkeypatch, **more: int) -> None:
     for name, value in {"WORLD_SIZE": 3, "RANK": 1, "LOCAL_RANK": 1, **more}.items():
         monkeypatch.setenv(name, str(value))
@@ -322,6 +344,7 @@ def test_a_model_partly_on_the_disk_scores_the_same(tmp_path):
             )
             assert there.compute_layer_scores(items()) == here.compute_layer_scores(items())
         there, here = SmartPruner(spread, tokenizer), SmartPruner(model, tokenizer)
-        assert there.plan(items(), n_layers=3) == here.plan(items(), n_layers=3)
+        plans = [pruner.plan(items(), n_layers=3) for pruner in (there, here)]
+        assert plans[0] == replace(plans[1], model=plans[0].model)  # one came from a checkpoint
         quality = AblationPruner(spread, tokenizer).quality(items())
         assert quality._key == AblationPruner(model, tokenizer).quality(items())._key

@@ -18,7 +18,7 @@ from torch import nn
 
 from llm_pruner.errors import UnsupportedModelError
 from llm_pruner.layers import LayerStack
-from llm_pruner.replay import replayed
+from llm_pruner.replay import executions, in_tree_order, replayed
 
 REPLAYABLE = (
     "bloom deepseek_v3 falcon gemma2 gemma3n_text gpt2 jamba llama mamba2 minimax mixtral opt "
@@ -158,6 +158,19 @@ def test_layers_run_once_for_every_node_of_the_tree(name, seed):
     with counted(stack) as tokens:
         list(replayed(stack, masks, run))
     assert sum(tokens.values()) == tree_nodes(masks, len(stack)) * IDS.numel()
+
+
+@pytest.mark.parametrize("name", ["llama", "zaya"])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_every_mask_will_cost_is_known(name, seed):
+    stack = build(name)
+    ordered = in_tree_order(random_masks(len(stack), 12, seed), len(stack))
+    with counted(stack) as tokens:
+        told, before = [], 0
+        for mask, _ in replayed(stack, ordered, run):
+            told.append((mask, (sum(tokens.values()) - before) // IDS.numel()))
+            before = sum(tokens.values())
+    assert list(zip(ordered, executions(stack, ordered), strict=True)) == told
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5, 9])

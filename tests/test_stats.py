@@ -156,6 +156,29 @@ def test_cosines_are_averaged_over_tokens():
     assert fed(CosineSimilarities(2), parts).matrix[0, 1].item() == pytest.approx(0)
 
 
+@given(PARTS)
+@settings(max_examples=60, deadline=None)
+def test_merging_parts_is_taking_them_in(batches):
+    for kind in (RunningMean, RunningVariance):
+        one, other = fed(kind(), tensors(batches)), kind()
+        for batch in tensors(batches):
+            other.merge(fed(kind(), [batch]))  # of an empty part too
+        assert other.count == one.count
+        assert other.mean == pytest.approx(one.mean, rel=1e-12, abs=1e-10)
+    assert other.variance == pytest.approx(one.variance, rel=1e-9, abs=1e-9)
+
+
+@given(st.integers(0, 1000), SIZES)
+@settings(max_examples=20, deadline=None)
+def test_merging_pairs_is_taking_them_in(seed, sizes):
+    parts = vectors(seed, sum(sizes)).split(sizes, dim=1)
+    for kind in (AngularDistances, CosineSimilarities):
+        one, other = fed(kind(4), parts), kind(4)
+        for part in parts:
+            other.merge(fed(kind(4), [part]))
+        assert torch.allclose(other.matrix, one.matrix, rtol=1e-12, atol=1e-14)
+
+
 def vectors(seed: int, samples: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(4, samples, 5, generator=generator, dtype=torch.float64)

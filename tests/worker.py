@@ -19,7 +19,7 @@ from conftest import N_LAYERS, items, tiny_llama, word_tokenizer
 
 from llm_pruner import BasePruner, checkpoint, cli, get_strategy, processes, quality, workflow
 from llm_pruner.bases import MeasuredPruner
-from llm_pruner.errors import InvalidPlanError, LLMPrunerError
+from llm_pruner.errors import InvalidPlanError, LLMPrunerError, ProcessGroupError
 from llm_pruner.utils import model_fingerprint
 
 ODD = 11  # items; in batches of 2 they cannot be divided evenly
@@ -91,6 +91,11 @@ def library(folder: Path) -> None:
             except (LLMPrunerError, ZeroDivisionError) as error:
                 results["errors"].append(f"{type(error).__name__}: {error}")
         results["portion"] = list(processes.portion([5, 1, 1, 1, 1, 1]))
+        measure = get_strategy("ablation")(tiny_llama(), word_tokenizer()).quality(items()).measure
+        try:
+            measure([(processes.rank(),)])  # each another set
+        except ProcessGroupError as error:
+            results["errors"].append(str(error))
         results["after"] = processes.gather(processes.rank())
     write(folder, results)
 
