@@ -334,6 +334,58 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """One quantity of two models: before and after.
+
+    Attributes:
+        name: what it is, such as ``perplexity`` or ``arc_easy (acc)``.
+        group: where it belongs: ``text``, ``tasks``, ``answers``, ``size`` or ``speed``.
+        unit: of the values; empty for a plain number.
+        before, after: the values.
+        higher_is_better: True or False; None where neither is.
+        count: items behind both values, or timed runs; None where nothing was sampled.
+        low, high: 95 % interval of ``after - before``, paired over the items or runs; None where
+            nothing was sampled.
+        floor: what chance, or an unrelated answer, scores; None where there is no such thing.
+        note: how it was measured, in a few words.
+
+    Raises:
+        NonFiniteError: a value is NaN or infinite.
+    """
+
+    name: str
+    group: str
+    unit: str
+    before: float
+    after: float
+    higher_is_better: bool | None = None
+    count: int | None = None
+    low: float | None = None
+    high: float | None = None
+    floor: float | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        numbers = (self.before, self.after, self.low, self.high, self.floor)
+        if not all(math.isfinite(number) for number in numbers if number is not None):
+            raise NonFiniteError(f"{self.name} is not finite: {self}. Check the checkpoint.")
+
+    @property
+    def change(self) -> float:
+        """``after - before``."""
+        return self.after - self.before
+
+    @property
+    def verdict(self) -> str:
+        """``better``, ``worse``, or ``unclear`` where the interval holds 0; empty without both."""
+        if self.higher_is_better is None or self.low is None or self.high is None:
+            return ""
+        if self.low <= 0 <= self.high:
+            return "unclear"
+        return "better" if (self.low > 0) == self.higher_is_better else "worse"
+
+
+@dataclass(frozen=True)
 class PruningReport(_JsonFile):
     """A plan that was carried out: what it cost and what it bought.
 
