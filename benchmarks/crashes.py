@@ -4,7 +4,8 @@
     python benchmarks/crashes.py --compare    # plain save_pretrained under the same faults, too
 
 Prints a Markdown table of fault, outcomes and what is said; ends with exit status 1 if an outcome
-is wrong. What is saved are two random Llamas of one shape, "old" and "new", 40 MB in shards of
+is wrong. A save is that of a model in memory, or pruning on disk, which is also given damaged
+checkpoints. What is saved are two random Llamas of one shape, "old" and "new", 40 MB in shards of
 5 MB. A save is killed (SIGKILL) at moments drawn at random, one from each of N equal parts of the
 time that an unbroken save takes. What is found then is loaded with stock transformers, tokenizer
 included, and compared by config and a checksum of all tensors:
@@ -37,12 +38,14 @@ from typing import Any, NamedTuple
 
 import torch
 from counting import numbered_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from llm_pruner import LayerStack, PruningPlan, checkpoint
+from llm_pruner import LayerStack, PruningPlan, checkpoint, prune_checkpoint
 
 VOCABULARY, LAYERS = 2048, 12
+TOKENIZER = numbered_tokenizer(VOCABULARY)
 Save = Callable[["Version", Path], None]
 failures: list[str] = []
 
@@ -54,6 +57,7 @@ class Version(NamedTuple):
     tokenizer: Any
     plan: PruningPlan
     digest: str
+    source: Path  # the checkpoint before
 
 
 def main() -> None:
@@ -67,15 +71,16 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     drawn = random.Random(args.seed)
-    old, new = version(0, [3]), version(1, [5])
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
+        old, new = version(place, 0, [3]), version(place, 1, [5])
         seconds = duration(ours, new, place / "timed")
         print(f"One save: {checkpoint.count_bytes(new.model):,} bytes, {seconds:.2f} s", end="")
         if args.compare:
             print(f"; plain save_pretrained {duration(plain, new, place / 'plain'):.2f} s", end="")
         print(".\n\n| fault | outcomes | what is said |\n|---|---|---|")
         killed(place, ours, old, new, args.kills, drawn)
+        killed(place, sliced, old, new, args.kills, drawn)
         if args.compare:
             killed(place, plain, old, new, args.kills, drawn)
         two_at_once(place, ours, old, new, 5)
@@ -83,12 +88,13 @@ def main() -> None:
             two_at_once(place, plain, old, new, 5)
         no_room(place, old, new, args.compare)
         not_ours(place, old, new)
+        damaged(place, new)
     for failure in failures:
         print(f"\nWRONG: {failure}")
     raise SystemExit(bool(failures))
 
 
-def version(seed: int, removed: list[int]) -> Version:
+def version(place: Path, seed: int, removed: list[int]) -> Version:
     """A random Llama without some layers; of all seeds the same shape."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -102,10 +108,13 @@ def version(seed: int, removed: list[int]) -> Version:
         pad_token_id=1,
         eos_token_id=2,
     )
-    model: Any = LayerStack(LlamaForCausalLM(config).eval()).remove(removed)
+    whole, source, tokenizer = LlamaForCausalLM(config).eval(), place / f"source-{seed}", TOKENIZER
+    whole.save_pretrained(source, max_shard_size="5MB")
+    tokenizer.save_pretrained(source)
+    model: Any = LayerStack(whole).remove(removed)
     model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size="5MB")
     plan = PruningPlan(model_id="random", num_layers=LAYERS, remove=tuple(removed))
-    return Version(model, numbered_tokenizer(VOCABULARY), plan, digest(model))
+    return Version(model, tokenizer, plan, digest(model), source)
 
 
 def digest(model: Any) -> str:
@@ -122,6 +131,11 @@ def digest(model: Any) -> str:
 def ours(one: Version, out: Path) -> None:
     """What `prune_and_save` ends with."""
     checkpoint.save_checkpoint(one.model, one.tokenizer, one.plan, out, overwrite=True)
+
+
+def sliced(one: Version, out: Path) -> None:
+    """Pruning on disk."""
+    prune_checkpoint(one.source, one.plan.remove, out, overwrite=True)
 
 
 def plain(one: Version, out: Path) -> None:
@@ -158,7 +172,7 @@ def killed(
         allowed = {"old", "new"} if over else {"absent", "new"}
         fault = f"killed at {kills} moments, saving {where}{label(save)}"
         row(fault, outcomes, f"the next run: {told(again)}")
-        if save is ours:
+        if save is not plain:
             demand(set(outcomes) <= allowed and set(again) == {"complete"}, fault)
 
 
@@ -233,6 +247,65 @@ def not_ours(place: Path, old: Version, new: Version) -> None:
     (out / "chapter.tex").write_text("mine")
     refused(out, "the output is someone else's folder", old, new, "did not write it")
     demand((out / "chapter.tex").read_text() == "mine", "the folder is another")
+
+
+def damaged(place: Path, new: Version) -> None:
+    """Checkpoints that are not what they should be, pruned on disk."""
+    for fault, (damage, words) in DAMAGES.items():
+        source, out = place / "damaged" / "source", place / "damaged" / "out"
+        shutil.copytree(new.source, source)
+        damage(source, sorted(source.glob("*.safetensors"))[1])
+        child = Child(functools.partial(prune_checkpoint, source, new.plan.remove, out))
+        said = child.told()
+        row(fault, Counter(["absent" if not out.exists() else "written"]), said)
+        demand(said.startswith("LoadError") and words in said, f"{fault}: {said}")
+        demand(os.listdir(place / "damaged") == ["source"], f"{fault} left something")
+        shutil.rmtree(place / "damaged")
+
+
+def truncate(source: Path, file: Path) -> None:
+    """The last byte is missing."""
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def lie(source: Path, file: Path) -> None:
+    """The header gives a tensor the bytes of its neighbour, too."""
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    name = next(name for name in header if name != "__metadata__")
+    header[name]["data_offsets"][1] += 64
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+def twice(source: Path, file: Path) -> None:
+    """A tensor stands in two files."""
+    other = sorted(source.glob("*.safetensors"))[0]
+    save_file({**load_file(other), **load_file(file)}, file, metadata={"format": "pt"})
+
+
+def point(to: str, source: Path, file: Path) -> None:
+    """The index names another file for a tensor."""
+    path = source / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = to
+    path.write_text(json.dumps(index))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
+    "a shard is cut short": (truncate, "the file at"),
+    "a header lies about offsets": (lie, "its offsets give it"),
+    "the index points at a missing shard": (
+        functools.partial(point, "model-00099-of-00099.safetensors"),
+        "which is not there",
+    ),
+    "the index points outside the folder": (
+        functools.partial(point, "../source-0/model-00001-of-00009.safetensors"),
+        "not the name of a file beside it",
+    ),
+    "a tensor stands in two shards": (twice, "too"),
+}
 
 
 def once(
@@ -337,8 +410,8 @@ def mounted(folder: Path, options: str) -> Iterator[bool]:
 
 
 def label(save: Save) -> str:
-    """How a row tells the usual way from ours."""
-    return " (plain `save_pretrained`)" if save is plain else ""
+    """How a row tells the ways to save apart."""
+    return {plain: " (plain `save_pretrained`)", sliced: " (on disk)"}.get(save, "")
 
 
 def told(counts: Counter[str]) -> str:
