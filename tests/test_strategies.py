@@ -214,7 +214,7 @@ NEURON = {"variant": "published", "pool": "neuron"}
 def avss_on(monkeypatch, tokenizer, batches, **options) -> float:
     """The score of a model of one layer that is made to have these hidden states."""
     pruner = AVSSPruner(tiny_llama(1), tokenizer, **options)
-    monkeypatch.setattr(pruner, "hidden_states", lambda data: iter(batches))
+    monkeypatch.setattr(pruner, "hidden_states", lambda data, shared: iter(batches))
     return pruner.compute_layer_scores(["unused"])[0]
 
 
@@ -506,7 +506,7 @@ def test_padding_and_batches_change_no_block(monkeypatch, kind, tokenizer):
 
     def blocks(batches):
         pruner = kind(random_llama(), tokenizer)
-        monkeypatch.setattr(pruner, "hidden_states", lambda data: iter(batches))
+        monkeypatch.setattr(pruner, "hidden_states", lambda data, shared: iter(batches))
         return [x for row in pruner.compute_layer_scores(["unused"]).blocks for x in row]
 
     def padded(left: bool, fill: float):
@@ -532,7 +532,7 @@ def test_half_precision_does_not_overflow(monkeypatch, kind, tokenizer):
     state = torch.full((1, 3, 64), 6e4).half()
     across = state * torch.cat([torch.ones(32), -torch.ones(32)]).half()
     batches = [([state, across, state], torch.ones(1, 3, dtype=torch.bool))]
-    monkeypatch.setattr(pruner, "hidden_states", lambda data: iter(batches))
+    monkeypatch.setattr(pruner, "hidden_states", lambda data, shared: iter(batches))
     quarter = 0.5 if kind is PruneMePruner else 1.0
     blocks = pruner.compute_layer_scores(["unused"]).blocks
     assert blocks[0] == pytest.approx([quarter, 0], abs=1e-7)
