@@ -16,7 +16,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -209,11 +209,11 @@ def _main(args: argparse.Namespace, words: list[str]) -> int:
         signal.signal(signal.SIGTERM, _stop)
         if one_only():
             logger.warning("accelerate launch --cpu starts one process; for several use torchrun.")
-        with group(args.timeout):
+        with group(args.timeout), ExitStack() as held:
             _check(args)
-            writes = not args.dry_run and rank() == 0
-            with hold_output(args.output) if writes else nullcontext():
-                _run(args)
+            if not args.dry_run:
+                on_first(lambda: held.enter_context(hold_output(args.output)))
+            _run(args)
     except LLMPrunerError as error:
         if os.environ.get("LLM_PRUNER_DEBUG"):
             raise
