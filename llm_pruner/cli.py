@@ -372,6 +372,8 @@ def _prune_on_disk(args: argparse.Namespace) -> None:
     options = {"overwrite": args.overwrite, "trust_remote_code": args.trust_remote_code}
     plan = on_first(lambda: args.layers if args.plan is None else PruningPlan.load(args.plan))
     proof = {"link": args.link, "verify": args.verify}
+    if args.verify:
+        _hush_transformers(args)
     try:
         manifest = on_first(
             lambda: prune_checkpoint(args.model, plan, args.output, **proof, **options)
@@ -388,15 +390,22 @@ def _prune_on_disk(args: argparse.Namespace) -> None:
     print(saved.to_json() if args.json else text, end="")
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
-    from transformers import set_seed
+def _hush_transformers(args: argparse.Namespace) -> None:
     from transformers.utils import logging as transformers_logging
 
-    from .utils import disable_progress_bars, load_model
+    from .utils import disable_progress_bars
 
     transformers_logging.set_verbosity(logging.ERROR)
     if args.quiet or rank() > 0 or not sys.stderr.isatty():
         disable_progress_bars()
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    from transformers import set_seed
+
+    from .utils import load_model
+
+    _hush_transformers(args)
     set_seed(args.seed)
     logger.info("Loading %s", args.model)
     return load_model(
