@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 
 ROOM = 3 * 2**28  # beside weights and waiting states: interpreter, libraries, one batch's work
 THREAD_STACK = 2**20  # bytes; the layers themselves run in the thread that called the sweep
+EMBEDDING = -1  # the station before layer 0; the head's is the number of layers
 SMALL = 2**16  # bytes up to which a tensor is no matter for the store
 WAY_OUT = (
     "Choose the layers here (--dry-run --json, or plan()), and carry the plan out where the model "
@@ -604,7 +605,7 @@ def _placed(
 def _ends(model: Any, depth: int) -> dict[int, nn.Module]:
     """The embedding and the head, by station: before and after all layers."""
     ends: dict[int, nn.Module] = {}
-    for station, name in ((-1, "get_input_embeddings"), (depth, "get_output_embeddings")):
+    for station, name in ((EMBEDDING, "get_input_embeddings"), (depth, "get_output_embeddings")):
         try:
             module = getattr(model, name)()
         except (AttributeError, NotImplementedError):
@@ -732,6 +733,10 @@ class _Job:
         self._wait()
         return [job.take() for job in jobs]
 
+    def is_without(self, index: int) -> bool:
+        """Whether the layer is not run for it: bypassed, or its result taken from another."""
+        return index in self.bypassed or index < (self.borrows or 0)
+
     def take(self) -> Any:
         """The result, which is then no longer kept here."""
         result, self.result = self.result, None
@@ -760,6 +765,29 @@ class _Failure:
     error: Exception
 
 
+@dataclass
+class _Result:
+    """What a station has answered a pass, for others that have come the same way.
+
+    Attributes:
+        answer: what it returned, or a `_Failure`.
+        station: where.
+        pure: whether it has left its inputs alone.
+        marks: those of the answer, when it was new.
+    """
+
+    answer: Any
+    station: int
+    pure: bool
+    marks: list[Any]
+
+    def serves(self, job: _Job) -> bool:
+        """Whether another pass may have it too: all effects of the call are in it, unchanged."""
+        if self.marks != _marks(self.answer):  # the pass that asked first has changed it since
+            return False
+        return self.pure if job.borrows is None else self.station < job.borrows
+
+
 class _Sweep:
     """Many calls in step: station after station, each taking its turn at each."""
 
@@ -769,8 +797,10 @@ class _Sweep:
         self.stopping = False
         self._orders = count()
         self._jobs: list[_Job] = []
-        self._ready: deque[_Job] = deque()  # those that wait for no weights
+        self._new: deque[_Job] = deque()  # those that have not begun
+        self._ready: deque[_Job] = deque()  # those whose own calls are done
         self._waiting: dict[int, list[tuple[int, _Job]]] = {}  # station -> heap
+        self._shared: list[tuple[weakref.ref[torch.Tensor], int]] = []  # and its version
 
     def run(self, calls: Sequence[Callable[[], Any]], alike: bool) -> list[Any]:
         """What all calls return."""
@@ -778,10 +808,11 @@ class _Sweep:
         with stack._gates(), stack._loaded(None):
             jobs = self.add(calls, alike, None)
             try:
-                self._settle()
-                stack._check_untouched()
                 for station in progress(self._stations(), "Layers", total=len(stack) + 2):
                     with stack._loaded(station):
+                        if station == EMBEDDING:  # a model may look at it before it calls it
+                            self._begin()
+                            stack._check_untouched()
                         self._serve_all(station)
             except BaseException:
                 self._stop()
@@ -794,7 +825,7 @@ class _Sweep:
         group = object() if alike else None
         jobs = [_Job(self, next(self._orders), call, parent, group) for call in calls]
         self._jobs += jobs
-        self._ready.extend(jobs)
+        self._new.extend(jobs)
         if parent is not None:
             parent.children = len(jobs)
         return jobs
@@ -805,56 +836,81 @@ class _Sweep:
 
     def _stations(self) -> Iterator[int]:
         """Where somebody waits, in turn, until nobody does."""
-        station = -2
-        while places := [place for place, heap in self._waiting.items() if heap]:
+        station = EMBEDDING - 1
+        while places := self._places():
             station = min((p for p in places if p > station), default=min(places))
             yield station
 
+    def _places(self) -> set[int]:
+        places = {place for place, heap in self._waiting.items() if heap}
+        return places | {EMBEDDING} if self._new else places
+
+    def _begin(self) -> None:
+        """Run the calls that are new up to where they wait."""
+        while self._new:
+            self._resume(self._new.popleft())
+            self._settle()
+
     def _serve_all(self, station: int) -> None:
-        heap = self._waiting[station]
+        heap = self._waiting.setdefault(station, [])
         left = Counter(self._key(job) for _, job in heap)
-        results: dict[Any, tuple[Any, bool]] = {}  # and whether the layer has left its inputs alone
+        results: dict[Any, _Result] = {}
         while heap:
             _, job = heapq.heappop(heap)
             key = self._key(job)
             left[key] -= 1
-            found = results.get(key) if left[key] >= 0 else None
-            whatever = job.borrows is not None and station < job.borrows
-            if key is not None and found and (whatever or (found[1] and job.borrows is None)):
-                job.answer = found[0]
-                self.store.restore(job.answer, for_good=True)
+            result = results.get(key)
+            if result is None or not result.serves(job):
+                result = self._answer(job)
+                if key is not None and left[key] > 0 and not isinstance(result.answer, _Failure):
+                    results[key] = result
             else:
-                job.answer, pure = self._answer(job)
-                if key is not None and left[key] > 0 and not isinstance(job.answer, _Failure):
-                    results[key] = job.answer, pure
+                self.store.restore(result.answer, for_good=True)
+                self._shared += [(weakref.ref(x), x._version) for x in _tensors(result.answer)]
             if left[key] <= 0:
                 results.pop(key, None)
-            del found
+            job.answer = result.answer
+            del result
             job.trace = (*job.trace, station)
             self._resume(job)
             self._settle()
+        self._check_shared()
 
     def _key(self, job: _Job) -> Any:
         """Equal for jobs whose passes have come the same way to the same place."""
-        shares = job.group is not None and not job.observers
-        return (id(job.group), job.trace) if shares else None
+        return None if job.group is None else (id(job.group), job.trace)
 
-    def _answer(self, job: _Job) -> tuple[Any, bool]:
+    def _answer(self, job: _Job) -> _Result:
         request = job.request
         assert request is not None
         given = request.args, request.kwargs
         self.store.restore(given)
+        if any(tensor.is_meta for tensor in _tensors(given)):
+            raise UnsupportedModelError(
+                f"{type(self.stack.model).__name__} looks at weights outside of their own layer, so "
+                "it cannot be streamed: load it whole, without a limit of memory."
+            )
         before = _marks(given)
         try:
             answer = request.answer()
         except Exception as error:  # for the model's own code to handle, or the call's
-            return _Failure(error), False
+            return _Result(_Failure(error), request.station, False, [])
         if job.records is not None and 0 <= request.station < len(self.stack):
             job.records[request.station] = (*given, answer)
-        return answer, before == _marks(given)
+        return _Result(answer, request.station, before == _marks(given), _marks(answer))
+
+    def _check_shared(self) -> None:
+        """Raise UnsupportedModelError if a pass has changed what it has in common with another."""
+        live = [(tensor, version) for ref, version in self._shared if (tensor := ref()) is not None]
+        if any(tensor._version != version for tensor, version in live):
+            raise UnsupportedModelError(
+                f"{type(self.stack.model).__name__} changes states of earlier layers as it runs, "
+                "so it cannot be streamed: load it whole, without a limit of memory."
+            )
+        self._shared = [(weakref.ref(tensor), version) for tensor, version in live]
 
     def _settle(self) -> None:
-        """Run those that wait for no weights."""
+        """Run those whose own calls are done."""
         while self._ready:
             self._resume(self._ready.popleft())
 
@@ -892,6 +948,8 @@ class _Gate(nn.Module):
                 entry(index, _hidden_in(args, kwargs))
         if index in job.bypassed:
             job.trace = (*job.trace, ~index)
+            if job.group is not None:  # the pass may change its own state, but not that of others
+                args, kwargs = _with_own_state(args, kwargs)
             return job.bypassed[index](*args, **kwargs)
         output = job.ask(index, self.__dict__["layer"], args, kwargs)
         if job.observers:
@@ -903,9 +961,17 @@ class _Gate(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         job = _running()
-        if name in STAND_IN_ANSWERS and job is not None and self.__dict__["index"] in job.bypassed:
+        if name in STAND_IN_ANSWERS and job is not None and job.is_without(self.__dict__["index"]):
             return STAND_IN_ANSWERS[name]
         return getattr(self.__dict__["layer"], name)
+
+
+def _with_own_state(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a layer with a copy of the hidden state."""
+    hidden = _hidden_in(args, kwargs).clone()
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}
 
 
 @contextmanager

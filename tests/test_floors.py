@@ -16,8 +16,8 @@ PACKAGE = Path(llm_pruner.__file__).parent
 ORDER = """
     __init__ errors lora results text output configs architectures stats registry utils batching
     likelihood similarity surgery layers streaming writers replay layouts files data evaluation
-    objectives quality search closed_form trainer healing rounds checkpoint base bases pruners figures
-    visualization workflow cli
+    objectives quality search closed_form trainer healing rounds checkpoint base bases pruners
+    figures visualization workflow cli
 """.split()
 # These look upwards when they run, or for their annotations; what they import first may not.
 LATE = {"registry", "cli", "workflow"}
