@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import logging
 import os
 import tempfile
 import threading
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 ROOM = 3 * 2**28  # beside weights and waiting states: interpreter, libraries, one batch's work
 THREAD_STACK = 2**20  # bytes; the layers themselves run in the thread that called the sweep
 EMBEDDING = -1  # the station before layer 0; the head's is the number of layers
+TOWERS = -2  # of weights for other inputs than text
 SMALL = 2**16  # bytes up to which a tensor is no matter for the store
 WAY_OUT = (
     "Choose the layers here (--dry-run --json, or plan()), and carry the plan out where the model "
@@ -97,13 +99,14 @@ def load_streamed(
     """
     place = torch.device(device or get_device())
     folder = tempfile.TemporaryDirectory(prefix="llm-pruner-")  # of what has to be converted
-    model, tokenizer = read_model(
-        model_id,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        device_map={"": "disk"},
-        offload_folder=folder.name,
-    )
+    with _quiet("accelerate.big_modeling"):  # which warns of what is wanted here
+        model, tokenizer = read_model(
+            model_id,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            device_map={"": "disk"},
+            offload_folder=folder.name,
+        )
     if getattr(model, "hf_quantizer", None) is not None:
         raise LoadError(
             f"Cannot stream model {model_id!r}: its weights are quantised. Give the checkpoint "
@@ -226,7 +229,9 @@ class Weights:
                         stored = opened.get_tensor(self._index[name].get("weight_name", name))
                         self.bytes_read += stored.nbytes
                         dtype = getattr(torch, self._index[name]["dtype"])
-                        found[name] = stored.to(self.device, dtype)
+                        found[name] = stored.to(
+                            self.device, dtype, copy=True
+                        )  # aligned, as torch allocates
             except OSError as error:
                 raise LoadError(f"Cannot read {file!r} any more: {error}.") from error
         return [found[name] for name in names]
@@ -344,6 +349,10 @@ class StreamedStack(LayerStack):
         self._groups: dict[int | None, list[_Tensor]] = {}
         for tensor in _placed(model, self.paths[0], self._weights.name_of):
             self._groups.setdefault(tensor.station, []).append(tensor)
+        for tensor in self._groups.pop(TOWERS, []):  # never needed, but asked for their device
+            if tensor.empty.is_floating_point():
+                nothing = torch.full((), torch.nan, dtype=tensor.empty.dtype, device=self.device)
+                tensor.put(nn.Parameter(nothing.expand_as(tensor.empty)))
         self.budget = self._left_for_states(source.max_memory)
 
     def _left_for_states(self, max_memory: int | None) -> int | None:
@@ -511,7 +520,7 @@ class StreamedStack(LayerStack):
         """The weights of a station in memory; None for those that all of a sweep needs."""
         group = self._groups.get(station, [])
         for tensor, found in zip(group, self._weights.read([t.name for t in group]), strict=True):
-            tensor.put(nn.Parameter(found, requires_grad=False))
+            tensor.put(nn.Parameter(found, tensor.empty.requires_grad))  # which kernels look at
             del found
         try:
             yield
@@ -577,7 +586,7 @@ class _Tensor:
 def _placed(
     model: nn.Module, path: str, name_of: Callable[[Iterable[str]], str]
 ) -> Iterator[_Tensor]:
-    """The parameters that are not in memory, but those of towers for other inputs than text."""
+    """The parameters that are not in memory, and where they belong."""
     depth = len(model.get_submodule(path))  # type: ignore[arg-type]
     ends = {id(m): station for station, end in _ends(model, depth).items() for m in end.modules()}
     prefix = path + "."
@@ -594,11 +603,11 @@ def _placed(
                 names.append(f"{owner}.{leaf}".lstrip("."))
                 places.append((module, leaf))
     for parameter, names, places in found.values():
-        if all(any(tower in name for tower in OTHER_TOWERS) for name in names):
-            continue
         pairs = zip(names, places, strict=True)
         stations = {station_of(name, module) for name, (module, _) in pairs}
         station = stations.pop() if len(stations) == 1 else None
+        if all(any(tower in name for tower in OTHER_TOWERS) for name in names):
+            station = TOWERS
         yield _Tensor(parameter, places, name_of(names), station, parameter._version)
 
 
@@ -887,8 +896,8 @@ class _Sweep:
         self.store.restore(given)
         if any(tensor.is_meta for tensor in _tensors(given)):
             raise UnsupportedModelError(
-                f"{type(self.stack.model).__name__} looks at weights outside of their own layer, so "
-                "it cannot be streamed: load it whole, without a limit of memory."
+                f"{type(self.stack.model).__name__} looks at weights outside of their layer, so it "
+                "cannot be streamed: load it whole, without a limit of memory."
             )
         before = _marks(given)
         try:
@@ -1033,6 +1042,18 @@ def _marks(values: Any) -> list[Any]:
     if values is None or isinstance(values, bool | int | float | str | torch.dtype | torch.device):
         return [values]
     return [object()]
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Inside the block a library's logger tells of errors alone."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _weights_index(model: nn.Module) -> dict[str, dict[str, str]]:
