@@ -17,6 +17,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ from .output import check_output, clear_checkpoints
 from .registry import BUILTIN, check_strategy_name, get_strategy, option_names
 from .results import PruningPlan
 from .text import curve_text, plan_text, report_text
-from .utils import DEMO_MODEL, logger, package_versions
+from .utils import DEMO_MODEL, logger, package_versions, parse_bytes
 
 if TYPE_CHECKING:
     from .base import BasePruner
@@ -71,6 +72,11 @@ def _add_input(group: Any) -> None:
     add = group.add_argument
     add("--model", required=True, metavar="M", help="'demo', a local folder or a hub id")
     add("--device", help="cpu, cuda, cuda:1, mps, or auto to spread over devices (default: best)")
+    add(
+        "--max-memory",
+        metavar="SIZE",
+        help="e.g. 4GiB: a model that does not fit is scored layer by layer from the disk",
+    )
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add(
@@ -230,6 +236,10 @@ def _check(args: argparse.Namespace) -> None:
     if Path(args.output).resolve() == Path(args.model).resolve():
         raise OutputError(f"--output {args.output} is the model itself: choose another folder.")
     args.option = dict(map(_option, args.option))
+    if args.max_memory is not None:
+        args.max_memory = parse_bytes(args.max_memory)
+        if args.device == "auto":
+            raise InvalidPlanError("--max-memory and --device auto exclude each other: give one.")
     for name in ("n_samples", "n_layers", "batch_size", "sweep", "heal_steps", "heal_every"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -299,6 +309,7 @@ def _run(args: argparse.Namespace) -> None:
     from .lora import LoraSettings
     from .pruners import SmartPruner
     from .rounds import Repairs
+    from .streaming import load_within
     from .utils import disable_progress_bars, load_model
     from .workflow import carry_out, draw_figures, load_data
 
@@ -307,13 +318,16 @@ def _run(args: argparse.Namespace) -> None:
         disable_progress_bars()
     set_seed(args.seed)
     logger.info("Loading %s", args.model)
-    model, tokenizer = load_model(
+    load = load_model if args.max_memory is None else partial(load_within, args.max_memory)
+    model, tokenizer = load(
         args.model,
         device=args.device,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
     )
     pruner = _make_pruner(args, model, tokenizer)
+    if not args.dry_run and args.sweep is None:
+        pruner.layers.require_weights("carrying a plan out")
     source = args.eval_dataset or (DEMO_MODEL if args.model == DEMO_MODEL else None)
     given = None if args.plan is None else PruningPlan.load(args.plan)
     data = load_data(

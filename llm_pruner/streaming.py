@@ -124,8 +124,8 @@ def load_streamed(
 
 
 def load_within(
-    model_id: str,
     max_memory: int,
+    model_id: str,
     *,
     device: str | torch.device | None = None,
     dtype: str = "auto",
@@ -229,9 +229,8 @@ class Weights:
                         stored = opened.get_tensor(self._index[name].get("weight_name", name))
                         self.bytes_read += stored.nbytes
                         dtype = getattr(torch, self._index[name]["dtype"])
-                        found[name] = stored.to(
-                            self.device, dtype, copy=True
-                        )  # aligned, as torch allocates
+                        # A copy lies where torch aligns it: some kernels look at that.
+                        found[name] = stored.to(self.device, dtype, copy=True)
             except OSError as error:
                 raise LoadError(f"Cannot read {file!r} any more: {error}.") from error
         return [found[name] for name in names]
