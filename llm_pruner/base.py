@@ -443,7 +443,8 @@ class BasePruner(ABC):
         check_ids(self.model, batch.input_ids)
         batch = batch.to(self.layers.device)
         with evaluating(self.model), self.layers.observe(keep), suppress(_LastState):
-            self.model(**batch.inputs(), **forward_options(self.model, 1))
+            # All positions: some models let their last layers see those of the logits alone.
+            self.model(**batch.inputs(), **forward_options(self.model))
         return states, batch.attention_mask.bool()
 
     def _scored(self, scores: Mapping[int, float]) -> LayerScores:

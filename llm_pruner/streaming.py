@@ -114,6 +114,9 @@ def load_streamed(
         )
     index = _weights_index(model)
     remove_hook_from_module(model, recurse=True)
+    for module in model.modules():  # each keeps a reference to its own method otherwise
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
     for name, buffer in model.named_buffers():
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._buffers[leaf] = buffer.to(place)
@@ -201,6 +204,9 @@ class Weights:
                 return name
         raise LoadError(f"No file of the checkpoint holds {names[0]!r}: it cannot be streamed.")
 
+    def _wrote(self, file: str) -> bool:
+        return self._folder is not None and file.startswith(self._folder.name)
+
     def fingerprint(self, model: nn.Module) -> str:
         """Short hash of the config of `model` and of the beginning of every tensor."""
         digest = hashlib.sha256(model.config.to_json_string().encode())  # type: ignore[operator, union-attr]
@@ -229,8 +235,9 @@ class Weights:
                         stored = opened.get_tensor(self._index[name].get("weight_name", name))
                         self.bytes_read += stored.nbytes
                         dtype = getattr(torch, self._index[name]["dtype"])
-                        # A copy lies where torch aligns it: some kernels look at that.
-                        found[name] = stored.to(self.device, dtype, copy=True)
+                        # As transformers does, to the alignment, which some kernels look at: what
+                        # is used as stored is mapped from its file, what was converted is new.
+                        found[name] = stored.to(self.device, dtype, copy=self._wrote(file))
             except OSError as error:
                 raise LoadError(f"Cannot read {file!r} any more: {error}.") from error
         return [found[name] for name in names]
@@ -417,6 +424,8 @@ class StreamedStack(LayerStack):
             BaseException: what a call raised; the other calls are ended.
         """
         calls, running = list(calls), _running()
+        if not calls:
+            return
         if running is not None and running.sweep.stack is self:
             sweep, results = running.sweep, running.fork(calls, alike)
         else:
@@ -735,8 +744,6 @@ class _Job:
 
     def fork(self, calls: Sequence[Callable[[], Any]], alike: bool) -> list[Any]:
         """Run `calls` in step with all others of the sweep; what they return."""
-        if not calls:
-            return []
         jobs = self.sweep.add(calls, alike, self)
         self._wait()
         return [job.take() for job in jobs]
