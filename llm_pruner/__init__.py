@@ -39,6 +39,8 @@ _HOME = {
     "load_dataset_from_hub": "data",
     "load_eval_dataset": "data",
     "load_model": "utils",
+    "load_streamed": "streaming",
+    "load_within": "streaming",
     "normalize_item": "data",
     "perplexity": "likelihood",
     "plot_activation_comparison": "visualization",

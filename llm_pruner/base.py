@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from .batching import EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap
+from .batching import Batch, EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap
 from .checkpoint import save_checkpoint, verify_removal, write_mergekit_yaml
 from .errors import InvalidPlanError
 from .healing import Heal, LoraSettings, heal_model
-from .layers import LayerStack
 from .likelihood import check_ids, encode_for, evaluating, forward_options
 from .output import check_output
 from .processes import on_first, portion
 from .quality import RemovalQuality
 from .results import DepthCurve, LayerScores, PruningPlan, Removes, check_layers
 from .shards import model_identity
+from .streaming import layers_of
 from .surgery import share_copy
 from .utils import model_fingerprint, package_versions, progress
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_PROTECT = (2, 2)
+
+
+class _LastState(Exception):
+    """Ends a forward pass of which only the states between the layers are wanted."""
 
 
 class BasePruner(ABC):
@@ -75,7 +80,7 @@ class BasePruner(ABC):
         self.steps: list[dict[str, Any]] = []
         self.partial_plan: PruningPlan | None = None
         self._last_repair: tuple[str, tuple[PreTrainedModel, dict[str, Any]]] | None = None
-        self.layers = LayerStack(model, path=layers_path)
+        self.layers = layers_of(model, layers_path)
         self.num_layers = len(self.layers)
         if protect is DEFAULT_PROTECT:  # the default itself, not an equal pair somebody gave
             shallow = self.num_layers // 4
@@ -339,6 +344,7 @@ class BasePruner(ABC):
         See `heal_model`. The last result is kept: a search that repairs on its way has healed the
         set that it ends with.
         """
+        self.layers.require_weights("removing layers for good")
         data = fingerprint(heal_data) if heal_data else ""
         how = lora.identity() if lora and heal == "lora" else ""
         key = f"{model_fingerprint(self.model)}:{sorted(layers)}:{heal}:{data}:{how}"
@@ -440,20 +446,24 @@ class BasePruner(ABC):
         if shared:
             own = portion([batch.input_ids.numel() for batch in batches])
             batches = batches[own.start : own.stop]
+        calls = [partial(self._states, batch) for batch in batches]
+        yield from progress(self.layers.sweep(calls), "Reading activations", total=len(calls))
+
+    def _states(self, batch: Batch) -> tuple[list[torch.Tensor], torch.Tensor]:
         states: list[torch.Tensor] = []
 
         def keep(index: int, entering: torch.Tensor, leaving: torch.Tensor) -> None:
             states.append(entering)
             if index == self.num_layers - 1:
                 states.append(leaving)
+                raise _LastState
 
-        for batch in progress(batches, "Reading activations"):
-            states.clear()
-            check_ids(self.model, batch.input_ids)
-            batch = batch.to(self.layers.device)
-            with evaluating(self.model), self.layers.observe(keep):
-                self.model(**batch.inputs(), **forward_options(self.model, 1))
-            yield list(states), batch.attention_mask.bool()
+        check_ids(self.model, batch.input_ids)
+        batch = batch.to(self.layers.device)
+        with evaluating(self.model), self.layers.observe(keep), suppress(_LastState):
+            # All positions: some models let their last layers see those of the logits alone.
+            self.model(**batch.inputs(), **forward_options(self.model))
+        return states, batch.attention_mask.bool()
 
     def _scored(self, scores: Mapping[int, float]) -> LayerScores:
         if not isinstance(scores, Mapping):

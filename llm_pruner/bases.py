@@ -17,7 +17,6 @@ from .objectives import ObjectiveLike, parse_objective
 from .quality import RemovalQuality
 from .results import LayerScores
 from .search import single_removals
-from .utils import model_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,7 +56,7 @@ class MeasuredPruner(BasePruner):
 
     def quality(self, eval_data: Sequence[EvalItem]) -> RemovalQuality:
         """The measuring instrument for `eval_data`; what it has measured it remembers."""
-        key = f"{model_fingerprint(self.model)}:{fingerprint(eval_data)}"
+        key = f"{self.layers.fingerprint}:{fingerprint(eval_data)}"
         if key not in self._qualities:
             self._qualities[key] = self._instrument(self.layers, eval_data)
         return self._qualities[key]

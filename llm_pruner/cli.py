@@ -15,9 +15,10 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ from .processes import TIMEOUT, group, launched, on_first, one_only, rank, told_
 from .registry import BUILTIN, check_strategy_name, get_strategy, option_names
 from .results import PruningPlan
 from .text import curve_text, manifest_text, plan_text, report_text, saved_text
-from .utils import DEMO_MODEL, logger, package_versions
+from .utils import DEMO_MODEL, logger, package_versions, parse_bytes
 
 if TYPE_CHECKING:
     from .base import BasePruner
@@ -74,6 +75,11 @@ def _add_input(group: Any) -> None:
     add = group.add_argument
     add("--model", required=True, metavar="M", help="'demo', a local folder or a hub id")
     add("--device", help="cpu, cuda, cuda:1, mps, or auto to spread over devices (default: best)")
+    add(
+        "--max-memory",
+        metavar="SIZE",
+        help="e.g. 4GiB: a model that does not fit is scored layer by layer from the disk",
+    )
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add(
@@ -282,6 +288,10 @@ def _check(args: argparse.Namespace) -> None:
     if Path(args.output).resolve() == Path(args.model).resolve():
         raise OutputError(f"--output {args.output} is the model itself: choose another folder.")
     args.option = dict(map(_option, args.option))
+    if args.max_memory is not None:
+        args.max_memory = parse_bytes(args.max_memory)
+        if args.device == "auto":
+            raise InvalidPlanError("--max-memory and --device auto exclude each other: give one.")
     for name in ("n_samples", "n_layers", "batch_size", "sweep", "heal_steps", "heal_every"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -367,27 +377,45 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _prune_on_disk(args: argparse.Namespace) -> None:
-    from .slicer import NeedsMemoryError, prune_checkpoint
+    """Remove layers that are given; the model is loaded only if bytes alone do not do it."""
+    from .slicer import NeedsMemoryError
 
-    options = {"overwrite": args.overwrite, "trust_remote_code": args.trust_remote_code}
     plan = on_first(lambda: args.layers if args.plan is None else PruningPlan.load(args.plan))
-    proof = {"link": args.link, "verify": args.verify}
-    if args.verify:
-        _hush_transformers(args)
     try:
-        manifest = on_first(
-            lambda: prune_checkpoint(args.model, plan, args.output, **proof, **options)
-        )
-        text = manifest_text(manifest, args.output)
+        _slice(args, plan)
+        return
     except NeedsMemoryError as error:
         logger.info("%s\nLoading the model instead.", error)
-        pruner = _make_pruner(args, *_load(args))
-        given = plan if isinstance(plan, PruningPlan) else _manual_plan(args, pruner)
-        where = args.output, args.model
-        pruner.prune_and_save(given.remove, *where, overwrite=args.overwrite, plan=given)
-        text = saved_text(given, args.output)
+    pruner = _make_pruner(args, *_load(args))
+    given = plan if isinstance(plan, PruningPlan) else _manual_plan(args, pruner)
+    where = args.output, args.model
+    pruner.prune_and_save(given.remove, *where, overwrite=args.overwrite, plan=given)
+    _tell_saved(args, lambda saved: saved_text(saved, args.output))
+
+
+def _slice(args: argparse.Namespace, plan: PruningPlan | list[int]) -> None:
+    """Prune the checkpoint on disk, and tell."""
+    from .slicer import prune_checkpoint
+
+    if args.verify:
+        _hush_transformers(args)
+    manifest = on_first(
+        lambda: prune_checkpoint(
+            args.model,
+            plan,
+            args.output,
+            overwrite=args.overwrite,
+            link=args.link,
+            verify=args.verify,
+            trust_remote_code=args.trust_remote_code,
+        )
+    )
+    _tell_saved(args, lambda saved: manifest_text(manifest, saved, args.output))
+
+
+def _tell_saved(args: argparse.Namespace, text: Callable[[PruningPlan], str]) -> None:
     saved = on_first(lambda: PruningPlan.load(Path(args.output) / PLAN_FILE))
-    print(saved.to_json() if args.json else text, end="")
+    print(saved.to_json() if args.json else text(saved), end="")
 
 
 def _hush_transformers(args: argparse.Namespace) -> None:
@@ -408,7 +436,10 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     _hush_transformers(args)
     set_seed(args.seed)
     logger.info("Loading %s", args.model)
-    return load_model(
+    if args.max_memory is not None:
+        from .streaming import load_within
+    load = load_model if args.max_memory is None else partial(load_within, args.max_memory)
+    return load(
         args.model,
         device=args.device,
         dtype=args.dtype,
@@ -423,6 +454,8 @@ def _run_in_memory(args: argparse.Namespace) -> None:
     from .workflow import carry_out, draw_figures, load_data
 
     pruner = _make_pruner(args, *_load(args))
+    if args.heal != "none" or args.visualize:
+        pruner.layers.require_weights("healing" if args.heal != "none" else "drawing figures")
     source = args.eval_dataset or (DEMO_MODEL if args.model == DEMO_MODEL else None)
     given = on_first(lambda: None if args.plan is None else PruningPlan.load(args.plan))
     data = on_first(
@@ -454,6 +487,12 @@ def _run_in_memory(args: argparse.Namespace) -> None:
     plan = _make_plan(args, pruner, data, given)
     if args.dry_run:
         print(plan.to_json() if args.json else plan_text(plan), end="")
+        return
+    if args.export_yaml and pruner.layers.streamed:
+        pruner.export_mergekit_yaml(plan.remove, args.export_yaml, args.model)
+    if pruner.layers.streamed:
+        held_out = plan.held_out or pruner.measure_choice(plan.remove, data.judging)
+        _slice(args, replace(plan, held_out=held_out))
         return
     logger.info("Removing layers %s", list(plan.remove))
     report, pruned = carry_out(

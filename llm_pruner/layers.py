@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -19,9 +19,11 @@ from .errors import InvalidPlanError, UnsupportedModelError
 from .likelihood import evaluating
 from .results import check_layers
 from .surgery import cut_layers
+from .utils import model_fingerprint
 
 Entry = Callable[[int, torch.Tensor], None]
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
+T = TypeVar("T")
 
 # What a stand-in answers differently from its layer: it begins no block of layers (inkling2).
 STAND_IN_ANSWERS = {"is_block_boundary": False}
@@ -75,6 +77,41 @@ class LayerStack(Sequence[nn.Module]):
         """Where token ids have to be for the model's forward."""
         device = next(self.model.parameters()).device
         return torch.device("cpu") if device.type == "meta" else device  # offloaded: moved by hooks
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the weights are read from the checkpoint layer by layer."""
+        return False
+
+    def require_weights(self, purpose: str) -> None:
+        """Raise UnsupportedModelError if `purpose` needs weights that are not in memory."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash that tells models apart, see `model_fingerprint`."""
+        return model_fingerprint(self.model)
+
+    def sweep(self, calls: Iterable[Callable[[], T]], *, alike: bool = False) -> Iterator[T]:
+        """What `calls`, which run the model, return, in their order.
+
+        Here each is made when its result is asked for. Where the weights are not in memory all are
+        made at once, layer by layer, so that every weight is read once for all of them.
+
+        Args:
+            calls: functions without arguments.
+            alike: whether they run the model on the same inputs, and differ only in the layers
+                they bypass.
+        """
+        for call in calls:
+            yield call()
+
+    def prepare(self) -> None:
+        """Find out what bypassing layers takes, before a sweep in which it is done."""
+
+    @property
+    def can_bypass(self) -> bool:
+        """Whether the layers depend on one another by nothing but the hidden state."""
+        return self.can_replay
 
     @contextmanager
     def observe(self, observer: Observer) -> Iterator[None]:

@@ -121,12 +121,14 @@ def scored_logits(model: torch.nn.Module, batch: Batch) -> ScoredLogits:
     return ScoredLogits(logits, torch.stack([owner, column, labels]).to(logits.device))
 
 
-def forward_options(model: torch.nn.Module, logits_to_keep: int) -> dict[str, Any]:
+def forward_options(model: torch.nn.Module, logits_to_keep: int | None = None) -> dict[str, Any]:
     """Arguments that keep a forward pass cheap, as far as the model takes them.
 
-    No cache, and logits of the last positions alone.
+    No cache, and logits of the last positions alone if a number of them is given.
     """
-    wanted = {"use_cache": False, "logits_to_keep": logits_to_keep}
+    wanted: dict[str, Any] = {"use_cache": False}
+    if logits_to_keep is not None:
+        wanted["logits_to_keep"] = logits_to_keep
     accepted = inspect.signature(model.forward).parameters
     return {name: value for name, value in wanted.items() if name in accepted}
 

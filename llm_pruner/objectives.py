@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -190,12 +191,18 @@ class ChoiceMeasure:
         rows.sort(key=lambda row: len(row.ids))
         choices = replace(samples, rows=rows, items=[None] * len(rows))
         reader = TokenMeasures(choices, ["nll"])
-        for start in range(0, len(rows), samples.batch_size):
-            batch = range(start, min(start + samples.batch_size, len(rows)))
+        starts = range(0, len(rows), samples.batch_size)
+        batches = [range(x, min(x + samples.batch_size, len(rows))) for x in starts]
+        calls = [partial(_list, reader.read(batch, masks)) for batch in batches]
+        for batch, readings in zip(batches, samples.stack.sweep(calls), strict=True):
             owner = torch.tensor([rows[row].item for row in batch])
-            for mask, values in reader.read(batch, masks):
+            for mask, values in readings:
                 losses[mask].index_add_(0, owner, values[0])
         return losses
+
+
+def _list(readings: Readings) -> list[tuple[Mask, torch.Tensor]]:
+    return list(readings)
 
 
 class AnswerMeasure:
@@ -209,6 +216,7 @@ class AnswerMeasure:
 
     def __init__(self, samples: Samples, names: Sequence[str]) -> None:
         self._samples = samples
+        samples.stack.require_weights("the similarity of answers, which generates")
         if not any(samples.items):
             raise InvalidDataError(
                 "Similarity of answers needs items with 'prompt' and 'reference'; all of these "

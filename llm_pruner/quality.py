@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +18,12 @@ from .batching import EvalItem, encode_rows, fingerprint
 from .errors import NonFiniteError, OutputError, ProcessGroupError, UnsupportedModelError
 from .layers import LayerStack
 from .likelihood import HINT, at_least_one, position_limit
-from .objectives import MAX_LENGTH, OBJECTIVES, ObjectiveLike, Samples, parse_objective
+from .objectives import MAX_LENGTH, OBJECTIVES, Measure, ObjectiveLike, Samples, parse_objective
 from .processes import gather, portion, working_together
 from .replay import Mask, executions, in_tree_order
 from .results import check_layers
 from .stats import bootstrap_counts
-from .utils import logger, model_fingerprint, progress, tokenizer_fingerprint
+from .utils import logger, progress, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,7 +162,7 @@ class RemovalQuality:
         self._journal = Journal(journal) if journal is not None else None
         self._key = ":".join(
             (
-                model_fingerprint(stack.model),
+                stack.fingerprint,
                 tokenizer_fingerprint(tokenizer),
                 fingerprint(eval_data),
                 "+".join(self._names),
@@ -204,7 +205,7 @@ class RemovalQuality:
     @property
     def can_bypass(self) -> bool:
         """Whether any set can be measured, also one that the architecture cannot do without."""
-        return self.stack.can_replay and not any(measure.prunes for measure in self._measures)
+        return self.stack.can_bypass and not any(measure.prunes for measure in self._measures)
 
     def __call__(self, removed: Iterable[int] = ()) -> float:
         """Quality without the layers `removed`; higher is better.
@@ -329,8 +330,16 @@ class RemovalQuality:
             if missing:
                 todo.append((chunk, missing))
         own = self._portion(todo)
-        for chunk, missing in progress(own, label):
-            self._measure(chunk, missing)
+        if any(any(missing) for _, missing in own):
+            self.stack.prepare()
+        calls = []
+        for chunk, missing in own:
+            parts: dict[Mask, list[torch.Tensor]] = {}
+            calls += [
+                partial(self._measure, chunk, missing, part, parts) for part in self._measures
+            ]
+        for _ in progress(self.stack.sweep(calls), label, total=len(calls)):
+            pass
         if todo and working_together() > 1:
             self._exchange(own, todo)
 
@@ -379,18 +388,19 @@ class RemovalQuality:
                 self.refused[mask] = str(error)
         return self.refused[mask]
 
-    def _measure(self, chunk: int, masks: list[Mask]) -> None:
-        parts: dict[Mask, list[torch.Tensor]] = {}
-        for measure in self._measures:
-            for mask, values in measure.read(self._chunks[chunk], masks):
-                parts.setdefault(mask, []).append(values)
-                if len(parts[mask]) == len(self._measures):
-                    found = torch.cat(parts.pop(mask))
-                    self._check_finite(mask, chunk, found)
-                    self.measured += 1
-                    self._keep(mask, chunk, found)
-                    if self._journal:
-                        self._journal.append(self._key, mask, chunk, found.tolist())
+    def _measure(
+        self, chunk: int, masks: list[Mask], measure: Measure, parts: dict[Mask, list[torch.Tensor]]
+    ) -> None:
+        """One measure on a chunk; where all of them have been read, `parts` is recorded."""
+        for mask, values in measure.read(self._chunks[chunk], masks):
+            parts.setdefault(mask, []).append(values)
+            if len(parts[mask]) == len(self._measures):
+                found = torch.cat(parts.pop(mask))
+                self._check_finite(mask, chunk, found)
+                self.measured += 1
+                self._keep(mask, chunk, found)
+                if self._journal:
+                    self._journal.append(self._key, mask, chunk, found.tolist())
 
     def _check_finite(self, mask: Mask, chunk: int, values: torch.Tensor) -> None:
         bad = (~values.isfinite()).any(0).nonzero().flatten().tolist()

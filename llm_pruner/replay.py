@@ -7,6 +7,7 @@ that keep the same layers up to some depth share all states up to there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
@@ -43,10 +44,13 @@ def replayed(
     """
     ordered = in_tree_order(masks, len(stack))
     if not stack.can_replay:
-        for mask in ordered:
+
+        def whole(mask: Mask) -> T:
             with stack.bypass(mask) as model:
-                result = run(model)
-            yield mask, result
+                return run(model)
+
+        calls = [partial(whole, mask) for mask in ordered]
+        yield from zip(ordered, stack.sweep(calls, alike=True), strict=True)
         return
     forks = [_fork(*pair) for pair in pairwise(ordered)]
     states: dict[int, torch.Tensor] = {}  # layer -> what enters it, where masks to come branch off

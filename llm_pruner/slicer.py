@@ -217,15 +217,15 @@ def _config_by_class(
 
     from .architectures import loadable_config
     from .layers import LayerStack
-    from .utils import auto_model_class
+    from .utils import model_class
 
     source = checkpoint.source
     where = str(source.folder or source.name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source.folder is None:
         options["revision"] = source.revision
+    _, auto, config = model_class(where, **options)
     try:
-        auto, config = auto_model_class(where, **options)
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -427,7 +427,7 @@ def check_manifest(folder: str | Path) -> Manifest:
 
 def _reload(folder: Path, trust_remote_code: bool) -> None:
     from .checkpoint import load_cleanly
-    from .utils import auto_model_class
+    from .utils import model_class
 
-    auto, _ = auto_model_class(str(folder), trust_remote_code=trust_remote_code)
+    _, auto, _ = model_class(str(folder), trust_remote_code=trust_remote_code)
     load_cleanly(folder, auto, trust_remote_code=trust_remote_code)

@@ -7,8 +7,6 @@ from typing import Any
 
 from .results import DepthCurve, Manifest, PruningPlan, PruningReport
 
-NOT_MEASURED = "What this costs was not measured: --eval-dataset does."
-
 
 def plan_text(plan: PruningPlan) -> str:
     """A plan for people: the scores, and what would go."""
@@ -52,15 +50,15 @@ def curve_text(curve: DepthCurve) -> str:
     return "\n".join(lines) + "\n"
 
 
-def manifest_text(manifest: Manifest, output_dir: str) -> str:
+def manifest_text(manifest: Manifest, plan: PruningPlan, output_dir: str) -> str:
     """What pruning on disk has written, for people."""
     hashed = all(entry["sha256"] for entry in manifest.tensors.values())
     how = "every byte compared, reloaded" if hashed else "compared by name, shape and size"
     return (
-        f"{_headline('Removed', manifest)}\n\n"
+        f"{_headline('Removed', plan)}\n\n"
         f"{manifest.bytes_after / 1e6:,.2f} of {manifest.bytes_before / 1e6:,.2f} MB kept, "
         f"{len(manifest.tensors)} tensors, bit for bit ({how}).\n"
-        f"Checkpoint: {output_dir}\n{NOT_MEASURED}\n"
+        f"Checkpoint: {output_dir}\n{_cost(plan)}\n"
     )
 
 
@@ -68,14 +66,20 @@ def saved_text(plan: PruningPlan, output_dir: str) -> str:
     """That a plan was carried out in memory and not measured, for people."""
     return (
         f"{_headline('Removed', plan)}\n\nCheckpoint, reloaded and verified: {output_dir}\n"
-        f"{NOT_MEASURED}\n"
+        f"{_cost(plan)}\n"
     )
 
 
-def _headline(verb: str, cut: PruningPlan | Manifest) -> str:
-    chosen = f"  [{cut.strategy}]" if isinstance(cut, PruningPlan) else ""
+def _cost(plan: PruningPlan) -> str:
+    if plan.held_out:
+        return f"Cost of the cut: {_held_out(plan.held_out)}."
+    return "What this costs was not measured: --eval-dataset does."
+
+
+def _headline(verb: str, plan: PruningPlan) -> str:
     return (
-        f"{verb} {len(cut.remove)} of {cut.num_layers} layers (0-based): {list(cut.remove)}{chosen}"
+        f"{verb} {len(plan.remove)} of {plan.num_layers} layers (0-based): {list(plan.remove)}  "
+        f"[{plan.strategy}]"
     )
 
 

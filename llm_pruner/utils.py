@@ -6,12 +6,13 @@ import hashlib
 import importlib
 import importlib.metadata
 import logging
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import LoadError
+from .errors import InvalidPlanError, LoadError
 from .processes import launched, launched_here, local_rank
 
 if TYPE_CHECKING:
@@ -171,19 +172,6 @@ def resolve_model_id(model_id: str) -> str:
     return str(DEMO_DIR) if model_id == DEMO_MODEL else model_id
 
 
-def auto_model_class(source: str, **options: Any) -> tuple[Any, Any]:
-    """The Auto class of transformers that builds a checkpoint's model, and the config.
-
-    That for causal language models, or for image-text models where only that one knows it.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    config = AutoConfig.from_pretrained(source, **options)
-    wraps = type(config) in AutoModelForImageTextToText._model_mapping
-    causal = type(config) in AutoModelForCausalLM._model_mapping or not wraps
-    return AutoModelForCausalLM if causal else AutoModelForImageTextToText, config
-
-
 def load_model(
     model_id: str,
     *,
@@ -203,26 +191,52 @@ def load_model(
     Raises:
         LoadError: the model cannot be found or read; the message says what to do.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoTokenizer
-
-    source = resolve_model_id(model_id)
     spread = str(device) == "auto"
     if spread and launched_here() > 1:
         raise LoadError(
             f"device='auto' (--device auto) spreads a model over all devices of a machine, and "
             f"{launched_here()} processes are on this one: start one (--nproc_per_node 1)."
         )
+    model, tokenizer = read_model(
+        model_id,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        device_map="auto" if spread else None,
+    )
+    if not spread:
+        try:
+            place: Any = device or get_device()
+            model = model.to(place)
+        except (RuntimeError, AssertionError) as error:
+            raise LoadError(
+                f"Cannot put the model on device {str(device)!r}: {error} Use cpu, or a device "
+                "that this machine has."
+            ) from error
+    model.eval()  # type: ignore[no-untyped-call]
+    return model, tokenizer
+
+
+def read_model(
+    model_id: str, *, dtype: str, trust_remote_code: bool, **placement: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer as transformers places them; see `load_model`.
+
+    Args:
+        model_id, dtype, trust_remote_code: see `load_model`.
+        placement: further arguments of ``from_pretrained``.
+
+    Raises:
+        LoadError: the model cannot be found or read, or tensors of it are missing.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoTokenizer
+
+    source, auto, _ = model_class(model_id, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        auto, _ = auto_model_class(source, **options)  # first: fails soonest
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, info = auto.from_pretrained(
-            source,
-            dtype=dtype,
-            device_map="auto" if spread else None,
-            output_loading_info=True,
-            **options,
+            source, dtype=dtype, output_loading_info=True, **options, **placement
         )
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise LoadError(explain_load_failure("model", model_id, error)) from error
@@ -233,15 +247,52 @@ def load_model(
             f"checkpoint and would be random, such as {missing[0]}. It is damaged, or not the "
             "checkpoint of a causal language model."
         )
-    if not spread:
-        try:
-            model = model.to(device or get_device())
-        except (RuntimeError, AssertionError) as error:
-            raise LoadError(
-                f"Cannot put the model on device {str(device)!r}: {error} Use cpu, or a device "
-                "that this machine has."
-            ) from error
-    return model.eval(), tokenizer
+    return model, tokenizer
+
+
+def model_class(model_id: str, **options: Any) -> tuple[str, Any, Any]:
+    """Where a model is, the ``Auto`` class that builds it, and its config.
+
+    That for causal language models, or for image-text models where only that one knows it.
+
+    Args:
+        model_id: see `load_model`.
+        options: ``trust_remote_code``, ``revision``.
+
+    Raises:
+        LoadError: the config cannot be found or read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    source = resolve_model_id(model_id)
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise LoadError(explain_load_failure("model", model_id, error)) from error
+    wraps = type(config) in AutoModelForImageTextToText._model_mapping
+    causal = type(config) in AutoModelForCausalLM._model_mapping or not wraps
+    return source, AutoModelForCausalLM if causal else AutoModelForImageTextToText, config
+
+
+def parse_bytes(text: str) -> int:
+    """The number of bytes that ``4GiB``, ``500 MB`` or ``4294967296`` means.
+
+    Raises:
+        InvalidPlanError: it means none.
+    """
+    units = {"": 1, "b": 1}
+    for power, letter in enumerate("kmgt", 1):
+        units |= {f"{letter}b": 1000**power, f"{letter}ib": 1024**power}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    size = int(float(found[1]) * units.get(found[2], 0)) if found else 0
+    if size < 1:
+        raise InvalidPlanError(f"{text!r} must be a size of memory, e.g. 4GiB, 500MB.")
+    return size
+
+
+def format_bytes(size: float) -> str:
+    """A number of bytes in GiB, or MiB below one."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def explain_load_failure(kind: str, name: str, error: Exception) -> str:

@@ -124,6 +124,7 @@ def carry_out(
         Also what `BasePruner.prune_and_save` and the evaluators raise.
     """
     start = time.monotonic()
+    pruner.layers.require_weights("carrying a plan out")
     plan.check_model(pruner.num_layers, pruner.identity)
     check_items(judging)
     refuse_overlap(judging, plan.data.get("prompts", ()), "to judge on", "layers were chosen on")

@@ -17,6 +17,7 @@ from conftest import WORDS, items, tiny_llama
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from llm_pruner import streaming
 from llm_pruner.checkpoint import write_model
 from llm_pruner.cli import main
 from llm_pruner.errors import OutputError
@@ -679,3 +680,47 @@ def test_debug_shows_the_traceback(run, monkeypatch):
 def test_plan_and_report_read_well():
     plan = PruningPlan("demo", 12, (3, 4), strategy="smart")
     assert plan_text(plan).endswith("layers (0-based): [3, 4]  [smart]\n")
+
+
+@pytest.mark.parametrize("strategy", ["ablation", "pruneme"])
+def test_a_model_larger_than_the_memory_gives_the_same_plan(run, caplog, monkeypatch, strategy):
+    monkeypatch.setattr(streaming, "ROOM", 0)
+    words = ["--strategy", strategy, "--n-layers", "2", "--dry-run", "--json"]
+    _, whole, _ = run(*words)
+    code, streamed, _ = run(*words, "--max-memory", "150KB")
+    assert code == 0
+    assert "exceed 0 MiB: layers are read one by one" in caplog.text
+    assert json.loads(streamed) == json.loads(whole)
+    assert run(*words, "--max-memory", "1GiB")[0] == 0
+    assert "fit into memory" in caplog.text
+
+
+def test_what_a_streamed_model_cannot_do_is_told_at_once(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "ROOM", 0)
+    code, _, err = run("--n-layers", "2", "--max-memory", "150KB", "--output", "out")
+    assert code == 3
+    assert "which does not do for carrying a plan out" in err
+    assert "--dry-run --json" in err
+    code, _, err = run("--n-layers", "2", "--max-memory", "10KB", "--dry-run")
+    assert code == 2
+    assert "are not enough for this model: one layer at a time takes" in err
+    code, _, err = run("--max-memory", "4 pies")
+    assert code == 2
+    assert "'4 pies' must be a size of memory" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_and_spreading_exclude_each_other(saved, capsys):
+    words = ["--model", str(saved / "model"), "--device", "auto", "--max-memory", "1GiB"]
+    assert main(words) == 2
+    assert "--max-memory and --device auto exclude each other" in capsys.readouterr().err
+
+
+def test_a_sweep_over_depths_of_a_streamed_model(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "ROOM", 0)
+    words = ["--strategy", "bi", "--sweep", "2", "--json"]
+    _, whole, _ = run(*words, "--output", "a")
+    code, streamed, _ = run(*words, "--output", "b", "--max-memory", "150KB")
+    assert code == 0
+    assert json.loads(streamed) == json.loads(whole)
+    assert (tmp_path / "b.curve.json").exists()
