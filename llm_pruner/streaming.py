@@ -66,8 +66,8 @@ EMBEDDING = -1  # the station before layer 0; the head's is the number of layers
 TOWERS = -2  # of weights for other inputs than text
 SMALL = 2**16  # bytes up to which a tensor is no matter for the store
 WAY_OUT = (
-    "Choose the layers here (--dry-run --json, or plan()), and carry the plan out where the model "
-    "fits into memory."
+    "Choose the layers so, and remove them on the disk, by llm_pruner.prune_checkpoint or the "
+    "command."
 )
 T = TypeVar("T")
 Trace = tuple[int, ...]  # what a pass has done: i where it ran layer i, ~i where it bypassed it

@@ -697,17 +697,38 @@ def test_a_model_larger_than_the_memory_gives_the_same_plan(run, caplog, monkeyp
 
 def test_what_a_streamed_model_cannot_do_is_told_at_once(run, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "ROOM", 0)
-    code, _, err = run("--n-layers", "2", "--max-memory", "150KB", "--output", "out")
-    assert code == 3
-    assert "which does not do for carrying a plan out" in err
-    assert "--dry-run --json" in err
+    for words, purpose in (("--heal linear", "healing"), ("--visualize", "drawing figures")):
+        code, _, err = run("--n-layers", "2", "--max-memory", "150KB", *words.split())
+        assert code == 3
+        assert f"which does not do for {purpose}" in err
+        assert "remove them on the disk" in err
     code, _, err = run("--n-layers", "2", "--max-memory", "10KB", "--dry-run")
     assert code == 2
     assert "are not enough for this model: one layer at a time takes" in err
     code, _, err = run("--max-memory", "4 pies")
     assert code == 2
     assert "'4 pies' must be a size of memory" in err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "pruned_model").exists()
+
+
+def test_a_model_larger_than_the_memory_is_pruned_on_disk(run, tmp_path, monkeypatch):
+    words = "--strategy smart --n-layers 2 --output".split()
+    assert run(*words, "whole")[0] == 0
+    monkeypatch.setattr(streaming, "ROOM", 0)
+    code, out, _ = run(*words, "streamed", "--max-memory", "150KB", "--export-yaml", "recipe.yaml")
+    assert code == 0
+    assert "tensors, bit for bit" in out
+    assert "Cost of the cut: " in out
+    assert (tmp_path / "recipe.yaml").exists()
+    plans = [PruningPlan.load(tmp_path / n / "pruning_plan.json") for n in ("whole", "streamed")]
+    assert plans[0].remove == plans[1].remove
+    assert plans[0].held_out == plans[1].held_out
+    whole, streamed = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "streamed"))
+    assert all(torch.equal(tensor, streamed[name]) for name, tensor in whole.items())
+    given = ",".join(map(str, plans[0].remove))
+    code, out, _ = run("--layers", given, "--output", "given", "--max-memory", "150KB")
+    assert code == 0
+    assert "Cost of the cut: " in out
 
 
 def test_memory_and_spreading_exclude_each_other(saved, capsys):
