@@ -42,7 +42,7 @@ OTHER_TOWERS = ("vision", "visual", "audio", "image", "speech")
 # Files that hold weights in other formats or belong to another program: not carried along.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 OWN_FILES = (INDEX_FILE, "config.json", PLAN_FILE, MANIFEST_FILE, "pruning_report.json")
-WRITERS = 4  # files at a time
+WRITERS = 2  # files at a time
 Shards = dict[str, list[tuple[StoredTensor, StoredTensor]]]
 
 
