@@ -79,7 +79,7 @@ def compare_quality(
     kinds = item_kinds(questions) if questions else []
     window = min(window, position_limit(original), position_limit(pruned))
     rows = encode_rows(tokenizer, items, max_length=window, stride=stride)
-    note = _protocol(tokenizer, items, window, min(stride or window, window))
+    note = _protocol(tokenizer, items, window, stride)
     found = _text(_token_sums(original, pruned, tokenizer, rows, batch_size), note, seed)
     if not questions:
         return found, [], []
@@ -182,11 +182,12 @@ def _text(sums: torch.Tensor, note: str, seed: int) -> list[Comparison]:
 
 
 def _protocol(
-    tokenizer: PreTrainedTokenizerBase, items: Sequence[EvalItem], window: int, stride: int
+    tokenizer: PreTrainedTokenizerBase, items: Sequence[EvalItem], window: int, stride: int | None
 ) -> str:
     """How texts are read, in a few words."""
-    first = tokenizer("a")["input_ids"][:1]
-    bos = "BOS" if first == [tokenizer.bos_token_id] else "no BOS"
+    opened = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    bos = "BOS" if opened else "no BOS"
+    stride = min(stride or window, window - opened)
     parts = []
     if any(isinstance(item, dict) for item in items):
         parts.append(f"references after their prompts, at most {window} tokens")

@@ -85,7 +85,7 @@ def _headline(verb: str, cut: PruningPlan | Manifest) -> str:
 def report_text(report: PruningReport) -> str:
     """A report for people: one row per quantity, before and after, by group."""
     lines = [_headline("Removed", report.plan), ""]
-    lines.append(f"{'':28}{'before':>12}{'after':>12}{'change':>10}   95 % interval")
+    lines.append(f"{'':30}{'before':>12}{'after':>12}{'change':>10}   95 % interval")
     rows = sorted(report.comparisons, key=lambda row: GROUPS.index(row.group))
     for group, members in groupby(rows, key=lambda row: row.group):
         lines += [group, *map(_comparison, members)]
@@ -111,7 +111,8 @@ def _comparison(row: Comparison) -> str:
             return f"{number / row.before:+.1%}"
         return style.replace(":", ":+").format(number)
 
-    line = f"  {f'{row.name} ({row.unit})' if row.unit else row.name:26}{values}"
+    name = f"{row.name} ({row.unit})" if row.unit else row.name
+    line = f"  {name:28}{values}"
     line += f"{change(row.change):>10}"
     if row.low is not None and row.high is not None:
         line += f"   {change(row.low)} to {change(row.high)}"
