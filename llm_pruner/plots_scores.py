@@ -20,7 +20,9 @@ from .figures import (
     check_path,
     finish,
     house_style,
+    legend_below,
     new_figure,
+    printable,
     ticks,
     wrap,
 )
@@ -28,6 +30,8 @@ from .results import LayerScores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+MAX_STRATEGIES = 12
 
 
 def plot_layer_importance(
@@ -80,6 +84,104 @@ def plot_layer_importance(
         axes.set_xticks(ticks(extent[0], extent[-1], most_ticks))
         default = f"Layer importance: {scores.strategy}" if known else "Layer importance"
         return finish(figure, default if title is None else title, path, show)
+
+
+def plot_score_comparison(
+    scores: Sequence[LayerScores],
+    title: str | None = None,
+    save_path: str | Path | None = None,
+    *,
+    removed: Sequence[Iterable[int]] | None = None,
+    show: bool = False,
+) -> Figure:
+    """The order in which several strategies would remove the layers of one model.
+
+    A row for each strategy, a column for each layer, coloured by the layer's place in that order,
+    since the scores themselves have different units. Layers without a score are crossed.
+
+    Args:
+        scores: 1 to 12 strategies' scores, with names that differ.
+        title: above the figure.
+        removed: for each of the scores the layers that it removed, which are marked.
+
+    Raises:
+        InvalidDataError: no scores, too many, of one name, or not as many lists in `removed`.
+        InvalidPlanError: a removed layer has no score.
+    """
+    path = check_path(save_path)
+    given = _check_several(scores)
+    cuts = [[] for _ in given] if removed is None else [list(cut) for cut in removed]
+    if len(cuts) != len(given):
+        raise InvalidDataError(
+            f"removed has {len(cuts)} lists for {len(given)} strategies: give one for each."
+        )
+    gone = [_check_removed(cut, one) for cut, one in zip(cuts, given, strict=True)]
+    layers = range(min(map(min, given)), max(map(max, given)) + 1)
+    width, most_ticks = (COLUMN, 16) if len(layers) <= 40 else (PAGE, 26)
+    labels = [wrap(printable(one.strategy), 1.2, 2) for one in given]
+    lines = 1 + max(label.count("\n") for label in labels)
+    with house_style():
+        figure, [[axes]] = new_figure(width, [max(1.0, 0.55 + (0.1 + 0.13 * lines) * len(given))])
+        image = _draw_order(axes, given, gone, layers)
+        axes.set_yticks(range(len(given)), labels)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xticks(ticks(layers[0], layers[-1], most_ticks))
+        axes.set_xlabel("layer")
+        most = max(map(len, given))
+        bar = figure.colorbar(image, ax=axes, ticks=[1, most] if most > 1 else [1], aspect=12)
+        bar.ax.set_yticklabels(["first", "last"][: len(bar.get_ticks())])
+        bar.ax.invert_yaxis()
+        bar.set_label("would be removed")
+        if axes.get_legend_handles_labels()[0]:
+            legend_below(figure, axes)
+        default = "Order of removal by strategy"
+        return finish(figure, default if title is None else title, path, show)
+
+
+def _check_several(scores: Sequence[LayerScores]) -> list[LayerScores]:
+    given: list[Any] = [scores] if isinstance(scores, Mapping) else list(scores)
+    for one in given:
+        if not isinstance(one, LayerScores):
+            raise InvalidDataError(
+                f"{one!r:.60} is a {type(one).__name__}, not LayerScores: give what "
+                "compute_layer_scores() returns."
+            )
+    if not 1 <= len(given) <= MAX_STRATEGIES:
+        raise InvalidDataError(
+            f"{len(given)} strategies given: one figure shows 1 to {MAX_STRATEGIES}; choose some."
+        )
+    names = [one.strategy for one in given]
+    if len(set(names)) < len(names):
+        raise InvalidDataError(f"Some of the strategies {names} have one name: name them apart.")
+    return [_check_scores(one) for one in given]
+
+
+def _draw_order(axes: Any, given: list[LayerScores], gone: list[set[int]], layers: range) -> Any:
+    """Cells coloured by the place in the order, with crosses and marks on them."""
+    import numpy as np
+
+    places = np.full((len(given), len(layers)), np.nan)
+    for row, one in enumerate(given):
+        for place, layer in enumerate(one.ranked(), 1):
+            places[row, layer - layers[0]] = place
+    edges = layers[0] - 0.5, layers[-1] + 0.5, len(given) - 0.5, -0.5
+    look: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest", "cmap": "cividis"}
+    image = axes.imshow(
+        np.ma.masked_invalid(places), extent=edges, vmin=1, vmax=max(map(len, given)), **look
+    )
+    axes.set_yticks([row + 0.5 for row in range(len(given) - 1)], minor=True)
+    axes.grid(axis="y", which="minor", color="white", linewidth=2)
+    axes.tick_params(axis="y", which="minor", length=0)
+    size = 3.5 if len(layers) <= 40 else 2.2
+    marks = [(layer, row) for row, cut in enumerate(gone) for layer in sorted(cut)]
+    if marks:
+        dot = {"color": "white", "markeredgecolor": "black", "markeredgewidth": 0.5}
+        axes.plot(*zip(*marks, strict=True), "o", markersize=size, label="removed", **dot)
+    missing = [(at + layers[0], row) for row, at in np.argwhere(np.isnan(places)).tolist()]
+    if missing:
+        cross = {"color": "0.3", "markeredgewidth": 0.7, "label": f"no score ({len(missing)})"}
+        axes.plot(*zip(*missing, strict=True), "x", markersize=size, **cross)
+    return image
 
 
 def _check_scores(scores: Mapping[int, float]) -> LayerScores:

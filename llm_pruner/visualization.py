@@ -1,4 +1,4 @@
-"""Figures for a paper: scores per layer, cost by depth, residual stream, continuations, benchmark.
+"""Figures for a paper: layer scores, blocks of layers, cost by depth, the two models, benchmark.
 
 Every function returns a `matplotlib.figure.Figure` that pyplot does not know: nothing leaks, no
 backend is chosen, no display is needed (``show=True`` opens a window). `save_path` ends in
@@ -10,14 +10,18 @@ written.
 
 from __future__ import annotations
 
+from .plots_blocks import plot_block_distances, plot_similarity_matrix
 from .plots_model import plot_activation_comparison, plot_semantic_comparison
 from .plots_quality import plot_depth_curve, plot_holistic_benchmark
-from .plots_scores import plot_layer_importance
+from .plots_scores import plot_layer_importance, plot_score_comparison
 
 __all__ = [
     "plot_activation_comparison",
+    "plot_block_distances",
     "plot_depth_curve",
     "plot_holistic_benchmark",
     "plot_layer_importance",
+    "plot_score_comparison",
     "plot_semantic_comparison",
+    "plot_similarity_matrix",
 ]
