@@ -43,6 +43,7 @@ _HOME = {
     "perplexity": "likelihood",
     "plot_activation_comparison": "visualization",
     "plot_block_distances": "visualization",
+    "plot_comparisons": "visualization",
     "plot_depth_curve": "visualization",
     "plot_holistic_benchmark": "visualization",
     "plot_layer_importance": "visualization",
@@ -53,6 +54,8 @@ _HOME = {
     "register_strategy": "registry",
     "safe_sample": "data",
     "upload_dataset_to_hub": "data",
+    "write_card": "report",
+    "write_html": "report",
 }
 __all__ = sorted(_HOME)
 

@@ -148,13 +148,18 @@ def finish(figure: Figure, title: str, path: Path | None, show: bool) -> Figure:
     """Add the title, write the figure if there is a path, show it if asked for."""
     figure.suptitle(wrap(title, 0.87 * figure.get_figwidth()))
     if path is not None:
-        suffix = path.suffix.lower()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix[1:], metadata=METADATA[suffix])
-        write_atomically(path, buffer.getvalue())
+        write_atomically(path, file_bytes(figure, path.suffix.lower()))
     if show:
         _show(figure)
     return figure
+
+
+def file_bytes(figure: Figure, suffix: str) -> bytes:
+    """The figure as a file of that kind, a key of `METADATA`; the same for the same figure."""
+    buffer = io.BytesIO()
+    with house_style():
+        figure.savefig(buffer, format=suffix[1:], metadata=METADATA[suffix])
+    return buffer.getvalue()
 
 
 def _show(figure: Figure) -> None:

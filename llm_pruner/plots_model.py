@@ -308,13 +308,19 @@ def _draw_text(axes: Any, body: list[tuple[str, str, float]]) -> None:
 
 
 def _encode(model: Any, tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
-    """Token ids and mask of the rendered prompt, on the model's device."""
+    """Token ids and mask of the rendered prompt, on the model's device.
+
+    One that is too long for the model loses its beginning.
+    """
+    from .likelihood import position_limit
+
     special = not getattr(tokenizer, "chat_template", None)
     text = render_prompt(tokenizer, prompt)
     encoded = tokenizer(text, return_tensors="pt", add_special_tokens=special)
     ids = encoded["input_ids"].to(next(model.parameters()).device)
     if ids.shape[1] > 1 and ids[0, -1] == tokenizer.eos_token_id:
         ids = ids[:, :-1]  # some tokenizers close every text; nothing would follow
+    ids = ids[:, -position_limit(model) :]
     return {"input_ids": ids, "attention_mask": ids.new_ones(ids.shape)}
 
 

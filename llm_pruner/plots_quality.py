@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +15,7 @@ from .errors import (
 )
 from .figures import (
     COLUMN,
+    GREEN,
     PAGE,
     PALETTE,
     check_path,
@@ -28,12 +29,18 @@ from .figures import (
     ticks,
     wrap,
 )
-from .results import DepthCurve
+from .results import Comparison, DepthCurve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_CURVES = 6
+VERDICTS = {  # colour and marker, which grey print must tell apart too
+    "better": (GREEN, "^", "better"),
+    "worse": ("#d55e00", "v", "worse"),
+    "unclear": ("0.4", "o", "no clear difference"),
+    "": ("0.4", "x", "no interval"),
+}
 MARKERS = "os^DvP"  # of the curves, which grey print must tell apart
 
 
@@ -120,6 +127,73 @@ def plot_holistic_benchmark(
         axes.set_xlabel("score \u00b1 1 standard error")
         legend_below(figure, axes)
         return finish(figure, title, path, show)
+
+
+def plot_comparisons(
+    comparisons: Sequence[Comparison],
+    title: str = "Scores before and after pruning",
+    save_path: str | Path | None = None,
+    *,
+    show: bool = False,
+) -> Figure:
+    """Scores of two models: bars before and after, and beside them the change of each.
+
+    Left a dashed line is the floor, where there is one; right the line through a change is its
+    95 % interval, and the marker says whether it is better, worse, or unclear since the interval
+    holds 0. A change that was not sampled has neither line nor verdict.
+
+    Args:
+        comparisons: of one unit, such as those of group ``tasks`` of a report.
+
+    Raises:
+        InvalidDataError: none, or of several units.
+    """
+    path = check_path(save_path)
+    entries = list(comparisons)
+    units = sorted({entry.unit for entry in entries})
+    if len(units) != 1:
+        raise InvalidDataError(
+            f"The comparisons have units {units}: give at least one, and all of one unit."
+        )
+    names = [
+        wrap(printable(f"{entry.name} (n={entry.count})" if entry.count else entry.name), 1.7, 2)
+        for entry in entries
+    ]
+    places = list(map(float, range(len(entries))))
+    with house_style():
+        figure, [[left, right]] = new_figure(PAGE, [0.9 + 0.33 * len(entries)], 2, (1.0, 1.0))
+        values = [[entry.before for entry in entries], [entry.after for entry in entries]]
+        paired_bars(left, places, names, values, labels=("before", "after"))
+        floors = {entry.name: entry.floor for entry in entries if entry.floor is not None}
+        rows = [place for place, e in zip(places, entries, strict=True) if e.floor is not None]
+        if floors:
+            ends = [row - 0.45 for row in rows], [row + 0.45 for row in rows]
+            look: dict[str, Any] = {"colors": "black", "linestyles": "--", "linewidth": 0.8}
+            left.vlines(list(floors.values()), *ends, label="floor", **look)
+        left.set_xlabel(f"score{f' ({units[0]})' if units[0] else ''}")
+        keys = _draw_changes(right, entries)
+        right.set_ylim(left.get_ylim())
+        handles, _ = left.get_legend_handles_labels()
+        figure.legend(
+            handles=[*handles, *keys], loc="outside lower center", ncols=len(handles) + len(keys)
+        )
+        return finish(figure, title, path, show)
+
+
+def _draw_changes(axes: Any, entries: list[Comparison]) -> list[Any]:
+    """A marker for each change with its interval; handles for the legend."""
+    keys = {}
+    for row, entry in enumerate(entries):
+        colour, marker, label = VERDICTS[entry.verdict]
+        if entry.low is not None and entry.high is not None:
+            axes.plot([entry.low, entry.high], [row, row], color=colour, linewidth=1.2)
+        [point] = axes.plot(entry.change, row, marker, color=colour, markersize=4, label=label)
+        keys[label] = point
+    axes.axvline(0, color="0.6", linewidth=0.6)
+    axes.set_yticks([])
+    axes.margins(x=0.08)
+    axes.set_xlabel("change, with 95 % interval")
+    return list(keys.values())
 
 
 class _Line(NamedTuple):

@@ -396,8 +396,13 @@ class PruningReport(_JsonFile):
         after: the pruned (and healed) model.
         heal: the method, what the repair did to the held-out loss, and under ``cut_quality`` what
             the cut costs without it on the evaluation data.
-        evaluation_data: fingerprint and size of the data behind `before` and `after`.
+        comparisons: every quantity of both models, with its interval.
+        evaluation_data: fingerprint and size of the data behind `comparisons`.
         samples: questions of that data with ``prompt``, ``reference``, ``before``, ``after``.
+        command: the command line, if that is what ran.
+        versions: of the packages that measured.
+        machine: what it ran on.
+        protocol: how it was measured, the random seed too.
         seed: the random seed.
         seconds: duration of the whole run.
     """
@@ -409,13 +414,20 @@ class PruningReport(_JsonFile):
     before: Measurement
     after: Measurement
     heal: dict[str, Any] = field(default_factory=dict)
+    comparisons: list[Comparison] = field(default_factory=list)
     evaluation_data: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
+    command: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     seconds: float = 0.0
 
     def _items(self) -> Iterator[tuple[str, Any]]:
         for name, value in super()._items():
+            if name == "comparisons":
+                value = [asdict(entry) for entry in value]
             yield name, asdict(value) if isinstance(value, Measurement) else value
 
     @classmethod
@@ -423,6 +435,7 @@ class PruningReport(_JsonFile):
         data["plan"] = PruningPlan.from_json(json.dumps(data["plan"]))
         data["before"] = Measurement(**data["before"])
         data["after"] = Measurement(**data["after"])
+        data["comparisons"] = [Comparison(**entry) for entry in data.get("comparisons", [])]
         return cls(**data)
 
 

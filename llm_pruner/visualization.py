@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from .plots_blocks import plot_block_distances, plot_similarity_matrix
 from .plots_model import plot_activation_comparison, plot_semantic_comparison
-from .plots_quality import plot_depth_curve, plot_holistic_benchmark
+from .plots_quality import plot_comparisons, plot_depth_curve, plot_holistic_benchmark
 from .plots_scores import plot_layer_importance, plot_score_comparison
 
 __all__ = [
     "plot_activation_comparison",
     "plot_block_distances",
+    "plot_comparisons",
     "plot_depth_curve",
     "plot_holistic_benchmark",
     "plot_layer_importance",
