@@ -27,24 +27,22 @@ RELATION = "finetune"
 def write_card(report: PruningReport, folder: str | Path) -> None:
     """Write the model card of a pruned checkpoint as ``README.md`` into its folder.
 
-    Licence, language, datasets, tags and pipeline are those of the original model's card, where
-    that can be read; the scores of the tasks become evaluation results. Names are escaped.
+    Licence, language, datasets, tags and pipeline are those of the card that was saved with the
+    checkpoint, or of the original model's; the scores of the tasks become evaluation results.
+    Names are escaped.
 
     Raises:
         OutputError: the card cannot be written, or the folder has one that is not by llm_pruner.
     """
     path = Path(folder) / CARD_FILE
-    if path.exists() and not _is_ours(path.read_text("utf-8", "replace")):
+    there = path.read_text("utf-8", "replace") if path.exists() else ""
+    if path.exists() and TAGS[0] not in (_metadata(there).get("tags") or ()):
         raise OutputError(
             f"{str(path)!r} is a model card that llm_pruner did not write: move it, or write to "
             "another folder."
         )
-    text = card_text(report.plan, original_card(report.plan.model_id), report)
-    write_atomically(path, text)
-
-
-def _is_ours(card: str) -> bool:
-    return TAGS[0] in (_metadata(card).get("tags") or ())
+    original = there or original_card(report.plan.model_id)
+    write_atomically(path, card_text(report.plan, original, report))
 
 
 def original_card(model_id: str) -> str:
@@ -55,16 +53,14 @@ def original_card(model_id: str) -> str:
     if not _is_hub_id(model_id):
         return ""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx or httpx2
 
     try:
         return Path(hf_hub_download(model_id, CARD_FILE)).read_text("utf-8", "replace")
-    except EntryNotFoundError:
-        logger.info("%s has no model card: add the licence to %s yourself.", model_id, CARD_FILE)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, httpx.HTTPError) as error:
         reason = " ".join(str(error).split())
         logger.info(
-            "The card of %s cannot be read (%.200s): add the licence to %s yourself.",
+            "No card of %s can be read (%.200s): add the licence to %s yourself.",
             model_id,
             reason,
             CARD_FILE,
@@ -208,5 +204,6 @@ def inert(text: object) -> str:
     """`text` on one line, read as plain text by Markdown, also in a table, and by HTML."""
     line = " ".join(str(text).split())
     line = "".join(c for c in line if c.isprintable())
-    escaped = re.sub(r"([\\`*_\[\]|~:@$]|^[#+=>-]|(?<=\bwww)\.|(?<=^\d)[.)])", r"\\\1", line)
+    escaped = re.sub(r"([\\`*_\[\]|~:@$]|^[#+=>-]|(?<=\bwww)\.)", r"\\\1", line)
+    escaped = re.sub(r"^(\d+)([.)])(?= |$)", r"\1\\\2", escaped)
     return escaped.replace("&", "&amp;").replace("<", "&lt;")

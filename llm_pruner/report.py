@@ -169,7 +169,7 @@ def _comparisons(report: PruningReport) -> str:
     entries = report.comparisons
     if not entries:
         return ""
-    heads = ("before", "after", "change (95 % interval)", "verdict")
+    heads = ("before", "after", "change", "verdict")
     body = ""
     for group in dict.fromkeys([*GROUPS, *(entry.group for entry in entries)]):
         members = [entry for entry in entries if entry.group == group]
@@ -196,13 +196,14 @@ def _comparisons(report: PruningReport) -> str:
 
 
 def _head(text: str) -> str:
-    return f'<th class="n" scope="col">{escape(text)}</th>'
+    note = " (95 % interval)" if text == "change" else ""
+    return f'<th class="n" scope="col">{escape(text)}{note}</th>'
 
 
 def _comparison_row(entry: Comparison, heads: Sequence[str]) -> str:
     name = escape(entry.name + (f" ({entry.unit})" if entry.unit else ""))
     details = [f"{entry.count:,} samples"] if entry.count is not None else []
-    details += [f"floor {number_text(entry.floor)}"] if entry.floor is not None else []
+    details += [f"floor {number_text(entry.floor, 3)}"] if entry.floor is not None else []
     details += [entry.note] if entry.note else []
     small = f'<span class="soft">{escape("; ".join(details))}</span>' if details else ""
     cells = (number_text(entry.before), number_text(entry.after), change_text(entry))
@@ -268,7 +269,8 @@ def _steps(steps: Sequence[Mapping[str, Any]]) -> str:
     return (
         '<div class="scroll"><table class="narrow"><caption>The search, step by step, on the '
         'items of the choice</caption><thead><tr><th scope="col">step</th>'
-        f'<th class="n" scope="col">change in all</th><th scope="col">outcome</th></tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n'
+        '<th class="n" scope="col">change in all</th><th scope="col">outcome</th></tr></thead>\n'
+        f"<tbody>\n{rows}</tbody></table></div>\n"
     )
 
 
@@ -281,7 +283,9 @@ def _curve(curve: DepthCurve | None) -> str:
         change = held.get("change", point["change"])
         points.append(f"{point['n_layers']}: {change:+.1%}")
     alt = f"Line chart of {curve.unit} against the number of layers removed. {', '.join(points)}"
-    return _picture(plot_depth_curve(curve), alt, f"{curve.unit}, by number of layers removed.")
+    return _picture(
+        plot_depth_curve(curve), alt, f"Cost by number of layers removed: {curve.unit}."
+    )
 
 
 def _healing(heal: Mapping[str, Any]) -> str:
@@ -321,9 +325,9 @@ def _picture(figure: Figure, alt: str, caption: str) -> str:
     """A figure as an image whose bytes are in the page."""
     data = base64.b64encode(file_bytes(figure, ".svg")).decode()
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
-    look = ' class="column"' if figure.get_figwidth() <= COLUMN else ""
+    look = "column" if figure.get_figwidth() <= COLUMN else "page"
     return (
-        f'<figure{look}><img width="{width}" height="{height}" alt="{escape(alt)}" '
+        f'<figure class="{look}"><img width="{width}" height="{height}" alt="{escape(alt)}" '
         f'src="data:image/svg+xml;base64,{data}"><figcaption>{escape(caption)}</figcaption>'
         "</figure>\n"
     )

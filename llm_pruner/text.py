@@ -150,7 +150,7 @@ def removed_text(plan: PruningPlan) -> str:
 def number_text(value: float, digits: int = 4) -> str:
     """A value with `digits` digits, a whole number with all of its digits."""
     whole = float(value).is_integer() or abs(value) >= 10**digits
-    return f"{value:,.0f}" if whole else f"{value:,.{digits}g}"
+    return f"{value:,.0f}" if whole else f"{value:#,.{digits}g}".rstrip(".")
 
 
 def change_text(entry: Comparison) -> str:
