@@ -44,14 +44,20 @@ _HOME = {
     "normalize_item": "data",
     "perplexity": "likelihood",
     "plot_activation_comparison": "visualization",
+    "plot_block_distances": "visualization",
+    "plot_comparisons": "visualization",
     "plot_depth_curve": "visualization",
     "plot_holistic_benchmark": "visualization",
     "plot_layer_importance": "visualization",
+    "plot_score_comparison": "visualization",
     "plot_semantic_comparison": "visualization",
+    "plot_similarity_matrix": "visualization",
     "prune_checkpoint": "slicer",
     "register_strategy": "registry",
     "safe_sample": "data",
     "upload_dataset_to_hub": "data",
+    "write_card": "report",
+    "write_html": "report",
 }
 __all__ = sorted(_HOME)
 

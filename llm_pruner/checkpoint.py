@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from .architectures import LOOSE, as_stored, auto_class, loadable_config
+from .card import CARD_FILE, card_text, original_card
 from .configs import COUNT_FIELDS, text_config
 from .errors import InvalidPlanError, VerificationError
 from .layers import LayerStack
@@ -51,6 +52,8 @@ def save_checkpoint(
         tokenizer.save_pretrained(stage)
         _carry_along(pruned, stage)
         plan.save(stage / PLAN_FILE)
+        card = card_text(plan, original_card(plan.model_id))
+        (stage / CARD_FILE).write_text(card, encoding="utf-8")
         verify_checkpoint(stage, pruned)
 
 

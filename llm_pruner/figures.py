@@ -99,6 +99,41 @@ def wrap(text: str, inches: float, most: int | None = None) -> str:
     return textwrap.fill(text, max(8, room), max_lines=most, placeholder=" \u2026")
 
 
+def ticks(first: int, last: int, most: int) -> list[int]:
+    """Round layer numbers from `first` to `last`, at most `most`."""
+    steps = sorted(base * 10**power for power in range(6) for base in (1, 2, 4, 5))
+    step = next(step for step in steps if last // step - (first - 1) // step <= most)
+    return list(range(-(-first // step) * step, last + 1, step))
+
+
+def paired_bars(
+    axes: Any,
+    places: Sequence[float],
+    names: list[str],
+    values: list[list[float]],
+    errors: list[list[float]] | None = None,
+    labels: tuple[str, str] = ("_", "_"),
+) -> None:
+    """Two horizontal bars for each name, the first name on top, with their values behind them."""
+    longest = 0.0
+    for side, (colour, label) in enumerate(zip((BLUE, ORANGE), labels, strict=True)):
+        rows = [place + (side - 0.5) * 0.4 for place in places]
+        bars = {"height": 0.4, "color": colour, "label": label}
+        spread = errors[side] if errors else [0.0] * len(rows)
+        look = {"elinewidth": 0.8, "capsize": 1.5, "capthick": 0.8}
+        axes.barh(rows, values[side], xerr=spread if errors else None, error_kw=look, **bars)
+        for row, value, error in zip(rows, values[side], spread, strict=True):
+            at, style = (value + error, row), {"textcoords": "offset points", "fontsize": 6.5}
+            axes.annotate(f"{value:.2f}", at, (3, 0), va="center", **style)
+            longest = max(longest, value + error)
+    axes.set_yticks(places, names)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(places[-1] + 0.6, -0.6)
+    limit = 1.2 * longest or 1.0
+    axes.set_xlim(0, limit)
+    axes.set_xticks([tick for tick in axes.get_xticks() if tick <= min(limit, 1.0)])
+
+
 def check_path(save_path: str | Path | None) -> Path | None:
     """`save_path` as a path; OutputError if its suffix is not one of a figure."""
     path = None if save_path is None else Path(save_path)
@@ -113,13 +148,18 @@ def finish(figure: Figure, title: str, path: Path | None, show: bool) -> Figure:
     """Add the title, write the figure if there is a path, show it if asked for."""
     figure.suptitle(wrap(title, 0.87 * figure.get_figwidth()))
     if path is not None:
-        suffix = path.suffix.lower()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix[1:], metadata=METADATA[suffix])
-        write_atomically(path, buffer.getvalue())
+        write_atomically(path, file_bytes(figure, path.suffix.lower()))
     if show:
         _show(figure)
     return figure
+
+
+def file_bytes(figure: Figure, suffix: str) -> bytes:
+    """The figure as a file of that kind, a key of `METADATA`; the same for the same figure."""
+    buffer = io.BytesIO()
+    with house_style():
+        figure.savefig(buffer, format=suffix[1:], metadata=METADATA[suffix])
+    return buffer.getvalue()
 
 
 def _show(figure: Figure) -> None:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .card import CARD_FILE, card_text
 from .configs import config_parts, layer_counts, prune_config_file
 from .errors import InvalidPlanError, LoadError, UnsupportedModelError, VerificationError
 from .output import PLAN_FILE, check_output, staged_output
@@ -41,7 +42,8 @@ MOST_LAYERS = 10_000  # a config that claims more is not believed
 OTHER_TOWERS = ("vision", "visual", "audio", "image", "speech")
 # Files that hold weights in other formats or belong to another program: not carried along.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-OWN_FILES = (INDEX_FILE, "config.json", PLAN_FILE, MANIFEST_FILE, "pruning_report.json")
+REPORTS = ("pruning_report.json", "report.html")  # of the source, where that is pruned itself
+OWN_FILES = (INDEX_FILE, "config.json", PLAN_FILE, MANIFEST_FILE, CARD_FILE, *REPORTS)
 WRITERS = 2  # files at a time
 Shards = dict[str, list[tuple[StoredTensor, StoredTensor]]]
 
@@ -64,8 +66,9 @@ def prune_checkpoint(
     """Remove layers from a checkpoint on disk or on the hub without building the model.
 
     Kept tensors are copied byte by byte, in the kernel where that can be; from the hub only they
-    are downloaded. The config follows the rules that `BasePruner.prune_and_save` follows, all
-    other files are carried along, custom code and tokenizer too. ``pruning_manifest.json`` of
+    are downloaded. The config follows the rules that `BasePruner.prune_and_save` follows, and
+    the model card is a new one with the metadata of the old; all other files are carried along,
+    custom code and tokenizer too. ``pruning_manifest.json`` of
     the output says for every tensor where it came from.
 
     Args:
@@ -123,6 +126,7 @@ def prune_checkpoint(
             with (stage / file).open("wb") as target:
                 source.copy(file, 0, source.size(file), target)
         (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (stage / CARD_FILE).write_text(_card(source, plan), encoding="utf-8")
         plan.save(stage / PLAN_FILE)
         manifest.save(stage / MANIFEST_FILE)
         check_manifest(stage)
@@ -318,6 +322,14 @@ def _side_files(source: Source) -> list[str]:
         and not file.endswith((*WEIGHTS, ".index.json"))
         and not any(part.startswith(".") for part in file.split("/"))
     ]
+
+
+def _card(source: Source, plan: PruningPlan) -> str:
+    """A model card with the metadata of the source's."""
+    original = b""
+    if CARD_FILE in source.files():
+        original = source.read(CARD_FILE, 0, source.size(CARD_FILE))
+    return card_text(plan, original.decode("utf-8", "replace"))
 
 
 def _manifest(

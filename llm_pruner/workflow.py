@@ -19,16 +19,19 @@ from .evaluation import HolisticEvaluator, item_kinds
 from .healing import Heal, LoraSettings
 from .likelihood import perplexity
 from .processes import on_first
-from .results import LayerScores, PruningPlan, PruningReport
+from .results import DepthCurve, LayerScores, PruningPlan, PruningReport
 from .similarity import load_embedder
 from .speed import compare_cost, machine
 from .utils import DEMO_MODEL, logger, package_versions
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REPORT_FILE = "pruning_report.json"
+PAGE_FILE = "report.html"
 FIGURES = "figures"
+MOST_SHOWN = 500  # characters of running text that are a prompt
 SAMPLES = 3  # questions shown with both answers in a report
 HEAL_ITEMS = 12  # healing takes this many times as many items as scoring, where there are as many
 DEMO_HEALING = "demo-heal"
@@ -120,8 +123,9 @@ def carry_out(
 ) -> tuple[PruningReport, PreTrainedModel]:
     """Prune, heal and save as `plan` says, and compare both models on `judging`.
 
-    The report is written beside the checkpoint as ``pruning_report.json``; `command` is what it
-    says of how it was made.
+    The report is written beside the checkpoint as ``pruning_report.json``, as ``report.html`` to
+    look at and share, and as the model card ``README.md``; `command` is what it says of how it
+    was made.
 
     Raises:
         InvalidPlanError: the plan was made for a model with another number of layers.
@@ -188,8 +192,53 @@ def carry_out(
         },
         seconds=time.monotonic() - start,
     )
-    on_first(lambda: report.save(Path(output_dir) / REPORT_FILE))
+    on_first(lambda: _publish(pruner, pruned, report, judging))
     return report, pruned
+
+
+def _publish(
+    pruner: BasePruner, pruned: PreTrainedModel, report: PruningReport, judging: Sequence[EvalItem]
+) -> None:
+    """Write the report beside the checkpoint: as JSON, as a page and as a model card."""
+    from .report import write_card, write_html
+
+    folder = Path(report.output_dir)
+    report.save(folder / REPORT_FILE)
+    write_card(report, folder)
+    figures = model_figures(pruner, pruned, report, judging)
+    write_html(report, folder / PAGE_FILE, figures=figures, curve=_curve(report))
+
+
+def _curve(report: PruningReport) -> DepthCurve | None:
+    """What ``--sweep`` with this output has found for the same model, if it has."""
+    path = Path(f"{report.output_dir.rstrip('/')}.curve.json")
+    curve = DepthCurve.load(path) if path.is_file() else None
+    of_plan = report.plan.model_id, report.plan.num_layers
+    return curve if curve and (curve.model_id, curve.num_layers) == of_plan else None
+
+
+def model_figures(
+    pruner: BasePruner,
+    pruned: PreTrainedModel,
+    report: PruningReport,
+    judging: Sequence[EvalItem],
+    folder: Path | None = None,
+) -> dict[str, Figure]:
+    """Figures of both models on one prompt, by name; as files too in `folder`, if given.
+
+    The prompt is that of the report's first sample, else the beginning of the first text.
+    """
+    from .visualization import plot_activation_comparison, plot_semantic_comparison
+
+    prompt = report.samples[0]["prompt"] if report.samples else str(judging[0])[:MOST_SHOWN]
+    names = "activation_comparison", "semantic_comparison"
+    paths = [folder / f"{name}.png" if folder else None for name in names]
+    model, tokenizer = pruner.model, pruner.tokenizer
+    figures = (
+        plot_activation_comparison(model, tokenizer, prompt, report.plan.remove, paths[0]),
+        plot_semantic_comparison(model, pruned, tokenizer, prompt, paths[1]),
+    )
+    return dict(zip(names, figures, strict=True))
 
 
 def measure_quality(
@@ -258,19 +307,16 @@ def _drawn(
     scores: LayerScores | None,
 ) -> list[Path]:
     from . import visualization
+    from .report import write_html
 
     folder = Path(report.output_dir) / FIGURES
     plan = report.plan
-    first = data.judging[0]
-    prompt = first if isinstance(first, str) else first["prompt"]
-    written = [folder / "activation_comparison.png", folder / "semantic_comparison.png"]
-    visualization.plot_activation_comparison(
-        pruner.model, pruner.tokenizer, prompt, list(plan.remove), save_path=written[0]
-    )
-    visualization.plot_semantic_comparison(
-        pruner.model, pruned, pruner.tokenizer, prompt, save_path=written[1]
-    )
+    drawn = model_figures(pruner, pruned, report, data.judging, folder)
+    written = [folder / f"{name}.png" for name in drawn]
     if scores is not None:
+        shown = replace(report, plan=replace(plan, scores=scores))
+        page = Path(report.output_dir) / PAGE_FILE
+        write_html(shown, page, figures=drawn, curve=_curve(report))
         written.append(folder / "layer_importance.png")
         visualization.plot_layer_importance(
             scores,

@@ -105,6 +105,23 @@ def test_a_config_without_its_class_is_that_of_its_class(model_type, removed, tm
     assert differing <= {"transformers_version", "_name_or_path", "dtype"}
 
 
+def test_the_card_is_ours_with_the_metadata_of_the_sources(source, tmp_path):
+    """And no report of the source is taken for one of the output."""
+    folder = shutil.copytree(source, tmp_path / "carded")
+    (folder / "README.md").write_text("---\nlicense: mit\ntags: [chat]\n---\nThe whole model.\n")
+    for name in ("report.html", "pruning_report.json"):
+        (folder / name).write_text("old")
+    prune_checkpoint(folder, REMOVED, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: mit" in card
+    assert "- llm_pruner" in card
+    assert "- chat" in card
+    assert f"{len(REMOVED)} of" in card
+    assert "The whole model" not in card
+    assert not (tmp_path / "out" / "report.html").exists()
+    assert not (tmp_path / "out" / "pruning_report.json").exists()
+
+
 def test_lists_that_a_class_makes_up_are_left_to_the_class():
     values = {"model_type": "qwen3", "num_hidden_layers": 4, "use_sliding_window": True}
     assert prune_config_file(values, [0, 1], 4) is None

@@ -408,9 +408,7 @@ def test_what_needs_the_weights_is_refused(folder, tmp_path):
         lambda: streamed(input_ids=torch.tensor([[3]])),
         lambda: streamed.generate(torch.tensor([[3]]), max_new_tokens=1),
     ):
-        with pytest.raises(
-            UnsupportedModelError, match="remove them on the disk"
-        ):
+        with pytest.raises(UnsupportedModelError, match="remove them on the disk"):
             action()
     assert not (tmp_path / "out").exists()
     stack = pruner.layers

@@ -16,7 +16,7 @@ from matplotlib.colors import to_hex
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llm_pruner import evaluation, similarity, visualization
+from llm_pruner import evaluation, plots_model, similarity
 from llm_pruner.errors import (
     InvalidDataError,
     InvalidPlanError,
@@ -24,15 +24,11 @@ from llm_pruner.errors import (
     NonFiniteError,
     OutputError,
 )
+from llm_pruner.figures import BLUE, GREEN, ORANGE, PALETTE
 from llm_pruner.layers import LayerStack
+from llm_pruner.plots_quality import MARKERS, MAX_CURVES
 from llm_pruner.results import DepthCurve, LayerScores
 from llm_pruner.visualization import (
-    BLUE,
-    GREEN,
-    MARKERS,
-    MAX_CURVES,
-    ORANGE,
-    PALETTE,
     plot_activation_comparison,
     plot_depth_curve,
     plot_holistic_benchmark,
@@ -617,9 +613,9 @@ def test_removed_layers_are_shaded_from_input_to_output(model, tokenizer):
 
 
 def test_equal_states_have_similarity_one_even_where_they_are_zero():
-    [axes] = visualization.new_figure(3.4, [2.0])[1][0]
+    [axes] = plots_model.new_figure(3.4, [2.0])[1][0]
     states = {0: torch.zeros(3, 4), 1: torch.full((3, 4), 0.1)}
-    visualization._draw_similarity(axes, states, states)
+    plots_model._draw_similarity(axes, states, states)
     assert lines_by_colour(axes)[GREEN] == ([0, 1], [1.0, 1.0])
 
 
@@ -758,7 +754,7 @@ def test_tokens_show_their_spaces_and_keep_to_a_width():
         def convert_ids_to_tokens(self, token):
             return {2: "<0xE4>"}.get(token)
 
-    shown = [visualization._token_text(Pieces(), 0, token) for token in range(1, 6)]
+    shown = [plots_model._token_text(Pieces(), 0, token) for token in range(1, 6)]
     assert shown == ["\u2423a\u2423cat", "<0xE4>", "\u21b5", "m" * 17 + "\u2026", "<5>"]
 
 
@@ -972,4 +968,4 @@ def test_importing_the_module_loads_nothing_heavy():
     code = f"import sys, llm_pruner.visualization; print({heavy} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
-    assert visualization.MAX_PROMPTS == 6
+    assert plots_model.MAX_PROMPTS == 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import WORDS
@@ -95,6 +96,11 @@ def test_a_plan_is_carried_out(llama, tokenizer, tmp_path):
     assert report.protocol["seed"] == 5
     assert report.machine["device"] == "cpu"
     assert report.versions["torch"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<img") == 5  # scores, blocks, states, residual stream, next token
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pruning_report.json" in card
+    assert "- llm_pruner" in card
     data = DataSplit(TEXTS[:10], [], TEXTS[50:60])
     written = draw_figures(pruner, pruned, report, data)
     assert all(path.stat().st_size > 1000 for path in written)
@@ -103,6 +109,24 @@ def test_a_plan_is_carried_out(llama, tokenizer, tmp_path):
         "semantic_comparison",
         "layer_importance",
     ]
+
+
+def test_the_page_shows_the_curve_of_the_same_model_alone(llama, tokenizer, tmp_path):
+    pruner = PruneMePruner(llama, tokenizer)
+    curve = pruner.sweep(TEXTS[:10], 2, model_id="tiny")
+    for name, model_id in (("same", "tiny"), ("other", "large")):
+        replace(curve, model_id=model_id).save(tmp_path / f"{name}.curve.json")
+        plan = pruner.plan(TEXTS[:10], model_id="tiny", ratio=0.25)
+        carry_out(pruner, plan, tmp_path / name, TEXTS[50:60])
+        page = (tmp_path / name / "report.html").read_text()
+        assert ("Cost by number of layers" in page) == (name == "same")
+
+
+def test_a_text_longer_than_the_model_reads_is_drawn(llama, tokenizer, tmp_path):
+    pruner = PruneMePruner(llama, tokenizer)
+    plan = pruner.plan(TEXTS[:10], model_id="tiny", ratio=0.25)
+    carry_out(pruner, plan, tmp_path / "out", [" ".join(TEXTS), TEXTS[50]])
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_a_plan_for_another_model_is_refused(llama, tokenizer, tmp_path):
