@@ -14,7 +14,13 @@ import torch
 
 from .batching import EvalItem, Row, encode_rows, pad_rows
 from .errors import NonFiniteError
-from .evaluation import HolisticEvaluator, choice_losses, choice_score, item_kinds
+from .evaluation import (
+    HolisticEvaluator,
+    choice_losses,
+    choice_score,
+    choice_score_norm,
+    item_kinds,
+)
 from .likelihood import HINT, at_least_one, evaluating, position_limit, scored_logits
 from .objectives import TOKEN_READERS
 from .results import Comparison
@@ -215,10 +221,8 @@ def _scores(
     size = evaluator.batch_size
     losses = choice_losses(evaluator.model, evaluator.tokenizer, chosen, size) if chosen else []
     for item, own in zip(chosen, losses, strict=True):
-        shares = zip(own, item["choices"], strict=True)
-        per_character = [loss / len(choice) for loss, choice in shares]
         found.setdefault((_task(item), "acc"), []).append(choice_score(item, own))
-        found.setdefault((_task(item), "acc_norm"), []).append(choice_score(item, per_character))
+        found.setdefault((_task(item), "acc_norm"), []).append(choice_score_norm(item, own))
     for kind, metric in METRICS.items():
         rows = [row for row, other in enumerate(kinds) if other == kind]
         if rows:

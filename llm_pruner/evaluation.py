@@ -11,13 +11,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .batching import EvalItem, check_items, encode_batches, pad_left
 from .data import safe_sample
-from .errors import InvalidDataError, LoadError, NonFiniteError
+from .errors import InvalidDataError, LoadError, NonFiniteError, UnknownNameError
+from .harness import TaskResult, run_tasks
 from .likelihood import (
     HINT,
     at_least_one,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BENCHMARK = "gsm8k hellaswag arc_easy arc_challenge sciq truthfulqa openbookqa triviaqa"
+BACKENDS = ("built-in", "lm-eval")
 # Explicit, because generate() takes from the checkpoint's own settings whatever is not given.
 GREEDY: dict[str, Any] = {
     "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "temperature": 1.0,
@@ -242,18 +245,42 @@ class HolisticEvaluator(ModelEvaluator):
     greatest cosine similarity of the generated answer to the reference or one of the
     ``aliases``, not below 0.
 
+    With ``backend="lm-eval"`` all of this is left to lm-eval, EleutherAI's evaluation harness.
+
     Args:
         model, tokenizer, device, batch_size, max_new_tokens, embedder: as in `ModelEvaluator`.
-        tasks: the datasets `load_diverse_data` draws from; the eight of `BENCHMARK` if None.
+        tasks: the datasets `load_diverse_data` draws from; the eight of `BENCHMARK` if None. For
+            lm-eval its tasks, as in `harness.run_tasks`.
+        backend: what scores, ``built-in`` or ``lm-eval``.
+        settings: for lm-eval `num_fewshot`, `limit`, `seed` and `apply_chat_template`, as in
+            `harness.run_tasks`.
 
     Attributes:
         item_scores: after `run_benchmark`, the scores of each task's items in the data's order.
+        norm_scores: the same of its items with choices by likelihood per character of the choice
+            (`choice_score_norm`), which is ``acc_norm`` of lm-eval where `item_scores` is ``acc``.
+        task_results: after `run_benchmark` by lm-eval, all that it measured on each task.
+
+    Raises:
+        UnknownNameError: a backend of another name.
     """
 
-    def __init__(self, *args: Any, tasks: Sequence[str] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        tasks: Sequence[Any] | None = None,
+        backend: str = "built-in",
+        settings: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(*args, **options)
-        self.tasks = BENCHMARK.split() if tasks is None else list(tasks)
+        if backend not in BACKENDS:
+            raise UnknownNameError.of("backend", backend, BACKENDS)
+        self.backend, self.settings = backend, dict(settings or {})
+        self.tasks: list[Any] = BENCHMARK.split() if tasks is None else list(tasks)
         self.item_scores: dict[str, list[float]] = {}
+        self.norm_scores: dict[str, list[float]] = {}
+        self.task_results: dict[str, TaskResult] = {}
 
     @property
     def counts(self) -> dict[str, int]:
@@ -289,44 +316,77 @@ class HolisticEvaluator(ModelEvaluator):
         return [item for items in taken.values() for item in items[:n_per_task]]
 
     def run_benchmark(
-        self, data: Sequence[EvalItem], answers: Sequence[str] | None = None
+        self,
+        data: Sequence[EvalItem] | str | Path | None = None,
+        answers: Sequence[str] | None = None,
     ) -> dict[str, float]:
         """Mean score of each task's items, in [0, 1], and ``mean``, the mean over tasks.
 
         Every item is checked before the model is run. An item without ``task`` counts as ``other``.
 
         Args:
-            data: items with `prompt` and `reference`.
-            answers: what `generate` gave for their prompts; generated where needed if None.
+            data: items with `prompt` and `reference`. For lm-eval None, or a folder with the
+                items of every task, as in `harness.run_tasks`.
+            answers: what `generate` gave for their prompts; generated where needed if None. Not for
+                lm-eval.
 
         Raises:
             InvalidDataError: an item that cannot be scored: running text, fewer than two
                 choices or none that is the reference, a gsm8k reference without a number.
             NonFiniteError: the model's logits are not finite.
+            Also what `harness.run_tasks` raises, with lm-eval.
         """
+        if self.backend == "lm-eval":
+            return self._run_tasks(data)
+        if data is None or isinstance(data, str | Path):
+            raise InvalidDataError(f"data={data!r} must be a list of items, as load_data gives it.")
         kinds = item_kinds(data)
         items = _questions(data)
         scores: dict[int, float] = {}
+        norms: dict[int, float] = {}
         for kind in sorted(set(kinds)):
             rows = [index for index, other in enumerate(kinds) if other == kind]
             some = [items[row] for row in rows]
             if kind == "choice":
-                found = self._choices(some)
+                losses = choice_losses(self.model, self.tokenizer, some, self.batch_size)
+                pairs = zip(some, losses, strict=True)
+                both = [(choice_score(*pair), choice_score_norm(*pair)) for pair in pairs]
+                found = [plain for plain, _ in both]
+                norms.update((row, norm) for row, (_, norm) in zip(rows, both, strict=True))
             else:
                 given = self._answers(some) if answers is None else [answers[row] for row in rows]
                 score = self._numbers if kind == "number" else self._similarities
                 found = [max(0.0, value) for value in score(some, given)]
             scores.update(zip(rows, found, strict=True))
-        self.item_scores = {}
-        for index, item in enumerate(items):
-            self.item_scores.setdefault(_task(item), []).append(scores[index])
+        self.item_scores = _by_task(items, scores)
+        self.norm_scores = _by_task(items, norms)
+        return self._means()
+
+    def _run_tasks(self, data: Any) -> dict[str, float]:
+        if not (data is None or isinstance(data, str | Path)):
+            raise InvalidDataError(
+                "lm-eval has the items of its tasks: leave data out, or pass a folder with a file "
+                "for every task; backend='built-in' scores lists of items."
+            )
+        self.task_results = results = run_tasks(
+            self.model,
+            self.tokenizer,
+            self.tasks,
+            data,
+            batch_size=self.batch_size,
+            **self.settings,
+        )
+        self.item_scores = {task: result.item_scores for task, result in results.items()}
+        self.norm_scores = {
+            task: result.scores["acc_norm"]
+            for task, result in results.items()
+            if "acc_norm" in result.scores
+        }
+        return self._means()
+
+    def _means(self) -> dict[str, float]:
         means = {task: math.fsum(each) / len(each) for task, each in self.item_scores.items()}
         return {**means, "mean": math.fsum(means.values()) / len(means)}
-
-    def _choices(self, items: Sequence[Mapping[str, Any]]) -> list[float]:
-        """1 where the reference has the greatest summed log-likelihood; the first of equals."""
-        losses = choice_losses(self.model, self.tokenizer, items, self.batch_size)
-        return [choice_score(item, own) for item, own in zip(items, losses, strict=True)]
 
     def _numbers(self, items: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> list[float]:
         """1 where the answer's number is the reference's, or the answer is one of the aliases."""
@@ -350,7 +410,7 @@ def choice_losses(
         for item in items
         for choice in item["choices"]
     ]
-    limit = position_limit(model)
+    limit = position_limit(model) + 1  # the last token is scored, not read
     batches = encode_batches(
         tokenizer, pairs, batch_size=batch_size, max_length=limit, closed=False
     )
@@ -374,6 +434,21 @@ def item_kinds(items: Sequence[EvalItem]) -> list[str]:
 def choice_score(item: Mapping[str, Any], losses: Sequence[float]) -> float:
     """1 if the choice with the least loss (the first of equals) is the reference, else 0."""
     return float(item["choices"][losses.index(min(losses))] == item["reference"])
+
+
+def choice_score_norm(item: Mapping[str, Any], losses: Sequence[float]) -> float:
+    """`choice_score` of the losses per character of the choice."""
+    sizes = [len(choice) for choice in item["choices"]]
+    return choice_score(item, [loss / size for loss, size in zip(losses, sizes, strict=True)])
+
+
+def _by_task(
+    items: Sequence[Mapping[str, Any]], scores: Mapping[int, float]
+) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for row, score in sorted(scores.items()):
+        found.setdefault(_task(items[row]), []).append(score)
+    return found
 
 
 def _task(item: Any) -> str:

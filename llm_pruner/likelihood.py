@@ -106,15 +106,19 @@ class ScoredLogits:
 def scored_logits(model: torch.nn.Module, batch: Batch) -> ScoredLogits:
     """Run the model on a batch, padded on either side.
 
+    The last token of the longest sequence is scored but not read: the model needs a position for
+    every token but that.
+
     Raises:
         InvalidDataError: token ids that the model does not have.
     """
     batch = _pad_right(batch)
     check_ids(model, batch.input_ids)
     owner, position = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    width = batch.input_ids.shape[1]
+    width = max(1, batch.input_ids.shape[1] - 1)
     first = int(position.min()) if len(position) else width - 1
-    inputs = batch.to(input_device(model)).inputs()
+    given = batch.to(input_device(model)).inputs()
+    inputs = {name: tensor[:, :width] for name, tensor in given.items()}
     logits = model(**inputs, **forward_options(model, width - first)).logits
     labels = batch.labels[owner, position + 1]
     column = position - (width - logits.shape[1])

@@ -186,7 +186,7 @@ class ChoiceMeasure:
         losses = {mask: torch.zeros(len(pairs), dtype=torch.float64) for mask in masks}
         if not pairs:
             return losses
-        limit = position_limit(samples.stack.model)
+        limit = position_limit(samples.stack.model) + 1  # the last token is scored, not read
         rows = encode_rows(samples.tokenizer, pairs, max_length=limit, closed=False)
         rows.sort(key=lambda row: len(row.ids))
         choices = replace(samples, rows=rows, items=[None] * len(rows))

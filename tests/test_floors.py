@@ -16,7 +16,7 @@ PACKAGE = Path(llm_pruner.__file__).parent
 ORDER = """
     __init__ errors processes output lora results text configs architectures stats registry utils
     sources shards batching likelihood similarity surgery layers streaming writers replay layouts
-    files data card evaluation speed objectives comparison quality search closed_form trainer
+    files data card harness evaluation speed objectives comparison quality search closed_form trainer
     healing rounds checkpoint slicer base bases pruners figures plots_scores plots_blocks
     plots_quality plots_model visualization report workflow cli
 """.split()
