@@ -47,6 +47,7 @@ _HOME = {
     "plot_layer_importance": "visualization",
     "plot_semantic_comparison": "visualization",
     "prune_checkpoint": "slicer",
+    "push_to_hub": "hub",
     "register_strategy": "registry",
     "safe_sample": "data",
     "upload_dataset_to_hub": "data",
