@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -219,7 +220,8 @@ def _same(content: Path | bytes, entry: Any) -> bool:
 def _limits(end: float) -> Iterator[None]:
     """Inside the block huggingface_hub waits for no silent hub, and begins nothing after `end`.
 
-    By itself it has no time limit, and does all that a hub asks for by ``Retry-After``.
+    By itself it has no time limit, and waits as long as a hub asks it to. The client that all
+    threads share is made anew before and after.
     """
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http
@@ -270,8 +272,14 @@ def _patiently(call: Callable[[], T], end: float) -> T:
 
 
 def _wanted_wait(response: Any) -> float:
-    """Seconds that the hub asks to wait; 0 if it does not."""
+    """Seconds that the hub asks to wait; 0 if it does not.
+
+    ``Retry-After: 30``, or, where too much was asked for, ``RateLimit: "api";r=0;t=30``.
+    """
     value = str(response.headers.get("Retry-After", "")).strip()
+    limit = re.search(r"\br=0\s*;\s*t=(\d+)", response.headers.get("RateLimit", ""))
+    if response.status_code == 429 and limit:
+        return float(limit[1])
     return float(value) if value.isdecimal() else 0.0
 
 

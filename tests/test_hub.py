@@ -99,6 +99,7 @@ def test_a_folder_arrives_whole_private_and_in_one_commit(hub, out, slept):
     assert not slept
     assert push_to_hub(out, "me/other", private=False) == f"{hub.url}/me/other"
     assert hub.repos["models/me/other"].private is False
+    assert push_to_hub(out, "alone") == f"{hub.url}/me/alone"  # the hub adds the user's name
 
 
 def test_what_was_pushed_loads_and_equals_the_local_model(hub, out, tokenizer):
@@ -290,10 +291,20 @@ def test_what_does_not_pass_is_an_error_after_a_while(hub, out, slept, endpoint,
     assert arrived(hub) == contents(out)
 
 
-def test_the_hubs_wish_to_wait_is_respected(hub, out, slept):
-    hub.fail("commit", 429, times=2, headers={"Retry-After": "7"})
+@pytest.mark.parametrize(
+    ("headers", "waits"),
+    [
+        ({"Retry-After": "7"}, [7.0, 7.0]),
+        ({"RateLimit": '"api";r=0;t=55'}, [55.0, 55.0]),
+        ({"RateLimit": '"api";r=3;t=55'}, [1.0, 4.0]),  # not the reason
+        ({"Retry-After": "Wed, 21 Oct 2037 07:28:00 GMT"}, [1.0, 4.0]),
+        ({"Retry-After": "0"}, [1.0, 4.0]),
+    ],
+)
+def test_the_hubs_wish_to_wait_is_respected(hub, out, slept, headers, waits):
+    hub.fail("commit", 429, times=2, headers=headers)
     push_to_hub(out, "me/small")
-    assert slept == [7.0, 7.0]
+    assert slept == waits
 
 
 @pytest.mark.parametrize("endpoint", ["commit", "put", "create"])
@@ -363,6 +374,7 @@ def test_somebody_else_commits_meanwhile(hub, out, monkeypatch):
     push_to_hub(out, "me/small")
     assert arrived(hub) == {**contents(out), "LICENSE": b"theirs"}
     assert len(hub.repos["models/me/small"].commits) == 3
+    assert hub.asked["commit"] == 2  # the first did not know of theirs and was refused
 
 
 @pytest.mark.parametrize("status", [409, 412])
@@ -468,20 +480,26 @@ def command(saved, tmp_path, monkeypatch, capsys):
     logger.setLevel(level)
 
 
-@pytest.mark.parametrize("in_memory", [False, True])
-def test_the_command_prunes_and_pushes(hub, command, tmp_path, in_memory):
-    words = ["--dtype", "float32", "--eval-dataset", "texts.txt", "--n-samples", "4"]
-    words = words if in_memory else []
-    code, text, err = command(
-        "--layers", "2,4", *words, "--push-to-hub", "me/small", "--output", "o"
-    )
+def test_the_command_prunes_on_disk_and_pushes(hub, command, tmp_path):
+    code, text, err = command("--layers", "2,4", "--push-to-hub", "me/small", "--output", "o")
     assert code == 0, err
     assert text.endswith(f"Uploaded: {hub.url}/me/small\n")
     assert arrived(hub) == contents(tmp_path / "o")
-    assert ("pruning_report.json" in arrived(hub)) == in_memory
     assert hub.repos["models/me/small"].private
-    for content in arrived(hub).values():
-        assert TOKEN.encode() not in content
+
+
+def test_the_command_searches_and_pushes_and_shows_no_token(hub, command, tmp_path, caplog):
+    caplog.set_level(logging.DEBUG)
+    words = ["--strategy", "ablation", "--n-layers", "2", "--eval-dataset", "texts.txt"]
+    words += ["--n-samples", "4", "--push-to-hub", "me/small", "--output", "o"]
+    code, text, err = command(*words)
+    assert code == 0, err
+    assert text.endswith(f"Uploaded: {hub.url}/me/small\n")
+    assert arrived(hub) == contents(tmp_path / "o")
+    written = contents(tmp_path)
+    assert {"o/pruning_report.json", "o/pruning_plan.json", "o.journal.jsonl"} <= set(written)
+    assert not [name for name, content in written.items() if TOKEN.encode() in content]
+    assert TOKEN not in f"{text}{err}{caplog.text}"
 
 
 def test_json_is_alone_on_stdout(hub, command):
