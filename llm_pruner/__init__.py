@@ -53,6 +53,7 @@ _HOME = {
     "plot_semantic_comparison": "visualization",
     "plot_similarity_matrix": "visualization",
     "prune_checkpoint": "slicer",
+    "push_to_hub": "hub",
     "register_strategy": "registry",
     "safe_sample": "data",
     "upload_dataset_to_hub": "data",

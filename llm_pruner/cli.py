@@ -31,6 +31,7 @@ from .errors import (
     OutputError,
     UnknownNameError,
 )
+from .hub import check_upload, how_to_repeat, push_to_hub
 from .output import PLAN_FILE, check_output, clear_checkpoints, hold_output
 from .processes import TIMEOUT, group, launched, on_first, one_only, rank, told_by_first
 from .registry import BUILTIN, check_strategy_name, get_strategy, option_names
@@ -50,7 +51,7 @@ examples:
   llm-pruner --model my/model --strategy pruneme --ratio 0.25 --dry-run
   llm-pruner --model my/model --layers 3,7,11 --heal lora --output pruned_model
 
-exit codes: 0 done; 2 usage; 3 unusable model or data; 4 output or environment;
+exit codes: 0 done; 2 usage; 3 unusable model or data; 4 output or environment; 5 hub;
 6 verification failed; 130 interrupted (take it up again with --resume)
 """
 
@@ -183,6 +184,12 @@ def _add_output(group: Any) -> None:
     add("--heal-data", metavar="D", help="what to repair with (default: more of --eval-dataset)")
     add("--heal-steps", type=int, metavar="N", help="lora: steps of training at most (1000)")
     add("--export-yaml", metavar="PATH", help="also write a MergeKit recipe")
+    add(
+        "--push-to-hub",
+        metavar="USER/NAME",
+        help="then upload DIR to this hub repository, private if it is new; the token is that of "
+        "HF_TOKEN or 'hf auth login'",
+    )
     add("--visualize", action="store_true", help="draw figures into DIR/figures")
     add(
         "--verify",
@@ -221,6 +228,8 @@ def _main(args: argparse.Namespace) -> int:
             if not args.dry_run:
                 on_first(lambda: held.enter_context(hold_output(args.output)))
             _run(args)
+        if args.push_to_hub is not None and rank() == 0:  # the others need not wait for it
+            _push(args)
     except LLMPrunerError as error:
         if os.environ.get("LLM_PRUNER_DEBUG"):
             raise
@@ -297,6 +306,8 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InvalidPlanError(f"--{name.replace('_', '-')} {value} must be at least 1.")
+    if args.push_to_hub is not None:
+        on_first(lambda: check_upload(args.push_to_hub))
     if not args.dry_run and args.sweep is None:
         on_first(lambda: check_output(args.output, overwrite=args.overwrite))
 
@@ -312,12 +323,31 @@ def _check_use(args: argparse.Namespace) -> None:
                 raise InvalidPlanError(f"--{name} has no effect with --{option}: leave it out.")
     if args.sweep is not None and args.heal != "none":
         raise InvalidPlanError("--heal has no effect with --sweep: leave it out.")
+    if args.push_to_hub is not None and (args.dry_run or args.sweep is not None):
+        other = "--dry-run" if args.dry_run else "--sweep"
+        raise InvalidPlanError(f"--push-to-hub has no effect with {other}: leave it out.")
     for option in ("verify", "link"):
         if getattr(args, option) and _needs_model(args):
             raise InvalidPlanError(
                 f"--{option} is for pruning on disk, by --layers or --plan without anything that "
                 "needs the model in memory: leave it out."
             )
+
+
+def _push(args: argparse.Namespace) -> None:
+    """Upload the output, which is complete, and print where it is."""
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    if args.quiet or not sys.stderr.isatty():
+        disable_progress_bars()
+    logger.info("Uploading %s to %s", args.output, args.push_to_hub)
+    try:
+        with hold_output(args.output):
+            url = push_to_hub(args.output, args.push_to_hub)
+    except KeyboardInterrupt:
+        print(f"\n{how_to_repeat(args.output, args.push_to_hub)}", file=sys.stderr)
+        raise
+    print(f"Uploaded: {url}", file=sys.stderr if args.json else sys.stdout)
 
 
 def _needs_model(args: argparse.Namespace) -> bool:

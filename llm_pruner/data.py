@@ -14,8 +14,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InvalidDataError, LoadError, OutputError, UnknownNameError
+from .errors import InvalidDataError, LoadError, UnknownNameError
 from .files import READERS, read_local
+from .hub import http_error, upload
 from .layouts import (
     DATASETS,
     DEFAULT_SOURCES,
@@ -46,20 +47,13 @@ __all__ = [
 MAX_BAD_ROWS = 100  # a source whose rows all fail is given up after so many
 
 
-def _http_error() -> type[Exception]:
-    """The base of the transport errors of huggingface_hub, which are not all OSError."""
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx or httpx2
-
-    return httpx.HTTPError
-
-
 def _hub_failures() -> tuple[type[Exception], ...]:
     """What `datasets` raises for a source that cannot be had; StopIteration: an empty file."""
     from datasets.exceptions import DatasetsError
     from pyarrow.lib import ArrowException
 
     builtin = (OSError, ValueError, RuntimeError, LookupError, StopIteration)
-    return (*builtin, DatasetsError, ArrowException, _http_error())
+    return (*builtin, DatasetsError, ArrowException, http_error())
 
 
 def _download(repo_id: str, subset: str | None, split: str | None) -> dict[str, Any]:
@@ -271,28 +265,19 @@ def upload_dataset_to_hub(
 
     Raises:
         InvalidDataError: the items cannot be used; nothing was sent.
-        OutputError: the hub refused or could not be reached; the message says what to do.
+        HubError: the hub refused or could not be reached; the message says what to do.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
     from .batching import check_items
 
-    files = {
-        "data.jsonl": b"".join(_json_line(i, item) for i, item in enumerate(check_items(data))),
-        "README.md": _card(data, repo_id).encode(),
-    }
-    adds = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=f) for name, f in files.items()]
-    secret = (token or "").strip()
-    api = HfApi(token=secret or None)
-    try:
-        # With exist_ok a refused token goes unnoticed here; the commit then fails.
-        url = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-        message = f"Upload {len(data)} items with llm_pruner"
-        api.create_commit(url.repo_id, adds, commit_message=message, repo_type="dataset")
-    except (OSError, ValueError, RuntimeError, _http_error()) as error:
-        cause = None if secret and secret in str(error) else error  # a traceback would show it
-        raise OutputError(_explain_upload_failure(repo_id, error, secret)) from cause
-    return str(url)
+    lines = b"".join(_json_line(i, item) for i, item in enumerate(check_items(data)))
+    return upload(
+        {"data.jsonl": lines, "README.md": _card(data, repo_id).encode()},
+        repo_id,
+        "dataset",
+        message=f"Upload {len(data)} items with llm_pruner",
+        private=private,
+        token=token,
+    )
 
 
 def _json_line(index: int, item: EvalItem) -> bytes:
@@ -330,23 +315,3 @@ Read them with `llm_pruner.load_dataset_from_hub("{repo_id}")`. The items keep t
 the datasets they were taken from.
 """
     return str(DatasetCard(f"---\n{meta.to_yaml()}\n---\n\n{body}"))
-
-
-def _explain_upload_failure(repo_id: str, error: Exception, secret: str) -> str:
-    """What went wrong on the way to the hub and what to do, by HTTP status."""
-    from huggingface_hub.errors import HFValidationError
-
-    status = getattr(getattr(error, "response", None), "status_code", 0)
-    if status in (401, 403):
-        advice = "Log in with 'hf auth login', or pass a token with write access to it."
-    elif status == 404:
-        advice = "Give 'name' or 'organisation/name', and check that the token may write there."
-    elif status == 429 or status >= 500:
-        advice = "The hub is busy or down: retry in a few minutes."
-    elif isinstance(error, HFValidationError):
-        advice = "A repository id is 'organisation/name', of letters, digits, '-', '_' and '.'."
-    else:
-        advice = "Check the network and HF_HUB_OFFLINE, then retry."
-    reason = " ".join(str(error).split())
-    reason = (reason.replace(secret, "***") if secret else reason)[:300]
-    return f"Cannot upload to dataset {repo_id!r}: {type(error).__name__}: {reason} {advice}"

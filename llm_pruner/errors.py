@@ -8,6 +8,7 @@
     |-- UnknownNameError (LookupError)       no strategy, objective or dataset of that name
     |-- LoadError (OSError)                  a model or dataset could not be found or read
     |-- OutputError (OSError)                the output cannot be written where it was asked for
+    |   `-- HubError                         it cannot be uploaded to the Hugging Face hub
     |-- VerificationError (RuntimeError)     a written checkpoint does not compute what it should
     |-- ProcessGroupError (RuntimeError)     of several processes one ended, or does not answer
     |-- OutOfMemoryError (MemoryError)       the memory does not suffice for what was asked
@@ -77,6 +78,12 @@ class OutputError(LLMPrunerError, OSError):
     """The output cannot be written where it was asked for."""
 
     exit_code = 4
+
+
+class HubError(OutputError):
+    """Something could not be uploaded to the Hugging Face hub; on this machine nothing is lost."""
+
+    exit_code = 5
 
 
 class VerificationError(LLMPrunerError, RuntimeError):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 import random
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
 import pytest
+from fakehub import running_hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -676,73 +674,30 @@ def test_impossible_shares(first):
 TOKEN = "hf_secretsecret"
 
 
-class FakeHub(BaseHTTPRequestHandler):
-    """Accepts a commit, or answers the requests listed in `server.answers` with their status."""
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-        place = self.path.rsplit("/", 1)[-1] if "commit" not in self.path else "commit"
-        self.server.seen[place] = body
-        status = self.server.answers.get(place, 200)
-        repo = f"http://127.0.0.1:{self.server.server_port}/datasets/me/items"
-        self.reply(status, {
-            "create": {"url": repo, "name": "me/items"},
-            "validate-yaml": {"errors": [], "warnings": []},
-            "main": {"files": [
-                {"path": name, "uploadMode": "regular", "shouldIgnore": False}
-                for name in ("data.jsonl", "README.md")
-            ]},
-            "commit": {"success": True, "commitOid": "0" * 40, "commitUrl": f"{repo}/commit/0"},
-        }.get(place, {}))  # fmt: skip
-
-    def do_GET(self):
-        self.reply(200, {"id": "me/items", "sha": "0" * 40})
-
-    def reply(self, status, answer):
-        body = json.dumps(answer if status < 400 else {"error": f"no ({TOKEN})"}).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    from huggingface_hub import constants
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    server.answers, server.seen = {}, {}
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.chdir(tmp_path)
-    yield server
-    server.shutdown()
-    server.server_close()
+    monkeypatch.setattr("llm_pruner.hub.WAITS", (0.01,))
+    with running_hub(monkeypatch, tmp_path / "cache") as server:
+        server.token = TOKEN
+        yield server
     assert not list(tmp_path.iterdir())  # nothing was left in the working directory
 
 
 def committed(server):
     """The files of the commit that the server received."""
-    lines = [json.loads(line) for line in server.seen["commit"].splitlines()]
-    assert [line["key"] for line in lines] == ["header", "file", "file"]
-    return {
-        line["value"]["path"]: base64.b64decode(line["value"]["content"]).decode()
-        for line in lines[1:]
-    }
+    files = server.repos["datasets/me/items"].files
+    return {name: content.decode() for name, content in files.items() if name[0] != "."}
 
 
 def test_upload_and_read_back(server, tmp_path_factory, caplog):
     items = [normalize_item(ROWS[name], name) for name in DATASETS]
     items += ["running é text", {"task": "<b>|\n", "prompt": "q", "reference": "a"}]
     assert upload_dataset_to_hub(items, "me/items", f"{TOKEN}\n").endswith("/datasets/me/items")
-    assert b'"private"' in server.seen["create"]
+    assert server.repos["datasets/me/items"].private
     assert TOKEN not in caplog.text
     files = committed(server)
+    assert sorted(files) == ["README.md", "data.jsonl"]
     assert "| gsm8k | 1 |" in files["README.md"]
     assert "| _b___ | 1 |" in files["README.md"]
     folder = tmp_path_factory.mktemp("items")
@@ -761,7 +716,7 @@ def test_bad_items_are_never_sent(server):
     for bad in ([], [{"prompt": "q"}], [{"prompt": "q", "reference": "a", "extra": {1}}]):
         with pytest.raises(InvalidDataError, match=r"eval_data|data\[0\] cannot be written"):
             upload_dataset_to_hub(bad, "me/items", TOKEN)
-    assert not server.seen
+    assert not server.asked
 
 
 @pytest.mark.parametrize(
@@ -777,7 +732,9 @@ def test_bad_items_are_never_sent(server):
     ],
 )
 def test_refused_uploads_say_what_to_do(server, place, status, advice):
-    server.answers[place] = status
+    if advice is None:
+        upload_dataset_to_hub(qa(2), "me/items", TOKEN)
+    server.fail(place, status, body={"error": f"no ({TOKEN})"})
     if advice is None:
         assert upload_dataset_to_hub(qa(1), "me/items", TOKEN)
         return
@@ -790,10 +747,11 @@ def test_refused_uploads_say_what_to_do(server, place, status, advice):
 def test_upload_to_an_impossible_name(server):
     with pytest.raises(OutputError, match=r"'a/b/c': HFValidationError.*organisation/name"):
         upload_dataset_to_hub(qa(1), "a/b/c", TOKEN)
-    assert not server.seen
+    assert not server.asked
 
 
 def test_upload_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_pruner.hub.WAITS", (0.01,))
     with pytest.raises(OutputError, match=r"OfflineModeIsEnabled.*Check the network"):
         upload_dataset_to_hub(qa(1), "me/items", TOKEN)
     from huggingface_hub import constants

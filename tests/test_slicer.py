@@ -7,16 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
 from conftest import tiny_llama
-from huggingface_hub import constants
+from fakehub import running_hub
 from safetensors.torch import load_file, save_file
 
 from llm_pruner import LayerStack, PruningPlan, SmartPruner
@@ -524,56 +522,14 @@ def test_headers_are_those_of_the_library(source):
 # The hub, played by a server of our own
 
 
-class Repository(BaseHTTPRequestHandler):
-    """One model repository: its list of files, and ranges of them; what it sent is counted."""
-
-    def do_GET(self):
-        server = self.server
-        if self.path.startswith("/api/models/me/model"):
-            listed = LocalFolder(server.folder)
-            siblings = [{"rfilename": f, "size": listed.size(f)} for f in listed.files()]
-            self.reply(200, json.dumps({"id": "me/model", "sha": SHA, "siblings": siblings}))
-            return
-        file = server.folder / self.path.split(f"/resolve/{SHA}/")[-1]
-        raw = file.read_bytes()
-        server.asked += 1
-        if server.asked == server.fails_at:
-            self.reply(server.fails_with, "{}")
-        elif server.knows_ranges:
-            start, end = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-            server.sent += end + 1 - start
-            self.reply(206, raw[start : end + 1])
-        else:
-            self.reply(200, raw)
-
-    def reply(self, status, body):
-        body = body.encode() if isinstance(body, str) else body
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
 SHA = "5" * 40
 
 
 @pytest.fixture
 def hub(source, monkeypatch, tmp_path):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Repository)
-    server.folder, server.asked, server.sent = source, 0, 0
-    server.fails_at, server.fails_with, server.knows_ranges = 0, 503, True
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    template = f"{constants.ENDPOINT}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    yield server
-    server.shutdown()
-    server.server_close()
+    with running_hub(monkeypatch, tmp_path / "cache") as server:
+        server.add("me/model", source, SHA)
+        yield server
 
 
 def test_from_the_hub_only_what_stays_is_fetched(hub, source, tmp_path):
@@ -593,13 +549,13 @@ def test_from_the_hub_only_what_stays_is_fetched(hub, source, tmp_path):
 
 
 def test_a_hub_that_stumbles_is_asked_again(hub, tmp_path):
-    hub.fails_at = 9
+    hub.fail("resolve", 503, after=8, times=1)
     prune_checkpoint("me/model", REMOVED, tmp_path / "out")
     assert check_manifest(tmp_path / "out").revision == SHA
 
 
 def test_a_hub_that_refuses_leaves_nothing(hub, tmp_path):
-    hub.fails_at, hub.fails_with = 12, 403
+    hub.fail("resolve", 403, after=11, times=1)
     with pytest.raises(LoadError, match="Cannot load model 'me/model'"):
         prune_checkpoint("me/model", REMOVED, tmp_path / "out")
     assert os.listdir(tmp_path) == ["source"]
