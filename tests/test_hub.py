@@ -198,10 +198,14 @@ def test_no_token(hub, out, monkeypatch, tmp_path):
     with pytest.raises(HubError, match=r"No token was found.*hf auth login"):
         push_to_hub(out, "me/small")
     assert not hub.asked
+    assert push_to_hub(out, "me/more", token=f" {TOKEN}\n")  # a given one, spaces aside
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     assert check_upload("me/small") == TOKEN
     assert push_to_hub(out, "me/small")
-    assert push_to_hub(out, "me/more", token=f" {TOKEN}\n")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(HubError, match="401"):
+        push_to_hub(out, "me/small")
+    assert push_to_hub(out, "me/small", token=TOKEN)
 
 
 def test_offline(hub, out, monkeypatch):
