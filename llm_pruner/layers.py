@@ -54,7 +54,7 @@ class LayerStack(Sequence[nn.Module]):
     def __init__(self, model: nn.Module, path: str | None = None) -> None:
         self.model = model
         self.paths = _find_paths(model) if path is None else (path,)
-        self._forms: dict[str, list[_ReturnForm]] = {}
+        self._forms: dict[str, list[ReturnForm]] = {}
         for name in self.paths:
             _layer_list(model, name)
 
@@ -132,13 +132,13 @@ class LayerStack(Sequence[nn.Module]):
 
         def hook(index: int) -> Callable[..., None]:
             def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                observer(index, _hidden_in(args, kwargs), _hidden_out(output))
+                observer(index, hidden_in(args, kwargs), hidden_out(output))
 
             return call
 
         with ExitStack() as handles:
             for index, layer in enumerate(self):
-                if not isinstance(layer, _Bypass):
+                if not isinstance(layer, Bypass):
                     handle = layer.register_forward_hook(hook(index), with_kwargs=True)
                     handles.callback(handle.remove)
             yield
@@ -170,7 +170,7 @@ class LayerStack(Sequence[nn.Module]):
         try:
             for path, index, layer in originals:
                 adds = in_parts and not isinstance(layer, nn.LayerNorm)
-                stand_in = _Bypass(layer, forms[path][index], adds=adds)
+                stand_in = Bypass(layer, forms[path][index], adds=adds)
                 _layer_list(self.model, path)[index] = stand_in
             yield self.model
         finally:
@@ -187,7 +187,7 @@ class LayerStack(Sequence[nn.Module]):
 
         def hook(index: int) -> Callable[..., None]:
             def call(module: nn.Module, args: Any, kwargs: Any) -> None:
-                observer(index, _hidden_in(args, kwargs))
+                observer(index, hidden_in(args, kwargs))
 
             return call
 
@@ -314,7 +314,7 @@ class LayerStack(Sequence[nn.Module]):
         hint = f" Sets near this one that can be removed: {near}." if near else ""
         return f"Layers that can be removed alone: {alone or 'none'}.{hint}"
 
-    def _return_forms(self, path: str | None = None) -> list[_ReturnForm]:
+    def _return_forms(self, path: str | None = None) -> list[ReturnForm]:
         """How each layer of a list returns its result, learned from one pass of two tokens."""
         path = path or self.paths[0]
         if path not in self._forms:
@@ -332,7 +332,7 @@ class LayerStack(Sequence[nn.Module]):
                     handle = layer.register_forward_hook(hook(index), with_kwargs=True)
                     handles.callback(handle.remove)
                 self.model(input_ids=torch.tensor([[0, 1]], device=self.device), use_cache=False)
-            self._forms[path] = _learn_forms(calls, len(layers))
+            self._forms[path] = learn_forms(calls, len(layers))
         return self._forms[path]
 
 
@@ -340,7 +340,7 @@ Source = int | str | None  # a positional argument, a keyword argument, or nothi
 
 
 @dataclass(frozen=True)
-class _ReturnForm:
+class ReturnForm:
     """What a layer returns, and from which of its own inputs a stand-in takes each part.
 
     Attributes:
@@ -352,20 +352,20 @@ class _ReturnForm:
     sources: tuple[Source, ...] = ()
 
 
-def _learn_forms(
+def learn_forms(
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]], n_layers: int
-) -> list[_ReturnForm]:
+) -> list[ReturnForm]:
     """Return forms from what went in and out of the layers in one pass.
 
     A layer may return more than the hidden state, and some of it is carried to the next layer
     (a router's state, attention indices). Where part j of a result reappears as an input of the
     next layer, a stand-in has to hand its own such input on.
     """
-    forms: list[_ReturnForm] = []
+    forms: list[ReturnForm] = []
     for index in range(n_layers):
         output = calls[index][2] if index in calls else None
         if not isinstance(output, tuple | list):
-            forms.append(_ReturnForm())
+            forms.append(ReturnForm())
             continue
         args, kwargs, _ = calls.get(index + 1, ((), {}, None))
         inputs = _by_source(args, kwargs)
@@ -373,7 +373,7 @@ def _learn_forms(
             None if part is None else next((k for k, v in inputs.items() if v is part), None)
             for part in output
         )
-        forms.append(_ReturnForm(_builder(output), sources))
+        forms.append(ReturnForm(_builder(output), sources))
     known = {len(form.sources): form for form in forms if form.sources and _goes_on(form)}
     return [
         form if not form.sources or _goes_on(form) else known.get(len(form.sources), form)
@@ -381,7 +381,7 @@ def _learn_forms(
     ]
 
 
-def _goes_on(form: _ReturnForm) -> bool:
+def _goes_on(form: ReturnForm) -> bool:
     """Whether anything the layer returns was seen to go on (not so for the last layer)."""
     return any(source is not None for source in form.sources)
 
@@ -398,21 +398,28 @@ def _by_source(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Source, An
     return inputs
 
 
-class _Bypass(nn.Module):
-    """Stands in for a layer: hands its input on, answers every attribute like the layer."""
+class Bypass(nn.Module):
+    """Stands in for a layer: hands its input on, answers every attribute like the layer.
 
-    def __init__(self, layer: nn.Module, form: _ReturnForm, *, adds: bool = False) -> None:
+    Args:
+        layer: the layer.
+        form: how the layer returns its result.
+        adds: whether its result is added to its input elsewhere, so that it has to be zero.
+    """
+
+    def __init__(self, layer: nn.Module, form: ReturnForm, *, adds: bool = False) -> None:
         super().__init__()
         # Not a submodule: the layer's parameters must not appear a second time.
         object.__setattr__(self, "_layer", layer)
         object.__setattr__(self, "_form", form)
-        object.__setattr__(self, "_adds", adds)  # its result is added to its input elsewhere
+        object.__setattr__(self, "_adds", adds)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = _hidden_in(args, kwargs)
+        """The hidden state among the arguments, in the form in which the layer returns it."""
+        hidden = hidden_in(args, kwargs)
         if self.__dict__["_adds"]:
             hidden = torch.zeros_like(hidden)
-        form: _ReturnForm = self.__dict__["_form"]
+        form: ReturnForm = self.__dict__["_form"]
         if form.build is None:
             return hidden
         inputs = _by_source(args, kwargs)
@@ -427,13 +434,15 @@ class _Bypass(nn.Module):
         return getattr(self.__dict__["_layer"], name)
 
 
-def _hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden state among a layer's arguments: (sequences, tokens, hidden)."""
     hidden = args[0] if args else kwargs["hidden_states"]
     assert isinstance(hidden, torch.Tensor)
     return hidden
 
 
-def _hidden_out(output: Any) -> torch.Tensor:
+def hidden_out(output: Any) -> torch.Tensor:
+    """The hidden state in what a layer returns: (sequences, tokens, hidden)."""
     hidden = output[0] if isinstance(output, tuple | list) else output
     assert isinstance(hidden, torch.Tensor)
     return hidden

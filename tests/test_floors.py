@@ -15,10 +15,10 @@ PACKAGE = Path(llm_pruner.__file__).parent
 # A module may import those above it, and nothing else of the package.
 ORDER = """
     __init__ errors processes output lora results text configs architectures stats registry utils
-    hub sources shards batching likelihood similarity surgery layers streaming writers replay
-    layouts files data card harness evaluation speed objectives comparison quality search
-    closed_form trainer healing rounds checkpoint slicer base bases pruners figures plots_scores
-    plots_blocks plots_quality plots_model visualization report workflow cli
+    hub sources shards batching likelihood similarity surgery layers weights states sweeps gates
+    streaming writers replay layouts files data card harness evaluation speed objectives comparison
+    quality search closed_form trainer healing rounds checkpoint slicer base bases pruners figures
+    plots_scores plots_blocks plots_quality plots_model visualization report workflow cli
 """.split()
 # These look upwards when they run, or for their annotations; what they import first may not.
 LATE = {"registry", "cli", "workflow"}

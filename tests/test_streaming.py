@@ -25,7 +25,8 @@ from llm_pruner.pruners import (
     SmartPruner,
 )
 from llm_pruner.quality import RemovalQuality
-from llm_pruner.streaming import StateStore, layers_of, load_streamed, load_within
+from llm_pruner.states import StateStore
+from llm_pruner.streaming import StreamedStack, layers_of, load_streamed, load_within
 from llm_pruner.utils import format_bytes, load_model, parse_bytes
 from llm_pruner.workflow import carry_out
 
@@ -239,7 +240,7 @@ def test_states_that_do_not_fit_wait_in_files(folder, monkeypatch, tmp_path):
     spill = tmp_path / "spill"
     spill.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(spill))
-    monkeypatch.setattr(streaming, "SMALL", 0)
+    monkeypatch.setattr("llm_pruner.states.SMALL", 0)
     stores: list[StateStore] = []
 
     class Watched(StateStore):
@@ -247,7 +248,7 @@ def test_states_that_do_not_fit_wait_in_files(folder, monkeypatch, tmp_path):
             super().__init__(budget)
             stores.append(self)
 
-    monkeypatch.setattr(streaming, "StateStore", Watched)
+    monkeypatch.setattr("llm_pruner.sweeps.StateStore", Watched)
     for cls in STRATEGIES:
         pruner = cls(streamed, tokenizer, protect=(0, 0), batch_size=2)
         pruner.layers.budget = 0
@@ -257,7 +258,7 @@ def test_states_that_do_not_fit_wait_in_files(folder, monkeypatch, tmp_path):
 
 
 def test_a_store_counts_what_it_holds(monkeypatch):
-    monkeypatch.setattr(streaming, "SMALL", 0)
+    monkeypatch.setattr("llm_pruner.states.SMALL", 0)
     store = StateStore(1000)
     first, second = torch.rand(100), torch.rand(200)
     copy = second.clone()
@@ -296,7 +297,7 @@ def alive() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "llm_pruner pass"]
 
 
-def assert_clean(stack: streaming.StreamedStack) -> None:
+def assert_clean(stack: StreamedStack) -> None:
     assert not alive()
     assert all(type(layer).__name__ == "LlamaDecoderLayer" for layer in stack)
     assert all(parameter.is_meta for parameter in stack.model.parameters())
@@ -463,10 +464,10 @@ def test_memory_decides(folder, monkeypatch):
     size = stored_bytes(folder)
     monkeypatch.setattr(streaming, "ROOM", 1000)
     model, _ = load_within(size + 1000, folder, device="cpu")
-    assert not isinstance(layers_of(model), streaming.StreamedStack)
+    assert not isinstance(layers_of(model), StreamedStack)
     model, tokenizer = load_within(size + 999, folder, device="cpu")
     stack = layers_of(model)
-    assert isinstance(stack, streaming.StreamedStack)
+    assert isinstance(stack, StreamedStack)
     layer = sum(p.nbytes for p in stack[0].parameters())
     least = layer + sum(p.nbytes for p in model.model.norm.parameters()) + 1000
     assert stack.budget == size + 999 - least
