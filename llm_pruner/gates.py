@@ -53,6 +53,7 @@ class Gate(nn.Module):
             job.sweep.store.keep((entering, leaving))  # an observer may keep them too
             for observer in job.observers:
                 observer(index, entering, leaving)
+            job.sweep.store.restore(output)  # for what the model does with it before the next layer
         return output
 
     def __getattr__(self, name: str) -> Any:

@@ -69,6 +69,8 @@ def load_streamed(
         LoadError: the model cannot be found or read, or is not stored as plain safetensors.
     """
     place = torch.device(device or get_device())
+    if place.type == "cuda" and place.index is None:  # every thread has a current device of its own
+        place = torch.device("cuda", torch.cuda.current_device())
     folder = tempfile.TemporaryDirectory(prefix="llm-pruner-")  # of what has to be converted
     with _quiet("accelerate.big_modeling"):  # which warns of what is wanted here
         model, tokenizer = read_model(

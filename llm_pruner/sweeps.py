@@ -119,6 +119,8 @@ class Sweep:
                 if key is not None and left[key] > 0 and not isinstance(result.answer, _Failure):
                     results[key] = result
             else:
+                assert job.request is not None
+                self.store.restore((job.request.args, job.request.kwargs))
                 self.store.restore(result.answer, for_good=True)
                 self._shared += [(weakref.ref(x), x._version) for x in tensors_in(result.answer)]
             if left[key] <= 0:
