@@ -366,6 +366,7 @@ def test_nan_is_an_error_and_not_the_winner(llama, tokenizer, definition, tmp_pa
     assert not llama._forward_hooks
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_infinite_likelihoods_are_named(llama, tokenizer, definition, monkeypatch):
     monkeypatch.setattr(
         HFLM, "loglikelihood", lambda self, asked: [(-math.inf, False)] * len(asked)
