@@ -230,8 +230,8 @@ def _settings(
     }
 
 
-def _loaded(tasks: Sequence[Task], data: str | Path | None, seed: int) -> list[Any]:
-    """The tasks as objects of lm-eval, with their items."""
+def _loaded(tasks: Sequence[Task], data: str | Path | None, seed: int) -> dict[str, Any]:
+    """The tasks by name as objects of lm-eval, with their items."""
     if isinstance(tasks, str) or not tasks:
         raise InvalidDataError(f"tasks={tasks!r} must be a list of one or more tasks.")
     if importlib.util.find_spec("lm_eval") is None:
@@ -243,7 +243,7 @@ def _loaded(tasks: Sequence[Task], data: str | Path | None, seed: int) -> list[A
     with _quiet(), _seeded(seed):
         for task in tasks:
             found.update(_load(task, None if data is None else Path(data)))
-    return list(found.values())
+    return found
 
 
 def _load(task: Task, folder: Path | None) -> dict[str, Any]:
@@ -315,14 +315,14 @@ def _with_rows(name: str, folder: Path) -> dict[str, Any]:
 def _run(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Any],
+    tasks: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> dict[str, TaskResult]:
     """Every loaded task's result for one model."""
     from lm_eval import __version__, simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    seed, names = settings["random_seed"], [task.task_name for task in tasks]
+    seed = settings["random_seed"]
     with evaluating(model), _quiet(), _seeded(seed), _refusing_nan(model):
         lm = HFLM(
             pretrained=model,
@@ -331,12 +331,16 @@ def _run(
         )
         try:
             found = simple_evaluate(
-                lm, tasks=list(tasks), task_manager=_manager(False), bootstrap_iters=0, **settings
+                lm,
+                tasks=list(tasks.values()),
+                task_manager=_manager(False),
+                bootstrap_iters=0,
+                **settings,
             )
         except (AssertionError, ValueError) as error:  # max_gen_toks, few-shot examples, ...
             reason = str(error) or "a choice has no tokens, or more than the model has positions"
             raise InvalidDataError(
-                f"lm-eval cannot run these tasks ({', '.join(names)}) on this model: "
+                f"lm-eval cannot run these tasks ({', '.join(tasks)}) on this model: "
                 f"{reason.rstrip('.')}. The model takes {lm.max_length} tokens; leave such a task "
                 "out, or give its definition as a dict with other settings."
             ) from error
@@ -351,7 +355,7 @@ def _run(
         "apply_chat_template": settings["apply_chat_template"],
         "lm_eval": __version__,
     }
-    return {name: _result(name, found, shared) for name in names}
+    return {name: _result(name, found, shared) for name in tasks}
 
 
 def _result(name: str, found: Mapping[str, Any], shared: Mapping[str, Any]) -> TaskResult:
