@@ -105,7 +105,11 @@ def _summary(report: PruningReport) -> str:
     )
     removed = ", ".join(map(str, plan.remove))
     tiles = [
-        _tile("layers removed", f"{len(plan.remove)} of {plan.num_layers}", f"layers {removed}"),
+        _tile(
+            "layers removed",
+            f"{len(plan.remove)} of {plan.num_layers}",
+            f"{len(plan.remove) / plan.num_layers:.0%} of the depth",
+        ),
         *map(_comparison_tile, _headlines(report.comparisons)),
     ]
     if held := plan.held_out:
