@@ -261,7 +261,7 @@ def _steps(steps: Sequence[Mapping[str, Any]]) -> str:
         if what == "cut":
             what = f"cut layer {step.get('layer')}"
         elif what == "exchange":
-            what = f"removed {step.get('in')} instead of {step.get('out')}"
+            what = f"removed {_value(step.get('in'))} instead of {_value(step.get('out'))}"
         elif what == "repair":
             what = f"repaired ({step.get('method')})"
         kept = "kept" if step.get("kept") else "rolled back"
