@@ -482,7 +482,7 @@ def _run_in_memory(args: argparse.Namespace) -> None:
     from .lora import LoraSettings
     from .pruners import SmartPruner
     from .rounds import Repairs
-    from .workflow import carry_out, draw_figures, load_data
+    from .workflow import PAGE_FILE, carry_out, draw_figures, load_data
 
     pruner = _make_pruner(args, *_load(args))
     if args.heal != "none" or args.visualize:
@@ -546,7 +546,11 @@ def _run_in_memory(args: argparse.Namespace) -> None:
         print(report.to_json(), end="")
     else:
         print(report_text(report), end="")
-        for path in [*figures, *([Path(args.export_yaml)] if args.export_yaml else [])]:
+        for path in [
+            Path(args.output) / PAGE_FILE,
+            *figures,
+            *([Path(args.export_yaml)] if args.export_yaml else []),
+        ]:
             print(f"Wrote {path}")
 
 

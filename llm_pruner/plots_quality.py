@@ -155,10 +155,8 @@ def plot_comparisons(
         raise InvalidDataError(
             f"The comparisons have units {units}: give at least one, and all of one unit."
         )
-    names = [
-        wrap(printable(f"{entry.name} (n={entry.count})" if entry.count else entry.name), 1.7, 2)
-        for entry in entries
-    ]
+    names = [printable(e.name) + (f" (n={e.count})" if e.count else "") for e in entries]
+    names = [wrap(name.replace("_", "_ "), 1.9, 2).replace("_ ", "_") for name in names]
     places = list(map(float, range(len(entries))))
     with house_style():
         figure, [[left, right]] = new_figure(PAGE, [0.9 + 0.33 * len(entries)], 2, (1.0, 1.0))

@@ -105,7 +105,11 @@ def _summary(report: PruningReport) -> str:
     )
     removed = ", ".join(map(str, plan.remove))
     tiles = [
-        _tile("layers removed", f"{len(plan.remove)} of {plan.num_layers}", f"layers {removed}"),
+        _tile(
+            "layers removed",
+            f"{len(plan.remove)} of {plan.num_layers}",
+            f"{len(plan.remove) / plan.num_layers:.0%} of the depth",
+        ),
         *map(_comparison_tile, _headlines(report.comparisons)),
     ]
     if held := plan.held_out:
@@ -257,7 +261,7 @@ def _steps(steps: Sequence[Mapping[str, Any]]) -> str:
         if what == "cut":
             what = f"cut layer {step.get('layer')}"
         elif what == "exchange":
-            what = f"removed {step.get('in')} instead of {step.get('out')}"
+            what = f"removed {_value(step.get('in'))} instead of {_value(step.get('out'))}"
         elif what == "repair":
             what = f"repaired ({step.get('method')})"
         kept = "kept" if step.get("kept") else "rolled back"

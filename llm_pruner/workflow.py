@@ -317,14 +317,21 @@ def _drawn(
         shown = replace(report, plan=replace(plan, scores=scores))
         page = Path(report.output_dir) / PAGE_FILE
         write_html(shown, page, figures=drawn, curve=_curve(report))
+        protected = [layer for layer in plan.keep if layer not in pruner.candidates]
         written.append(folder / "layer_importance.png")
         visualization.plot_layer_importance(
             scores,
             removed=plan.remove,
-            protected=[layer for layer in plan.keep if layer not in pruner.candidates],
+            protected=protected,
             num_layers=plan.num_layers,
             save_path=written[-1],
         )
+        if scores.blocks is not None:
+            written += [folder / "block_distances.png", folder / "similarity_matrix.png"]
+            visualization.plot_block_distances(
+                scores, removed=plan.remove, protected=protected, save_path=written[-2]
+            )
+            visualization.plot_similarity_matrix(scores, save_path=written[-1])
     tasks = [row for row in report.comparisons if row.group == "tasks"]
     tasks = [row for row in tasks if not row.name.endswith("(acc_norm)")]
     if tasks:

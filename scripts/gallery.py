@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/gallery.md anew, on the embedded demo model: about two minutes.
+"""Draw the pictures of docs/gallery.md anew, on the embedded demo model: about four minutes.
 
 python scripts/gallery.py
 """
@@ -29,7 +29,7 @@ N_LAYERS = 3
 def main() -> None:
     """Score with every strategy, prune with the default one, draw what the gallery shows."""
     model, tokenizer = load_model("demo", device="cpu")
-    data = load_data("demo", n_samples=80)
+    data = load_data("demo", n_samples=160)
     pruners = [get_strategy(name)(model, tokenizer) for name in STRATEGIES]
     plans = [pruner.plan(data.scoring, model_id="demo", n_layers=N_LAYERS) for pruner in pruners]
     scores = [plan.scores for plan in plans if plan.scores is not None]

@@ -229,6 +229,9 @@ def test_figures_and_recipe(run, tmp_path):
         "semantic_comparison.png",
     }
     assert all(f"Wrote out/figures/{name}" in out for name in names)
+    assert "Wrote out/report.html" in out
+    assert (tmp_path / "out" / "report.html").exists()
+    assert (tmp_path / "out" / "README.md").exists()
     assert "layer_range" in (tmp_path / "recipe.yaml").read_text()
 
 

@@ -107,6 +107,16 @@ def test_readme_is_short_and_its_links_and_files_exist():
     assert listed == present
 
 
+def test_the_gallery_shows_every_picture_and_every_figure():
+    text = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    shown = re.findall(r"!\[[^\]]{20,}\]\((.*?)\)", text)
+    assert shown == re.findall(r"\]\((.*?)\)", text)
+    there = {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/gallery/*")}
+    assert set(shown) == there
+    figures = [name for name in llm_pruner.__all__ if name.startswith("plot_")]
+    assert not [name for name in figures if f"`{name}(" not in text]
+
+
 def test_requirements_and_constraints_agree():
     names = {
         re.split(r"[<>=]", line)[0].lower()

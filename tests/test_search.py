@@ -403,7 +403,10 @@ def test_single_removals_are_measured_in_one_sweep(tokenizer):
     quality = RemovalQuality(LayerStack(tiny_llama()), tokenizer, items())
     sweeps: list[int] = []
     measure = quality._measure
-    quality._measure = lambda chunk, masks: (sweeps.append(len(masks)), measure(chunk, masks))
+    quality._measure = lambda chunk, masks, *more: (
+        sweeps.append(len(masks)),
+        measure(chunk, masks, *more),
+    )
     changes = single_removals(quality, [4, 2])
     assert sweeps == [3]
     assert list(changes) == [4, 2]

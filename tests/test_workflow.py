@@ -108,6 +108,8 @@ def test_a_plan_is_carried_out(llama, tokenizer, tmp_path):
         "activation_comparison",
         "semantic_comparison",
         "layer_importance",
+        "block_distances",
+        "similarity_matrix",
     ]
 
 
