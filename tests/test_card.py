@@ -97,7 +97,8 @@ def test_untrusted_names_parse_back_and_stay_inert(name):
     found = metadata(text)
     assert found["license"] == found["language"] == name
     assert name in found["tags"]
-    assert {r["dataset"]["name"] for r in found["model-index"][0]["results"]} == {name}
+    results = found["model-index"][0]["results"]
+    assert {r["dataset"]["name"] for r in results} == {f"{name}1", f"{name}2"}
     body = text.split("\n---\n", 2)[-1] if name != EVIL[0] else text[text.index("\n# ") :]
     body, *code = re.split(r"^`{3,}.*?^`{3,}$", body, flags=re.M | re.S)
     body += "".join(code)

@@ -109,7 +109,8 @@ def test_the_page_stands_alone_and_every_picture_is_described(tmp_path):
 
 
 def test_what_is_untrusted_is_text(tmp_path):
-    evil = [replace(entry, name=EVIL, note=EVIL) for entry in COMPARISONS]
+    numbered = enumerate(COMPARISONS)
+    evil = [replace(entry, name=f"{EVIL}{place}", note=EVIL) for place, entry in numbered]
     evil += [Comparison(EVIL, EVIL, EVIL, 1.0, 2.0)]
     curve = replace(make_curve(), unit=EVIL, strategy=EVIL)
     steps = [{"action": EVIL, "kept": True, "change": -0.1, "samples": 5}]
