@@ -153,8 +153,15 @@ def encode_rows(
     *,
     max_length: int = 512,
     closed: bool = True,
+    stride: int | None = None,
 ) -> list[Row]:
     """Tokenize items; what of them is scored `encode_batches` says. In the order of the data.
+
+    Args:
+        tokenizer, eval_data, max_length, closed: as there.
+        stride: windows of running text begin so many tokens after one another; of a later one
+            only the tokens that the windows before it have not scored are. If None, or not less
+            than a window, they do not overlap.
 
     Raises:
         InvalidDataError: the items cannot be used, or leave no token to score.
@@ -162,7 +169,8 @@ def encode_rows(
     rows: list[Row] = []
     for index, item in enumerate(check_items(eval_data)):
         if isinstance(item, str):
-            rows += [Row(index, ids, ids) for ids in _windows(tokenizer, item, max_length)]
+            windows = _windows(tokenizer, item, max_length, stride)
+            rows += [Row(index, ids, [IGNORED] * n + ids[n:]) for ids, n in windows]
         else:
             pair = item["prompt"], item["reference"]
             ids, n_prompt = encode_pair(tokenizer, *pair, closed=closed)
@@ -242,11 +250,18 @@ def encode_pair(
     return list(whole), min(n_prompt, len(whole) - 1)
 
 
-def _windows(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> list[list[int]]:
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, stride: int | None
+) -> list[tuple[list[int], int]]:
+    """The windows of a text, and how many tokens of each are there as context alone."""
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     bos = [ids.pop(0)] if ids and ids[0] == tokenizer.bos_token_id else []
     size = max_length - len(bos)
-    return [bos + ids[start : start + size] for start in range(0, len(ids), size)]
+    step = min(stride or size, size)
+    last = max(0, len(ids) - size)  # a window that begins later scores nothing new
+    starts = range(0, last + step if ids else 0, step)
+    overlap = len(bos) + size - step
+    return [(bos + ids[a : a + size], overlap if a and step < size else 0) for a in starts]
 
 
 def pad_left(sequences: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

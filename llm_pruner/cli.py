@@ -199,10 +199,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with redirect_stdout(StringIO()) if rank() > 0 else nullcontext():
         with redirect_stderr(StringIO()) if rank() > 0 else nullcontext():
             args = build_parser().parse_args(argv)
-        return _main(args, list(sys.argv[1:] if argv is None else argv))
+        args.words = list(sys.argv[1:] if argv is None else argv)
+        return _main(args)
 
 
-def _main(args: argparse.Namespace, words: list[str]) -> int:
+def _main(args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.ERROR if args.quiet or rank() > 0 else logging.INFO)
     try:
@@ -227,7 +228,7 @@ def _main(args: argparse.Namespace, words: list[str]) -> int:
         left = [_beside(args, ending) for ending in ("journal.jsonl", "healing")]
         hint = ""
         if any(path.exists() for path in left):
-            again = shlex.join(["llm-pruner", *words, *([] if args.resume else ["--resume"])])
+            again = shlex.join(["llm-pruner", *args.words, *([] if args.resume else ["--resume"])])
             hint = f" Resume with: {again}"
             if launched() > 1:
                 hint = " Go on with the same command and --resume."
@@ -457,6 +458,7 @@ def _run_in_memory(args: argparse.Namespace) -> None:
         lora=lora,
         overwrite=args.overwrite,
         seed=args.seed,
+        command=shlex.join(["llm-pruner", *args.words]),
     )
     on_first(lambda: clear_checkpoints(checkpoints))
     figures = draw_figures(pruner, pruned, report, data) if args.visualize else []

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from itertools import chain, islice
@@ -46,7 +45,6 @@ GREEDY: dict[str, Any] = {
 __all__ = [
     "HolisticEvaluator",
     "ModelEvaluator",
-    "compare_speed",
     "final_number",
     "mean_nll",
     "perplexity",
@@ -110,7 +108,7 @@ class ModelEvaluator:
         for start in progress(range(0, len(encoded), self.batch_size), "generate"):
             rows = longest_first[start : start + self.batch_size]
             prompt_ids = [encoded[row] for row in rows]
-            new = _greedy(self.model, prompt_ids, self.max_new_tokens, eos_token_id=ends)
+            new = greedy(self.model, prompt_ids, self.max_new_tokens, eos_token_id=ends)
             for row, tokens in zip(rows, new.tolist(), strict=True):
                 stop = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
                 text = self.tokenizer.decode(tokens[:stop], skip_special_tokens=True)
@@ -170,10 +168,27 @@ class ModelEvaluator:
         return [best(answer, accepted) if answer else 0.0 for answer, accepted in pairs]
 
 
-def _greedy(
-    model: Any, prompts: Sequence[list[int]], max_new_tokens: int, **options: Any
+def greedy(
+    model: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    *,
+    watch: Sequence[Any] = (),
+    **options: Any,
 ) -> torch.Tensor:
-    """The tokens a model adds to prompts: (sequences, new tokens), on the CPU."""
+    """The tokens a model adds to prompts: (sequences, new tokens), on the CPU.
+
+    Args:
+        model: a causal language model.
+        prompts: token ids.
+        max_new_tokens: how many at most.
+        watch: called at every step with all ids and the logits of the next one, which they return.
+        options: fields of a ``GenerationConfig``.
+
+    Raises:
+        InvalidDataError: token ids that the model does not have.
+        NonFiniteError: logits are NaN.
+    """
     from transformers import GenerationConfig, LogitsProcessorList
 
     ids, mask = pad_left(prompts, 0)
@@ -184,7 +199,7 @@ def _greedy(
             input_ids=ids.to(input_device(model)),
             attention_mask=mask.to(input_device(model)),
             generation_config=GenerationConfig(**settings),  # type: ignore[no-untyped-call]
-            logits_processor=LogitsProcessorList([_refuse_nan]),
+            logits_processor=LogitsProcessorList([_refuse_nan, *watch]),
         )
     new: torch.Tensor = output[:, ids.shape[1] :].cpu()
     return new
@@ -289,7 +304,7 @@ class HolisticEvaluator(ModelEvaluator):
                 choices or none that is the reference, a gsm8k reference without a number.
             NonFiniteError: the model's logits are not finite.
         """
-        kinds = [_kind(index, item) for index, item in enumerate(check_items(data))]
+        kinds = item_kinds(data)
         items = _questions(data)
         scores: dict[int, float] = {}
         for kind in sorted(set(kinds)):
@@ -310,21 +325,8 @@ class HolisticEvaluator(ModelEvaluator):
 
     def _choices(self, items: Sequence[Mapping[str, Any]]) -> list[float]:
         """1 where the reference has the greatest summed log-likelihood; the first of equals."""
-        pairs: list[EvalItem] = [
-            {"prompt": item["prompt"], "reference": choice}
-            for item in items
-            for choice in item["choices"]
-        ]
-        limit = position_limit(self.model)
-        batches = encode_batches(
-            self.tokenizer, pairs, batch_size=self.batch_size, max_length=limit, closed=False
-        )
-        total, _ = sequence_nll(self.model, progress(batches, "choices"))
-        rows = [row for batch in batches for row in batch.rows]
-        if sorted(rows) != list(range(len(pairs))):
-            raise InvalidDataError("The tokenizer makes nothing of some choices: remove them.")
-        losses = iter([loss for _, loss in sorted(zip(rows, total.tolist(), strict=True))])
-        return [choice_score(item, list(islice(losses, len(item["choices"])))) for item in items]
+        losses = choice_losses(self.model, self.tokenizer, items, self.batch_size)
+        return [choice_score(item, own) for item, own in zip(items, losses, strict=True)]
 
     def _numbers(self, items: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> list[float]:
         """1 where the answer's number is the reference's, or the answer is one of the aliases."""
@@ -334,6 +336,39 @@ class HolisticEvaluator(ModelEvaluator):
             aliases = {alias.casefold() for alias in item.get("aliases") or ()}
             scores.append(float(same or answer.rstrip(".").casefold() in aliases))
         return scores
+
+
+def choice_losses(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Mapping[str, Any]],
+    batch_size: int = 8,
+) -> list[list[float]]:
+    """Summed negative log-likelihood of every choice of every item, in nats."""
+    pairs: list[EvalItem] = [
+        {"prompt": item["prompt"], "reference": choice}
+        for item in items
+        for choice in item["choices"]
+    ]
+    limit = position_limit(model)
+    batches = encode_batches(
+        tokenizer, pairs, batch_size=batch_size, max_length=limit, closed=False
+    )
+    total, _ = sequence_nll(model, progress(batches, "choices"))
+    rows = [row for batch in batches for row in batch.rows]
+    if sorted(rows) != list(range(len(pairs))):
+        raise InvalidDataError("The tokenizer makes nothing of some choices: remove them.")
+    losses = iter([loss for _, loss in sorted(zip(rows, total.tolist(), strict=True))])
+    return [list(islice(losses, len(item["choices"]))) for item in items]
+
+
+def item_kinds(items: Sequence[EvalItem]) -> list[str]:
+    """How each item is scored: ``choice``, ``number`` or ``open``.
+
+    Raises:
+        InvalidDataError: an item that cannot be scored.
+    """
+    return [_kind(index, item) for index, item in enumerate(check_items(items))]
 
 
 def choice_score(item: Mapping[str, Any], losses: Sequence[float]) -> float:
@@ -381,36 +416,3 @@ def final_number(text: str) -> Decimal | None:
     _, marked, tail = text.partition("####")
     found = NUMBER.findall(tail if marked else text)
     return Decimal(found[0 if marked else -1].replace(",", "")) if found else None
-
-
-def compare_speed(
-    models: Sequence[Any],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    prompt_tokens: int = 32,
-    new_tokens: int = 64,
-    repeats: int = 5,
-) -> list[float]:
-    """Generated tokens per second of each model, one sequence at a time.
-
-    The models take turns, so that what slows the machine down slows all of them. Each is the
-    best of `repeats` runs after one that is not counted: the slower ones tell of the machine.
-    Every run generates exactly `new_tokens`, fewer only if a model has no positions for so many.
-
-    Raises:
-        InvalidDataError: a count below 1.
-        NonFiniteError: a model's logits are NaN.
-    """
-    at_least_one(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
-    room = min(map(position_limit, models))
-    prompt_tokens = min(prompt_tokens, room // 2)
-    new_tokens = min(new_tokens, room - prompt_tokens)
-    ids = tokenizer("Once upon a time there was a small town.")["input_ids"]
-    prompt = (list(ids) * prompt_tokens)[:prompt_tokens]
-    rates: list[list[float]] = [[] for _ in models]
-    for _ in range(repeats + 1):
-        for model, rate in zip(models, rates, strict=True):
-            start = time.perf_counter()
-            new = _greedy(model, [prompt], new_tokens, min_length=prompt_tokens + new_tokens)
-            rate.append(new.numel() / (time.perf_counter() - start))
-    return [max(rate[1:]) for rate in rates]

@@ -147,8 +147,7 @@ def _headlines(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 def _comparison_tile(entry: Comparison) -> str:
     values = f"{number_text(entry.before, 3)} \u2192 {number_text(entry.after, 3)}"
-    name = f"tasks: {entry.name}" if entry.group == "tasks" else entry.name
-    name += f" ({entry.unit})" if entry.unit else ""
+    name = f"{entry.name} ({entry.unit})" if entry.unit else entry.name
     return _tile(name, values, verdict_text(entry), entry.verdict or "soft")
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from .errors import InvalidPlanError, NonFiniteError
+from .errors import InvalidPlanError, LLMPrunerError, NonFiniteError, UnknownNameError
 from .output import write_atomically
 
 Removes = Literal["lowest", "highest"]
@@ -111,7 +111,7 @@ class _JsonFile:
             )
         try:
             return cls._build(data)
-        except (InvalidPlanError, TypeError, KeyError, AttributeError, ValueError) as error:
+        except (LLMPrunerError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise InvalidPlanError(f"Damaged {cls.FORMAT!r} file: {error}") from error
 
     def save(self, path: str | Path) -> None:
@@ -309,31 +309,6 @@ class DepthCurve(_JsonFile):
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """What was measured on one model, before or after.
-
-    Attributes:
-        parameters: number of parameters.
-        bytes: their size in memory.
-        layers: number of decoder layers.
-        perplexity: exp of the mean negative log-likelihood (nats per token) of the references
-            or texts of the evaluation data.
-        similarity: mean cosine similarity of generated answers to references, in [-1, 1];
-            None where the data has no references.
-        tasks: score in [0, 1] per task of the evaluation data, and ``mean``; None likewise.
-        tokens_per_second: generated tokens per second.
-    """
-
-    parameters: int
-    bytes: int
-    layers: int
-    perplexity: float
-    similarity: float | None
-    tasks: dict[str, float] | None
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
 class Comparison:
     """One quantity of two models: before and after.
 
@@ -389,53 +364,68 @@ class Comparison:
 class PruningReport(_JsonFile):
     """A plan that was carried out: what it cost and what it bought.
 
+    ``report["perplexity"]`` is the comparison of that name.
+
     Attributes:
         plan: the plan.
         output_dir: where the checkpoint lies.
-        before: the original model.
-        after: the pruned (and healed) model.
+        comparisons: every quantity of the original and of the pruned (and healed) model.
         heal: the method, what the repair did to the held-out loss, and under ``cut_quality`` what
             the cut costs without it on the evaluation data.
-        comparisons: every quantity of both models, with its interval.
-        evaluation_data: fingerprint and size of the data behind `comparisons`.
+        evaluation_data: fingerprint and size of the data behind the comparisons.
         samples: questions of that data with ``prompt``, ``reference``, ``before``, ``after``.
-        command: the command line, if that is what ran.
-        versions: of the packages that measured.
-        machine: what it ran on.
-        protocol: how it was measured, the random seed too.
-        seed: the random seed.
+        command: the command line; empty for a script.
+        versions: of the packages that made it.
+        machine: what it ran on: ``cpu``, ``cores``, ``threads``, ``gpu``, ``device``, ``dtype``.
+        protocol: how it was measured: ``seed``, ``items``, ``bootstrap_draws``, ``batch_size``, ...
         seconds: duration of the whole run.
+
+    Raises:
+        InvalidPlanError: two comparisons of one name.
     """
 
-    FORMAT = "llm_pruner.report/1"
+    FORMAT = "llm_pruner.report/2"
 
     plan: PruningPlan
     output_dir: str
-    before: Measurement
-    after: Measurement
+    comparisons: list[Comparison]
     heal: dict[str, Any] = field(default_factory=dict)
-    comparisons: list[Comparison] = field(default_factory=list)
     evaluation_data: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        names = [entry.name for entry in self.comparisons]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise InvalidPlanError(f"Comparisons of the same name: {repeated}: name each once.")
+
+    def __getitem__(self, name: str) -> Comparison:
+        """The comparison called `name`.
+
+        Raises:
+            UnknownNameError: there is none.
+        """
+        for entry in self.comparisons:
+            if entry.name == name:
+                return entry
+        raise UnknownNameError.of("comparison", name, [entry.name for entry in self.comparisons])
+
+    def __contains__(self, name: object) -> bool:
+        return any(entry.name == name for entry in self.comparisons)
 
     def _items(self) -> Iterator[tuple[str, Any]]:
         for name, value in super()._items():
-            if name == "comparisons":
-                value = [asdict(entry) for entry in value]
-            yield name, asdict(value) if isinstance(value, Measurement) else value
+            yield name, [asdict(one) for one in value] if name == "comparisons" else value
 
     @classmethod
     def _build(cls, data: dict[str, Any]) -> PruningReport:
         data["plan"] = PruningPlan.from_json(json.dumps(data["plan"]))
-        data["before"] = Measurement(**data["before"])
-        data["after"] = Measurement(**data["after"])
-        data["comparisons"] = [Comparison(**entry) for entry in data.get("comparisons", [])]
+        data["comparisons"] = [Comparison(**one) for one in data["comparisons"]]
         return cls(**data)
 
 

@@ -42,6 +42,29 @@ def load_embedder() -> Any:
         ) from error
 
 
+class Remembering:
+    """An embedder that embeds no text twice.
+
+    Args:
+        embedder: a ``SentenceTransformer``, or anything with its ``encode``.
+    """
+
+    def __init__(self, embedder: Any) -> None:
+        self._embedder = embedder
+        self._known: dict[str, torch.Tensor] = {}
+
+    def encode(self, texts: Sequence[str], **options: Any) -> torch.Tensor:
+        """The embedder's vectors: (texts, dimensions), on the CPU."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            vectors = torch.as_tensor(self._embedder.encode(new, **options)).cpu()
+            self._known.update(zip(new, vectors, strict=True))
+        return torch.stack([self._known[text] for text in texts])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._embedder, name)
+
+
 def embed(texts: Sequence[str], embedder: Any) -> torch.Tensor:
     """Unit vectors of texts: (texts, dimensions) float64.
 

@@ -10,7 +10,7 @@ processes have each taken in, `merged` puts together.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
@@ -248,3 +248,59 @@ def bootstrap_counts(samples: int, draws: int, seed: int) -> torch.Tensor:
     drawn = torch.randint(samples, (draws, samples), generator=generator)
     counts = torch.zeros(draws, samples, dtype=torch.float64)
     return counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+
+
+def paired_draws(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    *,
+    transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Differences of a mean of two models under the bootstrap: (..., samples) -> (..., draws).
+
+    Samples are drawn with replacement, the same for both models. The mean is the sum of the
+    values over the sum of the weights.
+
+    Args:
+        before, after: sums of each sample, such as its negative log-likelihood.
+        weights: (samples,), what each sample counts, such as its number of tokens; 1 if None.
+        transform: what is made of either mean before the difference, ``torch.exp`` for perplexity.
+        draws: how many.
+        seed: of the draws.
+    """
+    counts = bootstrap_counts(before.shape[-1], draws, seed)
+    total = counts.sum(1) if weights is None else counts @ weights.double()
+    means = [side.double() @ counts.T / total.clamp(min=1e-12) for side in (before, after)]
+    first, second = means if transform is None else map(transform, means)
+    return second - first
+
+
+def percentiles(draws: torch.Tensor, level: float = 0.95) -> torch.Tensor:
+    """The interval that holds the share `level` of the draws: (..., draws) -> (2, ...)."""
+    tail = (1 - level) / 2
+    return draws.quantile(torch.tensor([tail, 1 - tail], dtype=draws.dtype), dim=-1)
+
+
+def paired_interval(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    *,
+    transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float] | tuple[None, None]:
+    """95 % interval of the difference of a mean of two models: (low, high).
+
+    Efron's percentile method on `paired_draws`, whose arguments these are; for one dimension.
+    A single sample says nothing about its spread: (None, None). Where all samples agree the
+    interval has no width, whatever their number.
+    """
+    if before.shape[-1] < 2:
+        return None, None
+    found = paired_draws(before, after, weights, transform=transform, draws=draws, seed=seed)
+    low, high = percentiles(found).tolist()
+    return low, high

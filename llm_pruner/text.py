@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import textwrap
+from itertools import groupby
 from typing import Any
 
 from .results import Comparison, DepthCurve, Manifest, PruningPlan, PruningReport
 
 MINUS = "\u2212"
 NOT_MEASURED = "What this costs was not measured: --eval-dataset does."
+GROUPS = ("size", "speed", "text", "tasks", "answers")
+UNCLEAR = "~"
 
 
 def plan_text(plan: PruningPlan) -> str:
@@ -81,25 +84,14 @@ def _headline(verb: str, cut: PruningPlan | Manifest) -> str:
 
 
 def report_text(report: PruningReport) -> str:
-    """A report for people: one row per quantity, before and after."""
-    before, after = report.before, report.after
-    rows = [
-        ("layers", before.layers, after.layers, "{:,.0f}"),
-        ("parameters", before.parameters, after.parameters, "{:,.0f}"),
-        ("size (MB)", before.bytes / 1e6, after.bytes / 1e6, "{:,.2f}"),
-        ("generation (tokens/s)", before.tokens_per_second, after.tokens_per_second, "{:,.0f}"),
-        ("perplexity", before.perplexity, after.perplexity, "{:,.3f}"),
-    ]
-    if before.similarity is not None and after.similarity is not None:
-        rows.append(("answer similarity", before.similarity, after.similarity, "{:.3f}"))
-    for task, score in (before.tasks or {}).items():
-        name = "task mean" if task == "mean" else f"  {task}"
-        rows.append((name, score, (after.tasks or {})[task], "{:.3f}"))
+    """A report for people: one row per quantity, before and after, by group."""
     lines = [_headline("Removed", report.plan), ""]
-    lines.append(f"{'':24}{'before':>14}{'after':>14}{'change':>10}")
-    for name, old, new, style in rows:
-        change = f"{(new - old) / old:+.1%}" if old else ""
-        lines.append(f"{name:24}{style.format(old):>14}{style.format(new):>14}{change:>10}")
+    lines.append(f"{'':30}{'before':>12}{'after':>12}{'change':>10}   95 % interval")
+    rows = sorted(report.comparisons, key=lambda row: GROUPS.index(row.group))
+    for group, members in groupby(rows, key=lambda row: row.group):
+        lines += [group, *map(_comparison, members)]
+    if any(row.verdict == "unclear" for row in rows):
+        lines.append(f"{UNCLEAR} not told apart from no change: the interval holds 0.")
     for sample in report.samples:
         prompt = textwrap.shorten(sample["prompt"], 72)
         full, cut = (textwrap.shorten(sample[key], 40) for key in ("before", "after"))
@@ -107,6 +99,34 @@ def report_text(report: PruningReport) -> str:
         lines.append(f"  before: {full}   after: {cut}")
     lines += ["", _footnote(report)]
     return "\n".join(lines) + "\n"
+
+
+def _comparison(row: Comparison) -> str:
+    """One row: changes of size and speed in percent, others in their own unit."""
+    style = _style(row.before, row.after)
+    values = f"{style.format(row.before):>12}{style.format(row.after):>12}"
+    relative = row.group in ("size", "speed") and row.before != 0
+
+    def change(number: float) -> str:
+        if relative:
+            return f"{number / row.before:+.1%}"
+        return style.replace(":", ":+").format(number)
+
+    name = f"{row.name} ({row.unit})" if row.unit else row.name
+    line = f"  {name:28}{values}"
+    line += f"{change(row.change):>10}"
+    if row.low is not None and row.high is not None:
+        line += f"   {change(row.low)} to {change(row.high)}"
+    line += f" {UNCLEAR}" * (row.verdict == "unclear")
+    return line if row.floor is None else f"{line}   (floor {style.format(row.floor)})"
+
+
+def _style(*values: float) -> str:
+    """A format for numbers of this size."""
+    largest = max(map(abs, values))
+    if largest >= 1000 or (largest >= 3 and all(value == int(value) for value in values)):
+        return "{:,.0f}"
+    return "{:,.1f}" if largest >= 100 else "{:,.2f}" if largest >= 20 else "{:,.3f}"
 
 
 def _footnote(report: PruningReport) -> str:

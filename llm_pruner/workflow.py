@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from .base import BasePruner
 from .batching import EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap
+from .comparison import DRAWS, compare_quality
 from .data import load_eval_dataset, split_items
-from .evaluation import HolisticEvaluator, compare_speed
+from .evaluation import HolisticEvaluator, item_kinds
 from .healing import Heal, LoraSettings
 from .likelihood import perplexity
 from .processes import on_first
-from .results import DepthCurve, LayerScores, Measurement, PruningPlan, PruningReport
-from .utils import DEMO_MODEL, count_bytes, count_parameters, logger
+from .results import DepthCurve, LayerScores, PruningPlan, PruningReport
+from .similarity import load_embedder
+from .speed import compare_cost, machine
+from .utils import DEMO_MODEL, logger, package_versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -116,11 +119,13 @@ def carry_out(
     lora: LoraSettings | None = None,
     overwrite: bool = False,
     seed: int = 0,
+    command: str = "",
 ) -> tuple[PruningReport, PreTrainedModel]:
-    """Prune, heal and save as `plan` says, and measure both models on `judging`.
+    """Prune, heal and save as `plan` says, and compare both models on `judging`.
 
     The report is written beside the checkpoint as ``pruning_report.json``, as ``report.html`` to
-    look at and share, and as the model card ``README.md``.
+    look at and share, and as the model card ``README.md``; `command` is what it says of how it was
+    made.
 
     Raises:
         InvalidPlanError: the plan was made for a model with another number of layers.
@@ -135,12 +140,12 @@ def carry_out(
         refuse_overlap(judging, prompt_keys(heal_data), "to judge on", "to heal with")
     model, tokenizer = pruner.model, pruner.tokenizer
     questions = [item for item in judging if isinstance(item, dict)]
+    if questions:  # before the work, not after it
+        item_kinds(questions)
+        on_first(lambda: load_embedder() and None)
     if not plan.held_out:
         plan = replace(plan, held_out=pruner.measure_choice(plan.remove, judging))
     size = pruner.batch_size
-    quality_before, answers_before = on_first(
-        lambda: measure_quality(model, tokenizer, judging, size)
-    )
     pruned, _ = pruner.prune_and_save(
         plan.remove,
         output_dir,
@@ -152,37 +157,38 @@ def carry_out(
         plan=plan,
     )
     saved = on_first(lambda: PruningPlan.load(Path(output_dir) / "pruning_plan.json"))
-    quality_after, answers_after = on_first(
-        lambda: measure_quality(pruned, tokenizer, judging, size)
+    logger.info("Comparing both models")
+    quality, answers_before, answers_after = on_first(
+        lambda: compare_quality(model, pruned, tokenizer, judging, batch_size=size, seed=seed)
     )
     healing = dict(saved.options["heal"])
     if heal != "none":  # what the cut alone costs on the judging items, for comparison
         cut = pruner.layers.remove(plan.remove)
         healing["cut_quality"], _ = on_first(lambda: measure_quality(cut, tokenizer, judging, size))
-    logger.info("Measuring generation speed")
-    speeds = on_first(lambda: compare_speed([model, pruned], tokenizer))
-    before, after = (
-        Measurement(
-            layers=layers,
-            parameters=count_parameters(measured),
-            bytes=count_bytes(measured),
-            tokens_per_second=speed,
-            **quality,
-        )
-        for layers, measured, speed, quality in (
-            (plan.num_layers, model, speeds[0], quality_before),
-            (len(plan.keep), pruned, speeds[1], quality_after),
+    logger.info("Measuring speed")
+    cost, where = on_first(
+        lambda: (
+            compare_cost(model, pruned, tokenizer, batch=size, layers_path=pruner.layers.paths[0]),
+            machine(model),
         )
     )
     report = PruningReport(
         plan=saved,
         output_dir=str(output_dir),
-        before=before,
-        after=after,
+        comparisons=[*cost, *quality],
         heal=healing,
         evaluation_data={"items": len(judging), "fingerprint": fingerprint(judging)},
         samples=_samples(questions, answers_before, answers_after),
-        seed=seed,
+        command=command,
+        versions=package_versions(),
+        machine=where,
+        protocol={
+            "seed": seed,
+            "items": len(judging),
+            "batch_size": size,
+            "bootstrap_draws": DRAWS,
+            "interval": "95 %, paired",
+        },
         seconds=time.monotonic() - start,
     )
     on_first(lambda: _publish(pruner, pruned, report, judging))
@@ -243,8 +249,8 @@ def measure_quality(
     """Perplexity, and for items with references the similarity of answers and task scores.
 
     Returns:
-        ``perplexity``, ``similarity`` and ``tasks`` as `Measurement` describes them, the last
-        two None for running text; and the generated answers to the items with references.
+        ``perplexity``; ``similarity``, of answers; ``tasks``, score by task and ``mean``; the last
+        two None for running text. And the generated answers to the items with references.
     """
     answers: list[str] = []
     questions = [item for item in items if isinstance(item, dict)]
@@ -325,14 +331,16 @@ def _drawn(
                 scores, removed=plan.remove, protected=protected, save_path=written[-2]
             )
             visualization.plot_similarity_matrix(scores, save_path=written[-1])
-    if report.before.tasks and report.after.tasks:
+    tasks = [row for row in report.comparisons if row.group == "tasks"]
+    tasks = [row for row in tasks if not row.name.endswith("(acc_norm)")]
+    if tasks:
         written.append(folder / "holistic_benchmark.png")
-        counts: dict[str, int] = {}
-        for item in data.judging:
-            if isinstance(item, dict):
-                task = str(item.get("task") or "other")
-                counts[task] = counts.get(task, 0) + 1
+        names = {row.name: "mean" if row.name == "task mean" else row.name for row in tasks}
         visualization.plot_holistic_benchmark(
-            report.before.tasks, report.after.tasks, counts, save_path=written[-1]
+            {names[row.name]: max(0.0, row.before) for row in tasks},
+            {names[row.name]: max(0.0, row.after) for row in tasks},
+            {names[row.name]: row.count or 1 for row in tasks},
+            save_path=written[-1],
+            chance={names[row.name]: row.floor for row in tasks if row.floor is not None},
         )
     return written

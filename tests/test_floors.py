@@ -16,9 +16,9 @@ PACKAGE = Path(llm_pruner.__file__).parent
 ORDER = """
     __init__ errors processes output lora results text configs architectures stats registry utils
     sources shards batching likelihood similarity surgery layers writers replay layouts files data
-    card evaluation objectives quality search closed_form trainer healing rounds checkpoint slicer
-    base bases pruners figures plots_scores plots_blocks plots_quality plots_model visualization
-    report workflow cli
+    card evaluation speed objectives comparison quality search closed_form trainer healing rounds
+    checkpoint slicer base bases pruners figures plots_scores plots_blocks plots_quality plots_model
+    visualization report workflow cli
 """.split()
 # These look upwards when they run, or for their annotations; what they import first may not.
 LATE = {"registry", "cli", "workflow"}

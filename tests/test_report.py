@@ -12,7 +12,7 @@ from test_plots import block_scores
 from llm_pruner.errors import InvalidDataError
 from llm_pruner.plots_quality import plot_comparisons
 from llm_pruner.report import write_html
-from llm_pruner.results import Comparison, DepthCurve, Measurement, PruningPlan, PruningReport
+from llm_pruner.results import Comparison, DepthCurve, PruningPlan, PruningReport
 from llm_pruner.text import change_text, number_text, verdict_text
 
 EVIL = "</p><script>alert(1)</script><img src=x onerror=\"a('b')\"> `$title` ${body} & \u202e"
@@ -32,14 +32,13 @@ def make_report(name="my/model", **changes):
     scores = block_scores(6, strategy=name)
     held = {"change": -0.1, "low": -0.2, "high": -0.05, "unit": "likelihood", "items": 60}
     plan = PruningPlan(name, 6, (2, 3), strategy=name, scores=scores, held_out=held)
-    model = Measurement(1, 1, 1, 1.0, None, None, 1.0)
     sample = dict.fromkeys(("prompt", "reference", "before", "after"), name)
     values = {"comparisons": COMPARISONS, "samples": [sample], "command": f"llm-pruner {name}"}
     values |= {"machine": {name: name}, "protocol": {"seed": 7, name: [name, None, True, 0.5]}}
     values |= {"evaluation_data": {"items": 60, "fingerprint": "abc"}, "versions": {name: name}}
     stages = [{"method": name, "loss": 1.25, "kept": True}, {"method": "lora", "skipped": name}]
     values |= {"heal": {"method": "linear", "full": 1.0, "cut": 2.0, "stages": stages}}
-    return PruningReport(plan, "out", model, model, **{**values, **changes})
+    return PruningReport(plan, "out", **{**values, **changes})
 
 
 class Page(HTMLParser):
@@ -110,7 +109,7 @@ def test_the_page_stands_alone_and_every_picture_is_described(tmp_path):
 
 
 def test_what_is_untrusted_is_text(tmp_path):
-    evil = [replace(entry, name=EVIL, note=EVIL) for entry in COMPARISONS]
+    evil = [replace(e, name=f"{EVIL}{i}", note=EVIL) for i, e in enumerate(COMPARISONS)]
     evil += [Comparison(EVIL, EVIL, EVIL, 1.0, 2.0)]
     curve = replace(make_curve(), unit=EVIL, strategy=EVIL)
     steps = [{"action": EVIL, "kept": True, "change": -0.1, "samples": 5}]
@@ -144,8 +143,7 @@ def test_the_page_says_what_the_report_says(tmp_path):
 
 def test_sections_without_content_are_left_out(tmp_path):
     bare = PruningPlan("m", 3, (1,))
-    model = Measurement(1, 1, 1, 1.0, None, None, 1.0)
-    found = page(tmp_path, PruningReport(bare, "out", model, model))
+    found = page(tmp_path, PruningReport(bare, "out", []))
     headings = re.findall(r"<h2>(.*?)</h2>", (tmp_path / "report.html").read_text())
     assert headings == ["How the layers were chosen", "How to reproduce this"]
     assert found.all("img") == []

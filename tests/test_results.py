@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_pruner.errors import InvalidPlanError, NonFiniteError
-from llm_pruner.results import LayerScores, Measurement, PruningPlan, PruningReport, check_layers
+from llm_pruner.errors import InvalidPlanError, NonFiniteError, UnknownNameError
+from llm_pruner.results import Comparison, LayerScores, PruningPlan, PruningReport, check_layers
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -53,25 +53,32 @@ def plans(draw):
     )
 
 
-MEASUREMENTS = st.builds(
-    Measurement,
-    parameters=st.integers(0, 2**53),
-    bytes=st.integers(0, 2**53),
-    layers=st.integers(1, 200),
-    perplexity=FINITE,
-    similarity=st.none() | FINITE,
-    tasks=st.none() | st.dictionaries(TEXT, FINITE, max_size=3),
-    tokens_per_second=FINITE,
+BOUNDS = st.none() | FINITE
+COMPARISONS = st.builds(
+    Comparison,
+    name=TEXT,
+    group=st.sampled_from(["text", "tasks", "answers", "size", "speed"]),
+    unit=TEXT,
+    before=FINITE,
+    after=FINITE,
+    higher_is_better=st.none() | st.booleans(),
+    count=st.none() | st.integers(1, 9),
+    low=BOUNDS,
+    high=BOUNDS,
+    floor=BOUNDS,
+    note=TEXT,
 )
 REPORTS = st.builds(
     PruningReport,
     plan=plans(),
     output_dir=TEXT,
-    before=MEASUREMENTS,
-    after=MEASUREMENTS,
+    comparisons=st.lists(COMPARISONS, max_size=4, unique_by=lambda row: row.name),
     heal=RECORDS,
     evaluation_data=RECORDS,
-    seed=st.integers(0, 2**53),
+    command=TEXT,
+    versions=st.dictionaries(TEXT, TEXT, max_size=2),
+    machine=RECORDS,
+    protocol=RECORDS,
     seconds=FINITE,
 )
 
@@ -107,7 +114,8 @@ def test_plans_round_trip(plan):
 def test_reports_round_trip(report):
     again = PruningReport.from_json(report.to_json())
     assert again == report
-    assert isinstance(again.before, Measurement)
+    assert all(isinstance(row, Comparison) for row in again.comparisons)
+    assert all(again[row.name] == row for row in report.comparisons)
     assert isinstance(again.plan, PruningPlan)
     assert again.to_json() == report.to_json()
 
@@ -314,15 +322,57 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
 
 
 def test_a_report_with_a_broken_plan_is_refused(plan):
-    before = Measurement(1, 4, 8, 2.0, None, None, 3.0)
-    report = PruningReport(plan, "out", before, before)
+    report = PruningReport(plan, "out", [Comparison("perplexity", "text", "", 2.0, 3.0)])
     body = json.loads(report.to_json())
     body["plan"]["remove"] = [9]
     with pytest.raises(InvalidPlanError, match="Layer 9 is out of range"):
         PruningReport.from_json(json.dumps(body))
-    body["plan"]["remove"], body["after"] = [2], {"layers": 8}
-    with pytest.raises(InvalidPlanError, match=r"Damaged 'llm_pruner.report/1' file: .*bytes"):
-        PruningReport.from_json(json.dumps(body))
+    body["plan"]["remove"] = [2]
+    good = body["comparisons"][0]
+    for bad, message in (
+        ({"name": "layers"}, "group"),
+        ({**good, "after": math.nan}, "perplexity is not finite"),
+        (good, "same name: .'perplexity'"),
+    ):
+        body["comparisons"] = [good, bad]
+        with pytest.raises(InvalidPlanError, match=f"Damaged 'llm_pruner.report/2' .*{message}"):
+            PruningReport.from_json(json.dumps(body))
+
+
+def test_a_report_is_asked_by_name(plan):
+    row = Comparison("perplexity", "text", "", 2.0, 3.0, False, 9, 0.5, 1.5)
+    report = PruningReport(plan, "out", [row])
+    assert report["perplexity"] is row
+    assert "perplexity" in report
+    assert "task mean" not in report
+    with pytest.raises(UnknownNameError, match="Did you mean 'perplexity'"):
+        report["perplexitiy"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "better", "verdict"),
+    [
+        (0.1, 0.2, True, "better"),
+        (0.1, 0.2, False, "worse"),
+        (-0.2, -0.1, True, "worse"),
+        (-0.2, -0.1, False, "better"),
+        (-0.1, 0.1, True, "unclear"),
+        (0.0, 0.0, False, "unclear"),
+        (0.1, 0.2, None, ""),
+        (None, None, True, ""),
+    ],
+)
+def test_the_interval_decides_the_verdict(low, high, better, verdict):
+    row = Comparison("x", "text", "", 1.0, 2.0, better, 3, low, high)
+    assert row.verdict == verdict
+    assert row.change == 1.0
+
+
+@pytest.mark.parametrize("field", ["before", "after", "low", "high", "floor"])
+def test_a_comparison_without_a_number_is_refused(field):
+    values = {"before": 1.0, "after": 1.0, field: math.inf}
+    with pytest.raises(NonFiniteError, match="loss is not finite"):
+        Comparison("loss", "text", "", **values)
 
 
 def test_values_are_frozen(plan):

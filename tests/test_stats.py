@@ -19,6 +19,9 @@ from llm_pruner.stats import (
     RunningMean,
     RunningVariance,
     last_real_token,
+    paired_draws,
+    paired_interval,
+    percentiles,
     real_tokens,
     sequence_means,
 )
@@ -326,3 +329,67 @@ def test_copies_in_float64_are_limited(monkeypatch):
             got = collect(states, mask)
         assert got == pytest.approx(want, rel=1e-12, abs=1e-12)
         assert sizes.largest_exact <= max(limit, 108) < sum(map(torch.numel, states))
+
+
+# --- bootstrap --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exp", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_paired_interval_is_that_of_a_plain_loop(exp, weighted):
+    generator = torch.Generator().manual_seed(1)
+    before, after = torch.randn(2, 12, generator=generator, dtype=torch.float64).abs()
+    weights = torch.arange(1, 13) if weighted else None
+    counts = stats.bootstrap_counts(12, 200, seed=3).int().tolist()
+    found = []
+    for times in counts:
+        drawn = [place for place, number in enumerate(times) for _ in range(number)]
+        assert len(drawn) == 12
+        total = sum(int(weights[i]) for i in drawn) if weighted else 12
+        sides = [sum(float(side[i]) for i in drawn) / total for side in (before, after)]
+        old, new = map(math.exp, sides) if exp else sides
+        found.append(new - old)
+    found.sort()
+    transform = torch.exp if exp else None
+    interval = paired_interval(before, after, weights, transform=transform, draws=200, seed=3)
+    for bound, share in zip(interval, (0.025, 0.975), strict=True):
+        place = share * 199
+        low, high = found[math.floor(place)], found[math.ceil(place)]
+        expected = low + (high - low) * (place - math.floor(place))
+        assert bound == pytest.approx(expected, abs=1e-12)
+
+
+def test_one_sample_has_no_interval():
+    one = torch.ones(1)
+    assert paired_interval(one, 2 * one) == (None, None)
+    assert paired_interval(torch.ones(5), torch.ones(5)) == (0.0, 0.0)
+
+
+def drawn_items(kind: str, generator: torch.Generator):
+    """1,000 draws of 200 items: sums before and after, weights, and the true difference."""
+    shape = (1000, 200)
+    if kind == "accuracy":  # 0.8 before and 0.7 after, paired
+        luck = torch.rand(shape, generator=generator)
+        own = torch.rand(shape, generator=generator)
+        before = (luck < 0.8).double()
+        after = torch.where(own < 0.1, (own < 0.05).double(), (luck < 7 / 9 * 0.8 + 0.2 / 9))
+        return before, after, None, None, 0.9 * (7 / 9 * 0.8 + 0.2 / 9) + 0.05 - 0.8
+    common, first, second = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+    if kind == "mean":
+        return common + first, common + second + 0.3, None, None, 0.3
+    weights = torch.randint(1, 40, (200,), generator=generator).double()
+    before = weights * (1 + 0.3 * common + 0.2 * first)
+    after = weights * (1.2 + 0.3 * common + 0.2 * second)
+    return before, after, weights, torch.exp, math.exp(1.2) - math.exp(1)
+
+
+@pytest.mark.parametrize("kind", ["mean", "accuracy", "perplexity"])
+def test_95_percent_intervals_hold_the_truth_95_times_of_100(kind):
+    generator = torch.Generator().manual_seed(0)
+    before, after, weights, transform, truth = drawn_items(kind, generator)
+    draws = paired_draws(before, after, weights, transform=transform)
+    low, high = percentiles(draws)
+    assert low.shape == (1000,)
+    single = paired_interval(before[7], after[7], weights, transform=transform)
+    assert single == pytest.approx((float(low[7]), float(high[7])))
+    assert 0.93 <= float(((low <= truth) & (truth <= high)).double().mean()) <= 0.97

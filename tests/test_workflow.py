@@ -86,12 +86,16 @@ def test_a_plan_is_carried_out(llama, tokenizer, tmp_path):
     report, pruned = carry_out(pruner, plan, tmp_path / "out", TEXTS[50:60], seed=5)
     assert PruningReport.load(tmp_path / "out" / "pruning_report.json") == report
     assert report.plan.remove == plan.remove
-    assert report.after.perplexity == pytest.approx(perplexity(pruned, tokenizer, TEXTS[50:60]))
-    assert report.before.perplexity == pytest.approx(perplexity(llama, tokenizer, TEXTS[50:60]))
-    assert report.before.similarity is None
-    assert report.before.tasks is None
-    assert report.evaluation_data["items"] == 10
-    assert report.seed == 5
+    found = report["perplexity"]
+    assert found.after == pytest.approx(perplexity(pruned, tokenizer, TEXTS[50:60]))
+    assert found.before == pytest.approx(perplexity(llama, tokenizer, TEXTS[50:60]))
+    assert found.count == 10
+    assert found.low < found.change < found.high
+    assert {row.group for row in report.comparisons} == {"size", "speed", "text"}
+    assert report.evaluation_data["items"] == report.protocol["items"] == 10
+    assert report.protocol["seed"] == 5
+    assert report.machine["device"] == "cpu"
+    assert report.versions["torch"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<img") == 5  # scores, blocks, states, residual stream, next token
     card = (tmp_path / "out" / "README.md").read_text()
