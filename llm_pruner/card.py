@@ -119,7 +119,7 @@ def _eval_results(comparisons: list[Comparison]) -> list[EvalResult]:
 
     results = []
     for entry in comparisons:
-        if entry.group != "tasks":
+        if entry.group != "tasks" or entry.name == "task mean":
             continue
         task, metric = re.fullmatch(r"(.*?)(?: \(([\w,. -]+)\))?", entry.name, re.DOTALL).groups()  # type: ignore[union-attr]
         results.append(

@@ -135,20 +135,19 @@ def _tile(name: str, number: str, note: str, look: str = "soft") -> str:
 
 
 def _headlines(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """One comparison of each group but answers: a mean where there is one, else the first."""
+    """One comparison of each group but answers: the mean of tasks, decoding, or the first."""
     found = []
     for group in ("text", "tasks", "size", "speed"):
         members = [entry for entry in comparisons if entry.group == group]
-        means = [entry for entry in members if "mean" in entry.name]
+        main = [entry for entry in members if entry.name.startswith(("task mean", "decode"))]
         sized = [entry for entry in members if entry.unit or group != "size"]
-        found += (means or sized or members)[:1]
+        found += (main or sized or members)[:1]
     return found
 
 
 def _comparison_tile(entry: Comparison) -> str:
     values = f"{number_text(entry.before, 3)} \u2192 {number_text(entry.after, 3)}"
-    name = f"tasks: {entry.name}" if entry.group == "tasks" else entry.name
-    name += f" ({entry.unit})" if entry.unit else ""
+    name = f"{entry.name} ({entry.unit})" if entry.unit else entry.name
     return _tile(name, values, verdict_text(entry), entry.verdict or "soft")
 
 

@@ -79,7 +79,7 @@ def test_scores_of_tasks_are_evaluation_results():
     text = card_text(make_report().plan, "", make_report())
     card = ModelCard(text)
     found = [(r.dataset_name, r.metric_type, r.metric_value) for r in card.data.eval_results]
-    assert found == [("arc_easy", "acc", 0.75), ("mean", "score", 0.75)]
+    assert found == [("arc_easy", "acc", 0.75), ("own task", "score", 0.75)]
     assert card.data.model_name == "model-pruned"
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + len(COMPARISONS)

@@ -20,7 +20,8 @@ VOID = {"meta", "img", "br", "hr", "input", "link"}
 COMPARISONS = [
     Comparison("perplexity", "text", "", 8.0, 10.0, False, 60, 1.0, 3.0, note="nats"),
     Comparison("arc_easy (acc)", "tasks", "", 0.5, 0.75, True, 20, -0.1, 0.6, floor=0.25),
-    Comparison("mean", "tasks", "", 0.5, 0.75, True, 40, 0.1, 0.4),
+    Comparison("own task", "tasks", "", 0.5, 0.75, True, 40, 0.1, 0.4),
+    Comparison("task mean", "tasks", "", 0.5, 0.75, True, 60, -0.1, 0.4),
     Comparison("similarity", "answers", "", 0.9, 0.5, True, 20, -0.5, -0.3),
     Comparison("parameters", "size", "", 2_100_352, 1_608_064),
     Comparison("memory", "size", "MB", 8.4, 6.3, False),
@@ -132,7 +133,7 @@ def test_the_page_says_what_the_report_says(tmp_path):
         for part in (entry.name, number_text(entry.after), change_text(entry), verdict_text(entry)):
             assert part in text, (entry.name, part)
     assert "2 of 6 layers removed: 2, 3" in text
-    assert "Of 4 measures of quality: 2 worse, 1 without a clear difference, 1 better" in text
+    assert "Of 5 measures of quality: 2 worse, 2 without a clear difference, 1 better" in text
     assert "Measured on 60 items" in text
     assert "75%" in text  # of the lost loss, given back
     assert "seed7" in text
@@ -176,8 +177,8 @@ def test_numbers_for_people(value, text):
     [
         (COMPARISONS[0], "+2 (+1 to +3)", "worse, 25.0% more"),
         (COMPARISONS[1], "+0.250 (\u22120.100 to +0.600)", "no clear difference"),
-        (COMPARISONS[3], "\u22120.400 (\u22120.500 to \u22120.300)", "worse, 44.4% less"),
-        (COMPARISONS[4], "\u2212492,288", "23.4% less"),
+        (COMPARISONS[4], "\u22120.400 (\u22120.500 to \u22120.300)", "worse, 44.4% less"),
+        (COMPARISONS[5], "\u2212492,288", "23.4% less"),
         (Comparison("layers", "size", "", 12, 12), "0", "unchanged"),
         (Comparison("x", "tasks", "", 0, 0.5, True, 9, 0.25, 1), "+0.500 (+0.250 to +1)", "better"),
     ],
@@ -188,7 +189,7 @@ def test_a_change_in_words(entry, change, verdict):
 
 
 def test_changes_are_drawn_with_their_intervals_and_verdicts():
-    entries = [*COMPARISONS[1:4], Comparison("bare", "tasks", "", 0.5, 0.25, True)]
+    entries = [*COMPARISONS[1:3], COMPARISONS[4], Comparison("bare", "tasks", "", 0.5, 0.25, True)]
     figure = plot_comparisons(entries)
     left, right = figure.axes
     lines = [line for line in right.lines if len(line.get_xdata()) == 2][:3]
@@ -202,6 +203,6 @@ def test_changes_are_drawn_with_their_intervals_and_verdicts():
     [floors] = [c for c in left.collections if c.get_label() == "floor"]
     assert [segment[0][0] for segment in floors.get_segments()] == [0.25]
     with pytest.raises(InvalidDataError, match=r"units \['', 'MB'\]"):
-        plot_comparisons(COMPARISONS[4:6])
+        plot_comparisons(COMPARISONS[5:7])
     with pytest.raises(InvalidDataError, match=r"units \[\]"):
         plot_comparisons([])
