@@ -44,7 +44,7 @@ OTHER_TOWERS = ("vision", "visual", "audio", "image", "speech")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 REPORTS = ("pruning_report.json", "report.html")  # of the source, where that is pruned itself
 OWN_FILES = (INDEX_FILE, "config.json", PLAN_FILE, MANIFEST_FILE, CARD_FILE, *REPORTS)
-WRITERS = 2  # files at a time
+WRITERS = 4  # files at a time
 Shards = dict[str, list[tuple[StoredTensor, StoredTensor]]]
 
 
