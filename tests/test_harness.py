@@ -29,7 +29,7 @@ from llm_pruner.errors import (
     ProcessGroupError,
     UnknownNameError,
 )
-from llm_pruner.evaluation import HolisticEvaluator
+from llm_pruner.evaluation import HolisticEvaluator, choice_losses
 from llm_pruner.harness import compare_results, compare_tasks, run_tasks
 from llm_pruner.utils import format_prompt
 
@@ -184,7 +184,7 @@ def test_norm_scores_are_of_items_with_choices_alone(llama, tokenizer, items):
 
 def test_the_likelihoods_are_those_of_lm_eval(llama, tokenizer, items, definition):
     """What a score hides; of truncated prompts, too."""
-    ours = HolisticEvaluator(llama, tokenizer, batch_size=5)._choice_losses(items)
+    ours = choice_losses(llama, tokenizer, items, 5)
     found = simple_evaluate(
         HFLM(pretrained=llama, tokenizer=copy.deepcopy(tokenizer)),
         tasks=[copy.deepcopy(definition)],
