@@ -288,6 +288,11 @@ def slow_published(streams: list[torch.Tensor], layer: int) -> float:
     return statistics.mean(variances) / (max(small, 0.5) / count)
 
 
+def label(value: object) -> str:
+    """An id that every test process gives alike."""
+    return getattr(value, "__name__", str(value))
+
+
 def slow_literal(streams: list[torch.Tensor], layer: int) -> float:
     values = [value for stream in streams for value in stream[layer + 1].flatten().tolist()]
     small = sum(abs(value) < 1e-5 for value in values)
@@ -323,7 +328,7 @@ def slow_repaired(streams: list[torch.Tensor], layer: int) -> float:
         (LITERAL, slow_literal),
         (NEURON, slow_neuron),
     ],
-    ids=str,
+    ids=label,
 )
 def test_avss_is_that_of_single_sequences(build, tokenizer, variant, slow):
     model = build()
@@ -336,7 +341,7 @@ def test_avss_is_that_of_single_sequences(build, tokenizer, variant, slow):
 @pytest.mark.parametrize(
     ("variant", "slow"),
     [(PUBLISHED, slow_published), (LITERAL, slow_literal), (NEURON, slow_neuron)],
-    ids=str,
+    ids=label,
 )
 def test_published_avss_counts_zeros(tokenizer, variant, slow):
     """A model whose last layer leaves exact zeros: the sparsity is no longer half an element."""
