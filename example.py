@@ -1,4 +1,4 @@
-"""Compare all strategies on one model: what each removes, what that costs, with figures.
+"""All of it on one model: every strategy, how deep to cut, repair, report and figures.
 
 python example.py                                  # the embedded demo model, offline
 python example.py --model my/model --ratio 0.25    # any hub id or local folder
@@ -10,22 +10,23 @@ import argparse
 from pathlib import Path
 
 from llm_pruner import (
-    HolisticEvaluator,
     LLMPrunerError,
+    carry_out,
     get_strategy,
+    load_data,
     load_model,
     perplexity,
-    plot_activation_comparison,
-    plot_holistic_benchmark,
-    plot_layer_importance,
-    plot_semantic_comparison,
+    plot_block_distances,
+    plot_depth_curve,
+    plot_score_comparison,
+    plot_similarity_matrix,
 )
 from llm_pruner.registry import BUILTIN
-from llm_pruner.workflow import load_data
+from llm_pruner.text import report_text
 
 
 def main() -> None:
-    """Score with every strategy, measure each choice on other items, save the best."""
+    """Choose with every strategy, carry the best choice out with a repair, draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo", help="demo, a hub id or a local folder")
     parser.add_argument("--eval-dataset", help="what to measure on (default: the demo's own)")
@@ -36,45 +37,53 @@ def main() -> None:
 
     model, tokenizer = load_model(args.model)
     source = args.eval_dataset or ("demo" if args.model == "demo" else None)
-    data = load_data(source, args.n_samples)
-    figures = Path(args.output) / "figures"
+    data = load_data(source, args.n_samples, healing=True)
 
-    plans = {}
+    # Every strategy chooses; what each choice costs is measured on items it has not seen.
+    plans, pruners, costs = {}, {}, {}
     print(f"{'strategy':12}{'removed (0-based)':24}{'perplexity':>12}")
     print(f"{'none':12}{'':24}{perplexity(model, tokenizer, data.judging):12.3f}")
     for name in BUILTIN:
-        pruner = get_strategy(name)(model, tokenizer)
-        plan = pruner.plan(data.scoring, model_id=args.model, ratio=args.ratio)
-        cost = perplexity(pruner.layers.remove(plan.remove), tokenizer, data.judging)
-        plans[cost] = (pruner, plan)
-        print(f"{name:12}{plan.remove!s:24}{cost:12.3f}")
+        pruner = pruners[name] = get_strategy(name)(model, tokenizer)
+        plan = plans[name] = pruner.plan(data.scoring, model_id=args.model, ratio=args.ratio)
+        cut = pruner.layers.remove(plan.remove)
+        costs[name] = perplexity(cut, tokenizer, data.judging)
+        print(f"{name:12}{plan.remove!s:24}{costs[name]:12.3f}")
 
-    pruner, plan = plans[min(plans)]
-    pruned, _ = pruner.prune_and_save(plan.remove, args.output, args.model, overwrite=True)
-    print(f"\nsaved the choice of {plan.strategy!r} in {args.output}")
+    # The best one is carried out, repaired without training, and compared with the original:
+    # pruning_report.json, report.html and a model card stand beside the checkpoint.
+    best = min(costs, key=lambda name: costs[name])
+    report, _ = carry_out(
+        pruners[best],
+        plans[best],
+        args.output,
+        data.judging,
+        heal="linear",
+        heal_data=data.healing,
+        overwrite=True,
+    )
+    print(f"\n{report_text(report)}")
 
-    questions = [item for item in data.judging if isinstance(item, dict)]
-    prompt = questions[0]["prompt"] if questions else data.judging[0]
-    plot_layer_importance(
-        plan.scores, removed=plan.remove, save_path=figures / "layer_importance.png"
+    # Figures from results alone.
+    figures = Path(args.output) / "figures"
+    scored = {name: plan for name, plan in plans.items() if plan.scores is not None}
+    plot_score_comparison(
+        [plan.scores for plan in scored.values()],
+        removed=[plan.remove for plan in scored.values()],
+        save_path=figures / "score_comparison.png",
     )
-    plot_activation_comparison(
-        model, tokenizer, prompt, plan.remove, save_path=figures / "activation_comparison.png"
+    blocks = plans["pruneme"]
+    plot_block_distances(
+        blocks.scores, removed=blocks.remove, save_path=figures / "block_distances.png"
     )
-    plot_semantic_comparison(
-        model, pruned, tokenizer, prompt, save_path=figures / "semantic_comparison.png"
-    )
-    if questions:
-        evaluators = [HolisticEvaluator(candidate, tokenizer) for candidate in (model, pruned)]
-        before, after = (evaluator.run_benchmark(questions) for evaluator in evaluators)
-        plot_holistic_benchmark(
-            before,
-            after,
-            evaluators[0].counts,
-            save_path=figures / "holistic_benchmark.png",
-        )
-        print(f"task mean: {before['mean']:.3f} before, {after['mean']:.3f} after")
-    print(f"figures in {figures}")
+    plot_similarity_matrix(blocks.scores, save_path=figures / "similarity_matrix.png")
+    deepest = len(blocks.remove) + 1
+    curves = [
+        pruners[name].sweep(data.scoring, deepest, held_out=data.judging)
+        for name in ("smart", "pruneme")
+    ]
+    plot_depth_curve(curves, save_path=figures / "depth_curve.png")
+    print(f"look at {Path(args.output) / 'report.html'} and {figures}")
 
 
 if __name__ == "__main__":
