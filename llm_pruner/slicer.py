@@ -10,8 +10,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,16 +120,17 @@ def prune_checkpoint(
     need += sum(map(source.size, side_files))
     manifest = _manifest(checkpoint, plan, shards, hashed=verify)
     with staged_output(output_dir, overwrite=overwrite, need=0 if link else need) as stage:
-        _write_shards(checkpoint, stage, shards, link=link)
-        _write_index(stage, shards)
-        for file in side_files:
-            (stage / file).parent.mkdir(parents=True, exist_ok=True)
-            with (stage / file).open("wb") as target:
-                source.copy(file, 0, source.size(file), target)
-        (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (stage / CARD_FILE).write_text(_card(source, plan), encoding="utf-8")
-        plan.save(stage / PLAN_FILE)
-        manifest.save(stage / MANIFEST_FILE)
+        with _writing_shards(checkpoint, stage, shards, link=link):
+            _write_index(stage, shards)
+            for file in side_files:
+                (stage / file).parent.mkdir(parents=True, exist_ok=True)
+                with (stage / file).open("wb") as target:
+                    source.copy(file, 0, source.size(file), target)
+            text = json.dumps(config, indent=2) + "\n"
+            (stage / "config.json").write_text(text, encoding="utf-8")
+            (stage / CARD_FILE).write_text(_card(source, plan), encoding="utf-8")
+            plan.save(stage / PLAN_FILE)
+            manifest.save(stage / MANIFEST_FILE)
         check_manifest(stage)
         if verify:
             _reload(stage, trust_remote_code)
@@ -357,14 +359,18 @@ def _manifest(
     )
 
 
-def _write_shards(checkpoint: Checkpoint, stage: Path, shards: Shards, *, link: bool) -> None:
-    """Write the files, several at once: one is copied while others reach the disk."""
+@contextmanager
+def _writing_shards(
+    checkpoint: Checkpoint, stage: Path, shards: Shards, *, link: bool
+) -> Iterator[None]:
+    """Write the files beside what the block does, several at once; they are there at its end."""
     with ThreadPoolExecutor(WRITERS) as pool:
         jobs = [
             pool.submit(_write_shard, checkpoint, stage / file, pairs, link=link)
             for file, pairs in shards.items()
         ]
         try:
+            yield
             for job in progress(as_completed(jobs), "Copying files", total=len(jobs)):
                 job.result()
         except BaseException:
