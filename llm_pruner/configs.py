@@ -31,6 +31,9 @@ COUNT_FIELDS = (
 # Configs whose decoder is described by a part that get_text_config() does not know.
 DECODER_PARTS = {"blt": "global_config"}
 
+# Parts of a name that belong to encoders of other inputs than text.
+OTHER_TOWERS = ("vision", "visual", "audio", "image", "speech")
+
 # Lists as long as the stack that do not have one entry per layer.
 NOT_PER_LAYER = ("architectures", "token_id", "token_ids", "factor", "factors", "multipliers")
 

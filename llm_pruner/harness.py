@@ -36,7 +36,7 @@ from .errors import (
 from .likelihood import HINT, at_least_one, evaluating
 from .processes import on_first
 from .results import Comparison
-from .stats import bootstrap_counts
+from .stats import paired_interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -183,7 +183,8 @@ def compare_results(before: TaskResult, after: TaskResult) -> list[Comparison]:
     shots = before.settings["num_fewshot"]
     lines = []
     for metric, scores in before.scores.items():
-        low, high = _interval(scores, after.scores[metric])
+        pair = torch.tensor([scores, after.scores[metric]], dtype=torch.float64)
+        low, high = paired_interval(pair[0], pair[1])
         lines.append(
             Comparison(
                 name=f"{before.name} ({metric})",
@@ -201,14 +202,6 @@ def compare_results(before: TaskResult, after: TaskResult) -> list[Comparison]:
             )
         )
     return lines
-
-
-def _interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """95 % percentile interval of the mean difference, the same items drawn for both."""
-    gains = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
-    means = bootstrap_counts(len(gains), 1000, 0) @ gains / len(gains)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 def _settings(

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
-from .configs import layer_counts, text_config
+from .configs import OTHER_TOWERS, layer_counts, text_config
 from .errors import InvalidPlanError, UnsupportedModelError
 from .likelihood import evaluating
 from .results import check_layers
@@ -27,7 +27,6 @@ T = TypeVar("T")
 
 # What a stand-in answers differently from its layer: it begins no block of layers (inkling2).
 STAND_IN_ANSWERS = {"is_block_boundary": False}
-OTHER_TOWERS = ("vision", "visual", "audio", "image", "speech")
 
 
 class LayerStack(Sequence[nn.Module]):

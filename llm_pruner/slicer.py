@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .card import CARD_FILE, card_text
-from .configs import config_parts, layer_counts, prune_config_file
+from .configs import OTHER_TOWERS, config_parts, layer_counts, prune_config_file
 from .errors import InvalidPlanError, LoadError, UnsupportedModelError, VerificationError
 from .output import PLAN_FILE, check_output, staged_output
 from .results import Manifest, PruningPlan, check_layers
@@ -40,7 +40,6 @@ from .utils import explain_load_failure, logger, package_versions, progress
 
 MANIFEST_FILE = "pruning_manifest.json"
 MOST_LAYERS = 10_000  # a config that claims more is not believed
-OTHER_TOWERS = ("vision", "visual", "audio", "image", "speech")
 # Files that hold weights in other formats or belong to another program: not carried along.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 REPORTS = ("pruning_report.json", "report.html")  # of the source, where that is pruned itself

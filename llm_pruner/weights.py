@@ -19,8 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from .configs import OTHER_TOWERS
 from .errors import LoadError, UnsupportedModelError
-from .layers import OTHER_TOWERS
 
 EMBEDDING = -1  # the station before layer 0; the head's is the number of layers
 TOWERS = -2  # of weights for other inputs than text

@@ -18,7 +18,7 @@ ORDER = """
     hub sources shards batching likelihood similarity surgery layers weights states sweeps gates
     streaming writers replay layouts files data card harness evaluation speed objectives comparison
     quality search closed_form trainer healing rounds checkpoint slicer base bases pruners figures
-    plots_scores plots_blocks plots_quality plots_model visualization report workflow cli
+    plots_scores plots_blocks plots_quality plots_model visualization report workflow arguments cli
 """.split()
 # These look upwards when they run, or for their annotations; what they import first may not.
 LATE = {"registry", "cli", "workflow"}
