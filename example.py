@@ -21,8 +21,8 @@ from llm_pruner import (
     plot_score_comparison,
     plot_similarity_matrix,
 )
-from llm_pruner.registry import BUILTIN
-from llm_pruner.text import report_text
+from llm_pruner.pruners.registry import BUILTIN
+from llm_pruner.report.console import report_text
 
 
 def main() -> None:

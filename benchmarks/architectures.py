@@ -33,9 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import torch
 import zoo
 
-from llm_pruner.checkpoint import verify_checkpoint, verify_removal, write_model
+from llm_pruner.checkpoint.save import write_model
+from llm_pruner.checkpoint.verify import verify_checkpoint, verify_removal
 from llm_pruner.errors import UnsupportedModelError
-from llm_pruner.layers import LayerStack
+from llm_pruner.model.layer_stack import LayerStack
 
 INNER = ((2, 3), (1, 4))
 ENDS = ((0,), (5,))

@@ -19,10 +19,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from llm_pruner import SmartPruner, load_data, load_model
-from llm_pruner.batching import Batch
-from llm_pruner.layers import LayerStack
-from llm_pruner.likelihood import encode_for, scored_logits
-from llm_pruner.replay import Mask
+from llm_pruner.data.tokens import Batch
+from llm_pruner.evaluation.likelihood import encode_for, scored_logits
+from llm_pruner.model.layer_stack import LayerStack
+from llm_pruner.search.prefix_sharing import Mask
 
 
 def first_order(stack: LayerStack, removed: Mask, batches: Sequence[Batch]) -> dict[int, float]:

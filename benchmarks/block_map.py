@@ -24,7 +24,8 @@ from counting import counted, timed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_pruner import BlockInfluencePruner, PruneMePruner, load_data, load_model
-from llm_pruner.likelihood import encode_for, evaluating
+from llm_pruner.evaluation.likelihood import encode_for
+from llm_pruner.model.forward import evaluating
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from statistics import median
 import torch
 
 from llm_pruner import SmartPruner, get_strategy, load_data, load_model, perplexity
-from llm_pruner.replay import Mask
+from llm_pruner.search.prefix_sharing import Mask
 
 ONE_SHOT = ("ablation", "avss", "bi", "pruneme")
 

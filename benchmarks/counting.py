@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from llm_pruner import LayerStack
-from llm_pruner.batching import Batch, pad_rows
-from llm_pruner.likelihood import batch_nll
-from llm_pruner.quality import RemovalQuality
+from llm_pruner.data.tokens import Batch, pad_rows
+from llm_pruner.evaluation.likelihood import batch_nll
+from llm_pruner.search.removal_quality import RemovalQuality
 
 VOCABULARY = 128
 REDUNDANT = 7 / 16  # share of the planted model's layers that add little

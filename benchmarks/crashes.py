@@ -42,7 +42,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from llm_pruner import LayerStack, PruningPlan, checkpoint, prune_checkpoint
+from llm_pruner import LayerStack, PruningPlan, prune_checkpoint, utils
+from llm_pruner.checkpoint.save import save_checkpoint
 
 VOCABULARY, LAYERS = 2048, 12
 TOKENIZER = numbered_tokenizer(VOCABULARY)
@@ -75,7 +76,7 @@ def main() -> None:
         place = Path(name)
         old, new = version(place, 0, [3]), version(place, 1, [5])
         seconds = duration(ours, new, place / "timed")
-        print(f"One save: {checkpoint.count_bytes(new.model):,} bytes, {seconds:.2f} s", end="")
+        print(f"One save: {utils.count_bytes(new.model):,} bytes, {seconds:.2f} s", end="")
         if args.compare:
             print(f"; plain save_pretrained {duration(plain, new, place / 'plain'):.2f} s", end="")
         print(".\n\n| fault | outcomes | what is said |\n|---|---|---|")
@@ -130,7 +131,7 @@ def digest(model: Any) -> str:
 
 def ours(one: Version, out: Path) -> None:
     """What `prune_and_save` ends with."""
-    checkpoint.save_checkpoint(one.model, one.tokenizer, one.plan, out, overwrite=True)
+    save_checkpoint(one.model, one.tokenizer, one.plan, out, overwrite=True)
 
 
 def sliced(one: Version, out: Path) -> None:
@@ -201,7 +202,7 @@ def no_room(place: Path, old: Version, new: Version, compare: bool) -> None:
     """A disk with too little room, seen before and met while writing; and a limit on files."""
 
     def unchecked(one: Version, out: Path) -> None:
-        checkpoint.count_bytes = lambda model: 0  # as if others had filled the disk meanwhile
+        utils.count_bytes = lambda model: 0  # as if others had filled the disk meanwhile
         ours(one, out)
 
     def limited(save: Save, one: Version, out: Path) -> None:

@@ -24,9 +24,11 @@ import psutil
 import torch
 
 from llm_pruner import get_strategy, load_data, load_model
-from llm_pruner.batching import pad_rows
-from llm_pruner.healing import BATCH_SIZE, HealingData, LoraSettings, heal_linear, heal_lora
-from llm_pruner.likelihood import mean_nll
+from llm_pruner.data.tokens import pad_rows
+from llm_pruner.evaluation.likelihood import mean_nll
+from llm_pruner.healing.heal import BATCH_SIZE, HealingData, heal_lora
+from llm_pruner.healing.linear import heal_linear
+from llm_pruner.healing.lora_settings import LoraSettings
 
 SHARES = (1 / 4, 1 / 3)
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from counting import counted
 
-from llm_pruner import get_strategy, load_data, load_model, processes
+from llm_pruner import distributed, get_strategy, load_data, load_model
 from llm_pruner.utils import disable_progress_bars
 
 STRATEGIES = ("ablation", "smart", "pruneme", "bi", "avss")
@@ -85,10 +85,10 @@ def _work(folder: Path, n_samples: int) -> None:
     model, tokenizer = load_model("demo", device="cpu")
     items = load_data("demo", n_samples).scoring
     found = {}
-    with processes.group():
+    with distributed.group():
         for name in STRATEGIES:
             pruner = get_strategy(name)(model, tokenizer)
-            processes.gather(None)  # all begin together
+            distributed.gather(None)  # all begin together
             start = time.perf_counter()
             with counted(pruner.layers) as executions:
                 if name == "smart":
@@ -99,7 +99,7 @@ def _work(folder: Path, n_samples: int) -> None:
             seconds = time.perf_counter() - start
             total = executions.total()
             found[name] = {"scores": scores, "executions": total, "seconds": seconds}
-    (folder / f"{processes.rank()}.json").write_text(json.dumps(found))
+    (folder / f"{distributed.rank()}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ import torch
 from counting import counted
 
 from llm_pruner import LayerStack, SmartPruner, load_data, load_model
-from llm_pruner.healing import HealingData, LoraSettings, heal_lora
-from llm_pruner.likelihood import batch_nll
+from llm_pruner.evaluation.likelihood import batch_nll
+from llm_pruner.healing.heal import HealingData, heal_lora
+from llm_pruner.healing.lora_settings import LoraSettings
 
 KILLS = 5
 

@@ -30,9 +30,9 @@ from counting import batches_of, counted, naive_losses, planted
 from demo_corpus import training_samples
 
 from llm_pruner import LayerStack, SmartPruner, load_model
-from llm_pruner.quality import RemovalQuality
-from llm_pruner.replay import Mask
-from llm_pruner.search import search_layers
+from llm_pruner.search.layer_search import search_layers
+from llm_pruner.search.prefix_sharing import Mask
+from llm_pruner.search.removal_quality import RemovalQuality
 
 PROTECT = (2, 2)
 TEXT_SEED = 99  # of running text; the demo models are trained on the streams of seeds 0 to 2

@@ -30,9 +30,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from llm_pruner.shards import read_checkpoint, tensor_hash
-from llm_pruner.slicer import prune_checkpoint
-from llm_pruner.sources import LocalFolder
+from llm_pruner.checkpoint.on_disk import prune_checkpoint
+from llm_pruner.checkpoint.safetensors_files import read_checkpoint, tensor_hash
+from llm_pruner.checkpoint.sources import LocalFolder
 
 SIZES = {
     "small": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 8},
@@ -56,7 +56,7 @@ model.save_pretrained(target, max_shard_size="1GB")
 """
 ON_DISK = """
 import sys
-from llm_pruner.slicer import prune_checkpoint
+from llm_pruner.checkpoint.on_disk import prune_checkpoint
 prune_checkpoint(sys.argv[1], list(map(int, sys.argv[3].split(","))), sys.argv[2])
 """
 

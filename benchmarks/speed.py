@@ -20,7 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_pruner import LayerStack, get_device, load_model
-from llm_pruner.speed import compare_cost
+from llm_pruner.evaluation.cost_comparison import compare_cost
 
 GOAL = 0.9  # of the ideal
 

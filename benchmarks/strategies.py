@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from llm_pruner import get_strategy, load_data, load_model
-from llm_pruner.bases import MeasuredPruner
-from llm_pruner.registry import BUILTIN
+from llm_pruner.pruners.measured import MeasuredPruner
+from llm_pruner.pruners.registry import BUILTIN
 from llm_pruner.workflow import measure_quality
 
 

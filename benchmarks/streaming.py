@@ -37,14 +37,12 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from llm_pruner.errors import LLMPrunerError, UnsupportedModelError
-from llm_pruner.pruners import (
-    AblationPruner,
-    AVSSPruner,
-    BlockInfluencePruner,
-    PruneMePruner,
-)
-from llm_pruner.streaming import load_streamed
-from llm_pruner.utils import format_bytes, load_model, parse_bytes
+from llm_pruner.model.loading import load_model
+from llm_pruner.offload.offloaded_stack import load_streamed
+from llm_pruner.pruners.avss import AVSSPruner
+from llm_pruner.pruners.measured import AblationPruner
+from llm_pruner.pruners.similarity import BlockInfluencePruner, PruneMePruner
+from llm_pruner.utils import format_bytes, parse_bytes
 
 CGROUP = Path("/sys/fs/cgroup/memory")
 STRATEGIES = {

@@ -20,23 +20,20 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import build_parser, check_arguments, needs_model
-from .errors import (
-    InvalidPlanError,
-    LLMPrunerError,
-    UnknownNameError,
-)
+from .atomic_output import PLAN_FILE, clear_checkpoints, hold_output
+from .cli_arguments import build_parser, check_arguments, needs_model
+from .distributed import group, launched, on_first, one_only, rank, told_by_first
+from .errors import InvalidPlanError, LLMPrunerError, UnknownNameError
 from .hub import how_to_repeat, push_to_hub
-from .output import PLAN_FILE, clear_checkpoints, hold_output
-from .processes import group, launched, on_first, one_only, rank, told_by_first
-from .registry import get_strategy, option_names
+from .pruners.registry import get_strategy, option_names
+from .report.console import curve_text, manifest_text, plan_text, report_text, saved_text
 from .results import PruningPlan
-from .text import curve_text, manifest_text, plan_text, report_text, saved_text
 from .utils import DEMO_MODEL, logger, package_versions
 
 if TYPE_CHECKING:
-    from .base import BasePruner
-    from .workflow import DataSplit
+    from .data.sampling import DataSplit
+    from .pruners.base import BasePruner
+
 
 INTERRUPTED = 130
 
@@ -130,7 +127,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _prune_on_disk(args: argparse.Namespace) -> None:
     """Remove layers that are given; the model is loaded only if bytes alone do not do it."""
-    from .slicer import NeedsMemoryError
+    from .checkpoint.on_disk_config import NeedsMemoryError
 
     plan = on_first(lambda: args.layers if args.plan is None else PruningPlan.load(args.plan))
     try:
@@ -147,7 +144,7 @@ def _prune_on_disk(args: argparse.Namespace) -> None:
 
 def _slice(args: argparse.Namespace, plan: PruningPlan | list[int]) -> None:
     """Prune the checkpoint on disk, and tell."""
-    from .slicer import prune_checkpoint
+    from .checkpoint.on_disk import prune_checkpoint
 
     if args.verify:
         _hush_transformers(args)
@@ -183,13 +180,13 @@ def _hush_transformers(args: argparse.Namespace) -> None:
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     from transformers import set_seed
 
-    from .utils import load_model
+    from .model.loading import load_model
 
     _hush_transformers(args)
     set_seed(args.seed)
     logger.info("Loading %s", args.model)
     if args.max_memory is not None:
-        from .streaming import load_within
+        from .offload.offloaded_stack import load_within
     load = load_model if args.max_memory is None else partial(load_within, args.max_memory)
     return load(
         args.model,
@@ -200,10 +197,11 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _run_in_memory(args: argparse.Namespace) -> None:
-    from .lora import LoraSettings
-    from .pruners import SmartPruner
-    from .rounds import Repairs
-    from .workflow import PAGE_FILE, carry_out, draw_figures, load_data
+    from .data.sampling import load_data
+    from .healing.lora_settings import LoraSettings
+    from .pruners.healing_search import Repairs
+    from .pruners.measured import SmartPruner
+    from .workflow import PAGE_FILE, carry_out, draw_figures
 
     pruner = _make_pruner(args, *_load(args))
     if args.heal != "none" or args.visualize:
@@ -277,7 +275,7 @@ def _run_in_memory(args: argparse.Namespace) -> None:
 
 def _make_pruner(args: argparse.Namespace, model: Any, tokenizer: Any) -> BasePruner:
     """The strategy, with those options that were given and that it has."""
-    from .bases import MeasuredPruner
+    from .pruners.measured import MeasuredPruner
 
     cls = get_strategy(args.strategy)
     for name in args.option:

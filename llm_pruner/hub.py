@@ -16,12 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .atomic_output import PLAN_FILE
 from .errors import HubError, LLMPrunerError, OutputError
-from .output import PLAN_FILE
 from .utils import logger
 
 T = TypeVar("T")
-
 TIMEOUT = 6 * 3600.0  # seconds for a whole upload
 SILENCE = 120.0  # seconds after which a hub that sends and takes nothing is given up
 WAITS = (1.0, 4.0, 16.0)  # seconds before each of the next tries

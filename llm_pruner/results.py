@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+from .atomic_output import write_atomically
 from .errors import InvalidPlanError, LLMPrunerError, NonFiniteError, UnknownNameError
-from .output import write_atomically
 
 Removes = Literal["lowest", "highest"]
 

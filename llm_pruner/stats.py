@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 import torch
 
-from .processes import gather
+from .distributed import gather
 
 # The most elements that are copied to float64 at a time: 8 MiB, which a CPU's cache holds, or
 # 128 MiB, which keep an accelerator busy.

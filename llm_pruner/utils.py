@@ -8,20 +8,20 @@ import importlib.metadata
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import InvalidPlanError, LoadError
-from .processes import launched, launched_here, local_rank
+from .distributed import launched, local_rank
+from .errors import InvalidDataError, InvalidPlanError, LoadError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
 
 logger = logging.getLogger("llm_pruner")
 T = TypeVar("T")
-
 DEMO_MODEL = "demo"
 DEMO_DIR = Path(__file__).parent / "demo"
 _progress_bars = True
@@ -59,38 +59,6 @@ def count_parameters(model: torch.nn.Module) -> int:
 def count_bytes(model: torch.nn.Module) -> int:
     """Bytes of the parameters in memory, each shared (tied) tensor counted once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """Short hash of a model's config and of a sample of every tensor, to tell models apart."""
-    config = getattr(model, "config", None)
-    digest = hashlib.sha256(config.to_json_string().encode() if config is not None else b"")
-    for _, sample in sorted((name, _sample(name, tensor)) for name, tensor in _tensors(model)):
-        digest.update(sample)
-    return digest.hexdigest()[:16]
-
-
-def _sample(name: str, tensor: torch.Tensor) -> bytes:
-    flat = tensor.detach().reshape(-1)
-    values = flat[:: max(1, flat.numel() // 256)].float().cpu()
-    return f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + values.numpy().tobytes()
-
-
-def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The entries of the state dict; what accelerate keeps on the disk is read from there."""
-    state = model.state_dict()
-    yield from ((name, tensor) for name, tensor in state.items() if not tensor.is_meta)
-    if not any(tensor.is_meta for tensor in state.values()):
-        return
-    from accelerate.utils import align_module_device
-
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        names = [(name, prefix + name) for name in (*module._parameters, *module._buffers)]
-        away = [(name, full) for name, full in names if full in state and state[full].is_meta]
-        if away:
-            with align_module_device(module, "cpu"):
-                yield from ((full, getattr(module, name)) for name, full in away)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -172,108 +140,6 @@ def resolve_model_id(model_id: str) -> str:
     return str(DEMO_DIR) if model_id == DEMO_MODEL else model_id
 
 
-def load_model(
-    model_id: str,
-    *,
-    device: str | torch.device | None = None,
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model, or a wrapper around one, and its tokenizer, for evaluation.
-
-    Args:
-        model_id: ``demo``, a local folder, or an id on the Hugging Face hub.
-        device: where to put it; the best device of the machine if None; ``auto`` spreads it
-            over all devices with accelerate.
-        dtype: ``auto`` (as stored), or ``float32``, ``bfloat16``, ``float16``.
-        trust_remote_code: run code that comes with the checkpoint. Off unless asked for.
-
-    Raises:
-        LoadError: the model cannot be found or read; the message says what to do.
-    """
-    spread = str(device) == "auto"
-    if spread and launched_here() > 1:
-        raise LoadError(
-            f"device='auto' (--device auto) spreads a model over all devices of a machine, and "
-            f"{launched_here()} processes are on this one: start one (--nproc_per_node 1)."
-        )
-    model, tokenizer = read_model(
-        model_id,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        device_map="auto" if spread else None,
-    )
-    if not spread:
-        try:
-            place: Any = device or get_device()
-            model = model.to(place)
-        except (RuntimeError, AssertionError) as error:
-            raise LoadError(
-                f"Cannot put the model on device {str(device)!r}: {error} Use cpu, or a device "
-                "that this machine has."
-            ) from error
-    model.eval()  # type: ignore[no-untyped-call]
-    return model, tokenizer
-
-
-def read_model(
-    model_id: str, *, dtype: str, trust_remote_code: bool, **placement: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer as transformers places them; see `load_model`.
-
-    Args:
-        model_id, dtype, trust_remote_code: see `load_model`.
-        placement: further arguments of ``from_pretrained``.
-
-    Raises:
-        LoadError: the model cannot be found or read, or tensors of it are missing.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoTokenizer
-
-    source, auto, _ = model_class(model_id, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, info = auto.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, **options, **placement
-        )
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        raise LoadError(explain_load_failure("model", model_id, error)) from error
-    missing = sorted(map(str, info["missing_keys"]))
-    if missing:
-        raise LoadError(
-            f"Cannot load model {model_id!r}: {len(missing)} of its tensors are not in the "
-            f"checkpoint and would be random, such as {missing[0]}. It is damaged, or not the "
-            "checkpoint of a causal language model."
-        )
-    return model, tokenizer
-
-
-def model_class(model_id: str, **options: Any) -> tuple[str, Any, Any]:
-    """Where a model is, the ``Auto`` class that builds it, and its config.
-
-    That for causal language models, or for image-text models where only that one knows it.
-
-    Args:
-        model_id: see `load_model`.
-        options: ``trust_remote_code``, ``revision``.
-
-    Raises:
-        LoadError: the config cannot be found or read.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    source = resolve_model_id(model_id)
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise LoadError(explain_load_failure("model", model_id, error)) from error
-    wraps = type(config) in AutoModelForImageTextToText._model_mapping
-    causal = type(config) in AutoModelForCausalLM._model_mapping or not wraps
-    return source, AutoModelForCausalLM if causal else AutoModelForImageTextToText, config
-
-
 def parse_bytes(text: str) -> int:
     """The number of bytes that ``4GiB``, ``500 MB`` or ``4294967296`` means.
 
@@ -310,3 +176,10 @@ def explain_load_failure(kind: str, name: str, error: Exception) -> str:
         f"Give a local path or an id that exists on huggingface.co; without a network only "
         f"local paths, the local cache and 'demo' work."
     )
+
+
+def at_least_one(**values: int) -> None:
+    """Raise InvalidDataError if one of the named values is below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise InvalidDataError(f"{name}={value} must be at least 1.")

@@ -6,106 +6,35 @@ What the command line does, as functions for scripts.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import BasePruner
-from .batching import EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap
-from .comparison import DRAWS, compare_quality
-from .data import load_eval_dataset, split_items
-from .evaluation import HolisticEvaluator, item_kinds
-from .healing import Heal, LoraSettings
-from .likelihood import perplexity
-from .processes import on_first
+from .data.items import EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap
+from .data.sampling import DataSplit
+from .distributed import on_first
+from .evaluation.cost_comparison import compare_cost, machine
+from .evaluation.likelihood import perplexity
+from .evaluation.quality_comparison import DRAWS, compare_quality
+from .evaluation.similarity import load_embedder
+from .evaluation.tasks import HolisticEvaluator, item_kinds
+from .healing.heal import Heal
+from .healing.lora_settings import LoraSettings
+from .pruners.base import BasePruner
 from .results import DepthCurve, LayerScores, PruningPlan, PruningReport
-from .similarity import load_embedder
-from .speed import compare_cost, machine
-from .utils import DEMO_MODEL, logger, package_versions
+from .utils import logger, package_versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 REPORT_FILE = "pruning_report.json"
 PAGE_FILE = "report.html"
 FIGURES = "figures"
 MOST_SHOWN = 500  # characters of running text that are a prompt
 SAMPLES = 3  # questions shown with both answers in a report
-HEAL_ITEMS = 12  # healing takes this many times as many items as scoring, where there are as many
-DEMO_HEALING = "demo-heal"
-
-
-@dataclass(frozen=True)
-class DataSplit:
-    """Items for three purposes, none in two of them.
-
-    Attributes:
-        scoring: what layers are chosen on.
-        healing: what weights are repaired on; empty without healing.
-        judging: what quality before and after is reported on.
-    """
-
-    scoring: list[EvalItem]
-    healing: list[EvalItem]
-    judging: list[EvalItem]
-
-
-def load_data(
-    source: str | None,
-    n_samples: int = 80,
-    *,
-    heal_source: str | None = None,
-    healing: bool = False,
-    taken: Collection[str] = (),
-    seed: int = 0,
-) -> DataSplit:
-    """Load `n_samples` items to score and as many others to judge; more to heal with if asked.
-
-    Args:
-        source: see `load_eval_dataset`; ``demo`` takes judging and healing items from the demo's
-            own sets.
-        n_samples: items for each purpose; healing takes up to twelve times as many.
-        heal_source: another source for the healing items; the rest of `source` if None. Items
-            whose prompt or text serves another purpose already are left out.
-        healing: whether items to heal with are needed.
-        taken: `prompt_keys` of items to leave out everywhere, such as those that a plan rests on.
-        seed: of the sampling.
-
-    Raises:
-        LoadError, InvalidDataError: the source cannot be read or holds too few items.
-    """
-    if source == DEMO_MODEL and heal_source is None:
-        heal_source = DEMO_HEALING
-    pool = load_eval_dataset(n_samples * (2 + HEAL_ITEMS), source, seed=seed, up_to=True)
-    pool = _others(pool, taken)
-    if source == DEMO_MODEL:
-        judging = load_eval_dataset(n_samples, "demo-eval", seed=seed)
-    else:
-        judging, pool = split_items(pool, min(n_samples, len(pool) // 2), seed=seed)
-    scoring = pool
-    rest: list[EvalItem] = []
-    if len(pool) > n_samples:  # the same items to score on, whether or not there is healing
-        scoring, rest = split_items(pool, n_samples, seed=seed)
-    elif healing and heal_source is None:
-        scoring, rest = split_items(pool, len(pool) // 2, seed=seed)
-    heal_items: list[EvalItem] = rest if healing else []
-    if healing and heal_source is not None:
-        loaded = load_eval_dataset(n_samples * HEAL_ITEMS, heal_source, seed=seed, up_to=True)
-        heal_items = _others(loaded, {*taken, *prompt_keys([*scoring, *judging])})
-        if len(heal_items) < len(loaded):
-            logger.info(
-                "%d of %d healing items serve another purpose already and are left out.",
-                len(loaded) - len(heal_items),
-                len(loaded),
-            )
-    return DataSplit(scoring, heal_items, judging)
-
-
-def _others(items: Sequence[EvalItem], taken: Collection[str]) -> list[EvalItem]:
-    pairs = zip(items, prompt_keys(items), strict=True)
-    return [item for item, key in pairs if key not in taken]
 
 
 def carry_out(
@@ -200,7 +129,8 @@ def _publish(
     pruner: BasePruner, pruned: PreTrainedModel, report: PruningReport, judging: Sequence[EvalItem]
 ) -> None:
     """Write the report beside the checkpoint: as JSON, as a page and as a model card."""
-    from .report import write_card, write_html
+    from .report.html_page import write_html
+    from .report.model_card import write_card
 
     folder = Path(report.output_dir)
     report.save(folder / REPORT_FILE)
@@ -307,7 +237,7 @@ def _drawn(
     scores: LayerScores | None,
 ) -> list[Path]:
     from . import visualization
-    from .report import write_html
+    from .report.html_page import write_html
 
     folder = Path(report.output_dir) / FIGURES
     plan = report.plan

@@ -7,7 +7,7 @@ from pathlib import Path
 
 os.environ["COLUMNS"] = "88"
 
-from llm_pruner.arguments import build_parser
+from llm_pruner.cli_arguments import build_parser
 
 MARK = "<!-- help -->\n```text\n"
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from llm_pruner import output
-from llm_pruner.output import PLAN_FILE, staged_output, write_atomically
+from llm_pruner import atomic_output
+from llm_pruner.atomic_output import PLAN_FILE, staged_output, write_atomically
 
 STEPS = {
     "ctypes.dlsym",
@@ -95,7 +95,7 @@ def main() -> None:
     folder, kind = Path(sys.argv[1]), sys.argv[2]
     job = write_file if kind == "file" else write
     if kind == "over-in-two-steps":
-        output._exchange = lambda left, right: False
+        atomic_output._exchange = lambda left, right: False
     judged: list[tuple[str, str]] = []
     while True:
         place = folder / str(len(judged))

@@ -18,14 +18,17 @@ from conftest import WORDS, items, tiny_llama
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from llm_pruner import streaming
-from llm_pruner.checkpoint import write_model
+from llm_pruner import cli
+from llm_pruner.checkpoint.save import write_model
 from llm_pruner.cli import main
 from llm_pruner.errors import OutputError
-from llm_pruner.layers import LayerStack
-from llm_pruner.quality import Journal, RemovalQuality
+from llm_pruner.healing import lora
+from llm_pruner.model.layer_stack import LayerStack
+from llm_pruner.offload import offloaded_stack
+from llm_pruner.report.console import plan_text, report_text
 from llm_pruner.results import Comparison, DepthCurve, PruningPlan, PruningReport
-from llm_pruner.text import plan_text, report_text
+from llm_pruner.search.journal import Journal
+from llm_pruner.search.removal_quality import RemovalQuality
 
 TEXTS = [" ".join(WORDS[(i * step) % len(WORDS)] for i in range(12)) for step in range(1, 17)]
 
@@ -163,7 +166,7 @@ def test_layers_alone_are_removed_on_disk(run, saved, tmp_path, monkeypatch):
     code, out, _ = run("--layers", "2,5", "--output", "memory")
     assert code == 0
     with monkeypatch.context() as patched:
-        patched.setattr("llm_pruner.utils.load_model", None)  # nobody loads the model
+        patched.setattr("llm_pruner.model.loading.load_model", None)  # nobody loads the model
         code, out, _ = run("--layers", "2,5", "--output", "disk", "--verify", data=None)
         assert code == 0
         assert "Removed 2 of 8 layers (0-based): [2, 5]" in out
@@ -274,9 +277,8 @@ def test_repairs_on_the_way(run, saved, tmp_path):
 
 
 def test_an_interrupted_training_is_taken_up_again(run, saved, tmp_path, monkeypatch):
-    from llm_pruner import trainer
 
-    compute, calls = trainer._Recovery.compute_loss, []
+    compute, calls = lora._Recovery.compute_loss, []
 
     def interrupted(self, *args, **kwargs):
         calls.append(self.state.global_step)
@@ -284,7 +286,7 @@ def test_an_interrupted_training_is_taken_up_again(run, saved, tmp_path, monkeyp
             raise KeyboardInterrupt
         return compute(self, *args, **kwargs)
 
-    monkeypatch.setattr(trainer._Recovery, "compute_loss", interrupted)
+    monkeypatch.setattr(lora._Recovery, "compute_loss", interrupted)
     words = ("--layers", "3,4", "--heal-data", saved / "more.jsonl", "--output", "out")
     words = (*words, "--heal", "lora", "--heal-steps", "8")
     code, _, err = run(*words)
@@ -453,8 +455,7 @@ def test_a_run_is_the_only_writer_of_its_output_from_before_the_model_is_loaded(
 ):
     from concurrent.futures import ThreadPoolExecutor
 
-    from llm_pruner import cli
-    from llm_pruner.output import hold_output
+    from llm_pruner.atomic_output import hold_output
 
     nothing = {"model": "nobody/no-such-model"}
     with ThreadPoolExecutor() as other:
@@ -720,7 +721,7 @@ def test_plan_and_report_read_well():
 
 @pytest.mark.parametrize("strategy", ["ablation", "pruneme"])
 def test_a_model_larger_than_the_memory_gives_the_same_plan(run, caplog, monkeypatch, strategy):
-    monkeypatch.setattr(streaming, "ROOM", 0)
+    monkeypatch.setattr(offloaded_stack, "ROOM", 0)
     words = ["--strategy", strategy, "--n-layers", "2", "--dry-run", "--json"]
     _, whole, _ = run(*words)
     code, streamed, _ = run(*words, "--max-memory", "150KB")
@@ -732,7 +733,7 @@ def test_a_model_larger_than_the_memory_gives_the_same_plan(run, caplog, monkeyp
 
 
 def test_what_a_streamed_model_cannot_do_is_told_at_once(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "ROOM", 0)
+    monkeypatch.setattr(offloaded_stack, "ROOM", 0)
     for words, purpose in (("--heal linear", "healing"), ("--visualize", "drawing figures")):
         code, _, err = run("--n-layers", "2", "--max-memory", "150KB", *words.split())
         assert code == 3
@@ -750,7 +751,7 @@ def test_what_a_streamed_model_cannot_do_is_told_at_once(run, tmp_path, monkeypa
 def test_a_model_larger_than_the_memory_is_pruned_on_disk(run, tmp_path, monkeypatch):
     words = "--strategy smart --n-layers 2 --output".split()
     assert run(*words, "whole")[0] == 0
-    monkeypatch.setattr(streaming, "ROOM", 0)
+    monkeypatch.setattr(offloaded_stack, "ROOM", 0)
     code, out, _ = run(*words, "streamed", "--max-memory", "150KB", "--export-yaml", "recipe.yaml")
     assert code == 0
     assert "tensors, bit for bit" in out
@@ -774,7 +775,7 @@ def test_memory_and_spreading_exclude_each_other(saved, capsys):
 
 
 def test_a_sweep_over_depths_of_a_streamed_model(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "ROOM", 0)
+    monkeypatch.setattr(offloaded_stack, "ROOM", 0)
     words = ["--strategy", "bi", "--sweep", "2", "--json"]
     _, whole, _ = run(*words, "--output", "a")
     code, streamed, _ = run(*words, "--output", "b", "--max-memory", "150KB")

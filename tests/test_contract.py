@@ -18,11 +18,11 @@ from conftest import N_LAYERS, items, make_identity, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_pruner.base import BasePruner
 from llm_pruner.errors import InvalidDataError, InvalidPlanError, NonFiniteError
-from llm_pruner.layers import LayerStack
-from llm_pruner.pruners import SmartPruner
-from llm_pruner.registry import get_strategy, strategy_names
+from llm_pruner.model.layer_stack import LayerStack
+from llm_pruner.pruners.base import BasePruner
+from llm_pruner.pruners.measured import SmartPruner
+from llm_pruner.pruners.registry import get_strategy, strategy_names
 from llm_pruner.results import LayerScores, PruningPlan
 from llm_pruner.stats import RunningMean
 

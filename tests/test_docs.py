@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import llm_pruner
-from llm_pruner.cli import build_parser, main
-from llm_pruner.registry import BUILTIN, strategy_names
+from llm_pruner.cli import main
+from llm_pruner.cli_arguments import build_parser
+from llm_pruner.pruners.registry import BUILTIN, strategy_names
 
 ROOT = Path(__file__).parent.parent
 README, USAGE, CONTRIBUTING = (
@@ -101,10 +102,10 @@ def test_readme_is_short_and_its_links_and_files_exist():
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
     tree = re.search(r"```text\nllm_pruner/\n(.*?)```", README, re.S).group(1)
-    listed = set(re.findall(r"\w+\.py|demo/", tree))
+    listed = set(re.findall(r"\b(\w+)(?:/|\.py)", tree))
     package = ROOT / "llm_pruner"
-    present = {path.name for path in package.glob("*.py")} - {"__init__.py"} | {"demo/"}
-    assert listed == present
+    present = {path.stem for path in package.glob("*") if path.suffix == ".py" or path.is_dir()}
+    assert listed == present - {"__init__", "__pycache__"}
 
 
 def test_the_gallery_shows_every_picture_and_every_figure():

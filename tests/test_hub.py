@@ -20,7 +20,7 @@ from fakehub import HANG, RESET
 from huggingface_hub import constants, get_session
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_pruner import hub as hub_module
+from llm_pruner import hub as uploads
 from llm_pruner import prune_checkpoint, push_to_hub
 from llm_pruner.cli import main
 from llm_pruner.errors import HubError, LLMPrunerError, OutputError
@@ -169,17 +169,17 @@ def test_the_hashes_are_those_of_git_and_of_lfs(tmp_path):
     class Entry:
         size, blob_id, lfs = 13, "d670460b4b4aece5915caf5c68d12f560a9fe3e4", None
 
-    assert hub_module._same(path, Entry)
-    assert hub_module._same(b"test content\n", Entry)
-    assert not hub_module._same(b"test contend\n", Entry)
+    assert uploads._same(path, Entry)
+    assert uploads._same(b"test content\n", Entry)
+    assert not uploads._same(b"test contend\n", Entry)
 
     class Large(Entry):
         class lfs:
             sha256 = hashlib.sha256(b"test content\n").hexdigest()
 
-    assert hub_module._same(path, Large)
+    assert uploads._same(path, Large)
     Large.size = 12
-    assert not hub_module._same(path, Large)
+    assert not uploads._same(path, Large)
 
 
 # --- what is refused before anything is sent -----------------------------------------------------
@@ -333,15 +333,15 @@ def test_the_deadline_ends_what_never_ends(hub, out, monkeypatch):
 @pytest.mark.parametrize("endpoint", ["create", "preupload", "put", "commit", "info"])
 def test_a_silent_hub_is_given_up(hub, out, slept, monkeypatch, endpoint):
     """Without a limit of ours the client would wait for ever."""
-    monkeypatch.setattr(hub_module, "SILENCE", 0.02)
-    monkeypatch.setattr(hub_module, "WAITS", (1.0,))
+    monkeypatch.setattr(uploads, "SILENCE", 0.02)
+    monkeypatch.setattr(uploads, "WAITS", (1.0,))
     hub.fail(endpoint, HANG)
     with pytest.raises(HubError, match=r"ReadTimeout.*Check the network"):
         push_to_hub(out, "me/small")
 
 
 def test_a_hub_that_wakes_up(hub, out, slept, monkeypatch):
-    monkeypatch.setattr(hub_module, "SILENCE", 0.05)
+    monkeypatch.setattr(uploads, "SILENCE", 0.05)
     hub.fail("commit", HANG, times=1)
     push_to_hub(out, "me/small")
     assert arrived(hub) == contents(out)

@@ -9,11 +9,12 @@ import pytest
 from conftest import WORDS
 
 from llm_pruner import PruneMePruner, carry_out, load_data
-from llm_pruner.batching import prompt_keys
+from llm_pruner.data.items import prompt_keys
+from llm_pruner.data.sampling import DataSplit
 from llm_pruner.errors import InvalidDataError, InvalidPlanError
-from llm_pruner.evaluation import perplexity
+from llm_pruner.evaluation.likelihood import perplexity
 from llm_pruner.results import PruningPlan, PruningReport
-from llm_pruner.workflow import DataSplit, draw_figures
+from llm_pruner.workflow import draw_figures
 
 TEXTS = [f"{a} {b} on the {c}" for a in WORDS for b in WORDS for c in WORDS[:3]]
 

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from conftest import N_LAYERS, items, tiny_llama, word_tokenizer
 
-from llm_pruner import BasePruner, checkpoint, cli, get_strategy, processes, quality, workflow
-from llm_pruner.bases import MeasuredPruner
+from llm_pruner import BasePruner, cli, distributed, get_strategy, workflow
+from llm_pruner.checkpoint import save
 from llm_pruner.errors import InvalidPlanError, LLMPrunerError, ProcessGroupError
-from llm_pruner.utils import model_fingerprint
+from llm_pruner.model.loading import model_fingerprint
+from llm_pruner.pruners.measured import MeasuredPruner
+from llm_pruner.search import journal
 
 ODD = 11  # items; in batches of 2 they cannot be divided evenly
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -72,10 +74,14 @@ def found(journal: Path | None = None) -> dict[str, Any]:
 
 def library(folder: Path) -> None:
     """What the library finds, and what `on_first` does, in this process of several."""
-    with processes.group(60):
+    with distributed.group(60):
         results = found(folder / "journal.jsonl")
-        results["alone"] = processes.on_first(
-            lambda: [os.environ["RANK"], processes.gather("x"), list(processes.portion([1, 1, 1]))]
+        results["alone"] = distributed.on_first(
+            lambda: [
+                os.environ["RANK"],
+                distributed.gather("x"),
+                list(distributed.portion([1, 1, 1])),
+            ]
         )
 
         def fail() -> None:
@@ -87,16 +93,16 @@ def library(folder: Path) -> None:
         results["errors"] = []
         for work in (fail, break_down):
             try:
-                processes.on_first(work)
+                distributed.on_first(work)
             except (LLMPrunerError, ZeroDivisionError) as error:
                 results["errors"].append(f"{type(error).__name__}: {error}")
-        results["portion"] = list(processes.portion([5, 1, 1, 1, 1, 1]))
+        results["portion"] = list(distributed.portion([5, 1, 1, 1, 1, 1]))
         measure = get_strategy("ablation")(tiny_llama(), word_tokenizer()).quality(items()).measure
         try:
-            measure([(processes.rank(),)])  # each another set
+            measure([(distributed.rank(),)])  # each another set
         except ProcessGroupError as error:
             results["errors"].append(str(error))
-        results["after"] = processes.gather(processes.rank())
+        results["after"] = distributed.gather(distributed.rank())
     write(folder, results)
 
 
@@ -118,17 +124,17 @@ def command(folder: Path) -> None:
 
 def second_stops(folder: Path, how: Callable[[], None], after: int) -> None:
     """The command, whose second process stops in the middle of its measurements."""
-    append = quality.Journal.append
+    append = journal.Journal.append
     measured = 0
 
     def counting(*args: Any) -> None:
         nonlocal measured
         measured += 1
-        if processes.rank() == 1 and measured > after:
+        if distributed.rank() == 1 and measured > after:
             how()
         append(*args)
 
-    quality.Journal.append = counting  # type: ignore[method-assign]
+    journal.Journal.append = counting  # type: ignore[method-assign]
     command(folder)
 
 
@@ -139,7 +145,7 @@ def disk_is_full(*args: Any) -> None:
 
 def write(folder: Path, results: dict[str, Any]) -> None:
     """Leave what this process has found."""
-    (folder / f"{processes.rank()}.json").write_text(json.dumps(results))
+    (folder / f"{distributed.rank()}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
@@ -152,7 +158,7 @@ if __name__ == "__main__":
     elif task == "hung":
         second_stops(place, lambda: time.sleep(600), after=25)
     elif task == "full":
-        checkpoint.write_model = disk_is_full
+        save.write_model = disk_is_full
         command(place)
     else:
         command(place)

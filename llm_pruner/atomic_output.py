@@ -1,0 +1,338 @@
+"""Output: one writer at a time, checked before work starts, staged, put in place in one step.
+
+An output folder is at any moment absent, the earlier one, or the new one, complete, also when
+the process is killed or the machine stops. Beside ``out`` there are for a while:
+
+    .out.lock               held by the run that writes ``out``
+    .out.partial-XXXXXXXX   what is being written, or being removed
+    .out.old-XXXXXXXX       the earlier output, where two folders cannot be exchanged in one step
+
+A killed run leaves them; the next run of that output removes them, or puts the old one back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import LLMPrunerError, OutputError
+
+PLAN_FILE = "pruning_plan.json"  # what marks a folder as written by this package
+KEY_FILE = "healing.json"  # what marks a folder of a training's checkpoints as ours
+CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+def own_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a training in a folder that is its own, the oldest first.
+
+    Raises:
+        OutputError: the folder holds something, and llm_pruner did not make it.
+    """
+    if not folder.exists():
+        return []
+    if any(folder.iterdir()) and not (folder / KEY_FILE).exists():
+        raise OutputError(
+            f"{str(folder)!r} is where checkpoints of the healing would go, and it holds something "
+            "that llm_pruner did not write: move it, or choose another place."
+        )
+    found = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def clear_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a training, and its folder if nothing else is in it."""
+    if not (folder / KEY_FILE).exists():
+        return
+    for path in own_checkpoints(folder):
+        shutil.rmtree(path)
+    (folder / KEY_FILE).unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def check_output(output_dir: str | Path, *, overwrite: bool = False) -> Path:
+    """Return `output_dir` as a path if a checkpoint can be written there.
+
+    Raises:
+        OutputError: it is a file, it is not empty (without `overwrite`), it holds something
+            this package did not write or the current folder, another run writes it, or its
+            parent cannot be written to.
+    """
+    path = Path(output_dir).expanduser()
+    with hold_output(path), _os_errors_as(f"Output folder {str(path)!r} cannot be written"):
+        _refuse_what_stands(path, overwrite)
+    return path
+
+
+@contextmanager
+def hold_output(output_dir: str | Path) -> Iterator[None]:
+    """Be the only writer of `output_dir` inside the block.
+
+    Blocks of one thread may be nested. The hold ends with the process, however it ends. What
+    killed runs have left of this output is removed at the beginning.
+
+    Raises:
+        OutputError: another run or thread holds it, or its parent cannot be written to.
+    """
+    from filelock import FileLock, Timeout, UnixFileLock
+
+    path = _place(output_dir)
+    with ExitStack() as stack:
+        with _os_errors_as(f"Output folder {str(output_dir)!r} cannot be written"):
+            for folder in reversed([path.parent, *path.parent.parents]):
+                if not folder.exists():
+                    folder.mkdir(exist_ok=True)
+                    stack.callback(_remove_if_empty, folder)
+            lock = FileLock(path.parent / f".{path.name}.lock", blocking=False, is_singleton=True)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise OutputError(
+                    f"Another run is writing {str(output_dir)!r}: wait for it, or choose another "
+                    "output."
+                ) from None
+            stack.callback(lock.release)
+            if lock.lock_counter == 1:
+                if isinstance(lock, UnixFileLock):  # others remove their file themselves
+                    stack.callback(Path(lock.lock_file).unlink, missing_ok=True)
+                _clear_leftovers(path)
+        yield
+
+
+@contextmanager
+def staged_output(
+    output_dir: str | Path, *, overwrite: bool = False, need: int = 0
+) -> Iterator[Path]:
+    """A folder beside `output_dir` to write into, put in its place when the block ends well.
+
+    If the block raises, nothing is left behind and what stood at `output_dir` still stands.
+
+    Args:
+        output_dir: where the output goes.
+        overwrite: replace an output that llm_pruner wrote.
+        need: bytes that will be written, as far as known; a disk with less room is refused.
+
+    Raises:
+        OutputError: see `check_output` and `hold_output`; also a full disk.
+    """
+    path = _place(output_dir)
+    with hold_output(output_dir):
+        check_output(output_dir, overwrite=overwrite)
+        stage = None
+        try:
+            _check_space(path.parent, need, output_dir)
+            stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+            yield stage
+            _apply_umask(stage)
+            _sync_tree(stage)
+            _refuse_what_stands(path, overwrite)  # what may have come meanwhile
+            _put_in_place(stage, path)
+        except LLMPrunerError:
+            raise
+        except Exception as error:
+            if not _is_of_the_system(error):
+                raise
+            raise OutputError(
+                f"Writing {str(output_dir)!r} failed: {error}. Nothing was left."
+            ) from error
+        finally:
+            if stage is not None:
+                shutil.rmtree(stage, ignore_errors=True)  # what is left, the next run removes
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Write one file, in a folder that is made if need be: the old content, or all of the new.
+
+    Text becomes UTF-8. A link is followed; what is no plain file (a pipe, ``/dev/stdout``) is
+    written to directly.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with _os_errors_as(f"Cannot write {str(path)!r}"):
+        target = Path(path).resolve()
+        if target.exists() and not target.is_file():
+            target.write_bytes(data)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
+        temporary = Path(name)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(data)
+            temporary.chmod(0o666 & ~_umask())
+            _sync(temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(target.parent)
+
+
+def _place(output_dir: str | Path) -> Path:
+    """One path for one output, however it is spelled; the output itself may be a link."""
+    path = Path(output_dir).expanduser()
+    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+
+
+@contextmanager
+def _os_errors_as(refusal: str) -> Iterator[None]:
+    """What the system refuses is raised as OutputError: `refusal`, and the reason."""
+    try:
+        yield
+    except LLMPrunerError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{refusal}: {error}.") from error
+
+
+def _is_of_the_system(error: Exception) -> bool:
+    """Whether the system refused something: a full disk, no permission.
+
+    safetensors and tokenizers are written in Rust and raise errors of their own for it.
+    """
+    return isinstance(error, OSError) or "(os error " in str(error)
+
+
+def _refuse_what_stands(path: Path, overwrite: bool) -> None:
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise OutputError(f"Output {str(path)!r} is not a folder: choose another path.")
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise OutputError(
+            f"Output folder {str(path)!r} holds the current folder, which cannot be replaced: "
+            "choose another, or call from elsewhere."
+        )
+    if not _holds_something(path):
+        return
+    if not overwrite:
+        raise OutputError(
+            f"Output folder {str(path)!r} is not empty: choose another, or replace it "
+            "with overwrite=True (--overwrite)."
+        )
+    if not (path / PLAN_FILE).is_file():
+        raise OutputError(
+            f"Output folder {str(path)!r} has no {PLAN_FILE}, so llm_pruner did not write "
+            "it and will not replace it: choose another, or empty it yourself."
+        )
+
+
+def _holds_something(path: Path) -> bool:
+    return path.is_dir() and any(path.iterdir())
+
+
+def _check_space(folder: Path, need: int, output_dir: str | Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise OutputError(
+            f"Output folder {str(output_dir)!r} needs {need:,} bytes, and {free:,} are free on its "
+            "disk: make room, or choose another place."
+        )
+
+
+# --- one step -----------------------------------------------------------------------------------
+def _put_in_place(stage: Path, path: Path) -> None:
+    """Give the stage the output's name; an earlier output has the stage's name after it."""
+    if not _holds_something(path):
+        stage.rename(path)  # the system refuses it if something has come meanwhile
+    elif not _exchange(stage, path):
+        old = path.with_name(stage.name.replace(".partial-", ".old-"))
+        path.rename(old)
+        try:
+            stage.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+        old.rename(stage)
+    _sync(path.parent)
+
+
+def _exchange(left: Path, right: Path) -> bool:
+    """Exchange the names of two folders in one step; False where that cannot be done."""
+    if sys.platform not in ("linux", "darwin"):
+        return False
+    libc: Any = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(left), os.fsencode(right)
+    here, exchange = -100, 2  # AT_FDCWD; RENAME_EXCHANGE, on macOS RENAME_SWAP
+    if sys.platform == "darwin":
+        failed = libc.renamex_np(*names, exchange)
+    elif hasattr(libc, "renameat2"):
+        failed = libc.renameat2(here, names[0], here, names[1], exchange)
+    else:
+        return False
+    code = ctypes.get_errno()
+    if failed and code not in CANNOT_EXCHANGE:
+        raise OSError(code, os.strerror(code), str(left), None, str(right))
+    return not failed
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what dead runs have left of exactly this output; put the old one back if it is gone.
+
+    Only under the lock: what is found is nobody's then.
+    """
+    for old in _leftovers(path, "old"):
+        if path.is_symlink() or path.is_file() or _holds_something(path):
+            old.rename(old.with_name(old.name.replace(".old-", ".partial-")))
+        else:
+            old.rename(path)
+    for partial in _leftovers(path, "partial"):
+        shutil.rmtree(partial)
+
+
+def _leftovers(path: Path, kind: str) -> list[Path]:
+    name = re.compile(rf"{re.escape(f'.{path.name}.{kind}-')}[a-z0-9_]{{8}}")  # as mkdtemp does
+    return [
+        entry
+        for entry in path.parent.iterdir()
+        if name.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink()
+    ]
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            raise
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _apply_umask(folder: Path) -> None:
+    """safetensors and mkdtemp make everything private; give the modes a plain write would."""
+    umask = _umask()
+    folder.chmod(0o777 & ~umask)
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            path.chmod(0o777 & ~umask)
+        elif path.stat().st_nlink == 1:  # a linked file has the mode of another
+            path.chmod(0o666 & ~umask)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,13 @@
+"""Checkpoints: pruned on disk or from memory, verified, published in one step."""
+
+from ..lazy_names import lazy_names
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "on_disk": "check_manifest prune_checkpoint",
+        "on_disk_config": "NeedsMemoryError",
+        "mergekit": "write_mergekit_yaml",
+        "verify": "verify_checkpoint verify_removal",
+    },
+)

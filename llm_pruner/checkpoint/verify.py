@@ -1,0 +1,141 @@
+"""Checks that a pruned model, in memory or reloaded, computes what it should."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import VerificationError
+from ..model.architecture_rules import LOOSE, auto_class
+from ..model.forward import evaluating, input_device, position_limit
+from ..model.layer_stack import LayerStack
+from ..utils import logger
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+PROBE_TOKENS = 16
+# Largest difference of logits, relative to the largest logit, that rounding explains.
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
+HALF_TOLERANCE = 3e-2
+
+
+def verify_removal(stack: LayerStack, removed: Sequence[int], pruned: PreTrainedModel) -> None:
+    """Check in memory that `pruned` computes what the bypassed original computes.
+
+    The cached forward is compared with the uncached one too, unless the original itself
+    differs there.
+
+    Raises:
+        VerificationError: it does not; the message says by how much.
+    """
+    original: Any = stack.model
+    ids = _probe(pruned)
+    with evaluating(original), evaluating(pruned):
+        with stack.bypass(removed):
+            want = original(input_ids=ids, use_cache=False).logits
+        got = pruned(input_ids=ids, use_cache=False).logits
+        _demand_equal(pruned, got, want, "The pruned model and the bypassed original")
+        whole = original(input_ids=ids, use_cache=False).logits[:, -1]
+        try:
+            cached = _cached_logits(original, ids)
+        except Exception as error:  # whatever the original cannot do, the pruned one need not
+            logger.info("No cache check: %s: %s", type(error).__name__, error)
+            return
+        if cached is None or _difference(cached, whole) > _tolerance(original, whole):
+            return
+        stepwise = _cached_logits(pruned, ids)
+        if stepwise is None:
+            raise VerificationError("The pruned model returns no cache, though the original does.")
+        _demand_equal(pruned, stepwise, got[:, -1], "The pruned model with and without cache")
+
+
+def verify_checkpoint(folder: str | Path, model: PreTrainedModel) -> None:
+    """Reload a checkpoint with stock transformers and compare it with `model`.
+
+    Raises:
+        VerificationError: missing, unexpected or mismatched tensors, or other logits.
+    """
+    custom = type(model).__module__.startswith("transformers_modules")
+    reloaded = load_cleanly(folder, auto_class(model), dtype=model.dtype, trust_remote_code=custom)
+    ids = _probe(model)
+    reloaded.to(input_device(model))
+    with evaluating(model), evaluating(reloaded):
+        want = model(input_ids=ids, use_cache=False).logits
+        got = reloaded(input_ids=ids, use_cache=False).logits
+    _demand_equal(model, got, want, "The reloaded checkpoint and the pruned model")
+
+
+def load_cleanly(folder: str | Path, auto: Any, **options: Any) -> Any:
+    """The model of a written checkpoint, loaded by an Auto class of transformers.
+
+    Raises:
+        VerificationError: it does not load, or tensors are missing, unexpected or mismatched.
+    """
+    try:
+        loaded: Any = auto.from_pretrained(folder, output_loading_info=True, **options)
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        raise VerificationError(
+            f"The written checkpoint does not load: {type(error).__name__}: {error} Nothing was "
+            "left behind."
+        ) from error
+    model, info = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise VerificationError(
+                f"The written checkpoint does not reload cleanly: {len(info[kind])} {kind}, "
+                f"such as {sorted(map(str, info[kind]))[0]}. Nothing was left behind."
+            )
+    return model
+
+
+def _probe(model: Any) -> torch.Tensor:
+    """A fixed sequence of tokens within the model's vocabulary and length, (1, tokens)."""
+    config = model.config.get_text_config(decoder=True)
+    length = min(PROBE_TOKENS, position_limit(model))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (1, length), generator=generator)
+    return ids.to(input_device(model))
+
+
+def _cached_logits(model: Any, ids: torch.Tensor) -> torch.Tensor | None:
+    """Logits of the last token, the last half of `ids` fed one by one through the cache.
+
+    None for a model without a key-value cache.
+    """
+    half = ids.shape[1] // 2
+    output = model(input_ids=ids[:, :half], use_cache=True)
+    if getattr(output, "past_key_values", None) is None:
+        return None
+    for position in range(half, ids.shape[1]):
+        output = model(
+            input_ids=ids[:, position : position + 1],
+            past_key_values=output.past_key_values,
+            use_cache=True,
+        )
+    logits: torch.Tensor = output.logits[:, -1]
+    return logits
+
+
+def _difference(got: torch.Tensor, want: torch.Tensor) -> float:
+    got, want = got.double(), want.double()
+    return ((got - want).abs().max() / want.abs().max().clamp_min(1e-12)).item()
+
+
+def _tolerance(model: Any, logits: torch.Tensor) -> float:
+    least = LOOSE.get(model.config.model_type, 0.0)
+    return max(least, TOLERANCE.get(logits.dtype, HALF_TOLERANCE))
+
+
+def _demand_equal(model: Any, got: torch.Tensor, want: torch.Tensor, who: str) -> None:
+    difference, allowed = _difference(got, want), _tolerance(model, want)
+    if not difference <= allowed:  # written so that NaN fails
+        raise VerificationError(
+            f"{who} compute different logits (relative difference {difference:.2g}, allowed "
+            f"{allowed:.2g}). Nothing was written. If the weights are finite, please "
+            "report this architecture."
+        )

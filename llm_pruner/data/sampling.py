@@ -1,0 +1,215 @@
+"""Drawing items from any source, and dividing them so that none serves two purposes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+from ..errors import InvalidDataError, LoadError, UnknownNameError
+from ..utils import DEMO_DIR, DEMO_MODEL, logger
+from .hub_datasets import read_hub_dataset
+from .items import EvalItem, check_items, prompt_keys
+from .local_files import READERS, read_local
+from .row_formats import DATASETS, DEFAULT_SOURCES, digest, find_benchmarks
+
+DEMO_FILES = {
+    "demo": "calibration.jsonl",
+    "demo-eval": "evaluation.jsonl",
+    "demo-heal": "healing.jsonl",
+}
+
+
+def _check_count(name: str, n: object) -> None:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise InvalidDataError(f"{name}={n!r} must be an integer of at least 1.")
+
+
+def _sample(
+    source: str, subset: str | None, split: str | None, k: int, seed: int
+) -> list[EvalItem]:
+    """At most `k` items of a benchmark, a local path or a hub id, looked for in this order."""
+    known = find_benchmarks(source)
+    path = DEMO_DIR / DEMO_FILES[source] if source in DEMO_FILES else Path(source).expanduser()
+    local = source in DEMO_FILES or path.exists() or path.suffix.lower() in READERS
+    if local and not known:
+        items = read_local(path)
+        chosen = random.Random(seed).sample(range(len(items)), min(k, len(items)))
+        return [items[index] for index in sorted(chosen)]
+    if not known and "/" not in source:
+        raise UnknownNameError.of("dataset", source, [*DATASETS, *DEMO_FILES])
+    return read_hub_dataset(source, subset, split, k, seed)
+
+
+def safe_sample(
+    dataset_name: str, subset: str | None, split: str | None, k: int, *, seed: int = 0
+) -> list[EvalItem]:
+    """At most `k` items of one source, drawn by `seed`; none, and a warning, if it fails.
+
+    Args:
+        dataset_name: a short name of `DATASETS`, a hub id, or a local file or folder.
+        subset: the dataset's configuration; None for the usual one.
+        split: the split to draw from; None for the usual one.
+    """
+    _check_count("k", k)
+    try:
+        return _sample(dataset_name, subset, split, k, seed)
+    except (LoadError, InvalidDataError, UnknownNameError) as error:
+        logger.warning("No items from %s: %s", dataset_name, error)
+        return []
+
+
+def load_eval_dataset(
+    n: int, source: str | None = None, *, seed: int = 0, up_to: bool = False
+) -> list[EvalItem]:
+    """`n` evaluation items, drawn by `seed`; fewer, with a warning, if there are not so many.
+
+    Args:
+        source: None for a mixture of `DEFAULT_SOURCES` in equal shares, where the others fill
+            the share of one that fails; or ``demo``, ``demo-eval`` or ``demo-heal`` (own items),
+            a short name of `DATASETS`, a file (.jsonl, .json, .csv, .txt), a folder of such
+            files, or a hub id. Write ``./sciq`` for a folder with the name of a benchmark.
+        up_to: `n` is the most that is wanted: no warning if there are fewer.
+
+    Raises:
+        InvalidDataError: `n` below 1, or a file with something that cannot be used.
+        LoadError: the source, or every source of the mixture, cannot be had.
+        UnknownNameError: no such source.
+    """
+    _check_count("n", n)
+    items = _mixture(n, seed) if source is None else _sample(str(source), None, None, n, seed)
+    if len(items) < n and not up_to:
+        logger.warning("%d items asked for, only %d available: using these.", n, len(items))
+    return items
+
+
+def _mixture(n: int, seed: int) -> list[EvalItem]:
+    pools, reasons = [], []
+    for name in DEFAULT_SOURCES:
+        try:
+            pools.append(_sample(name, None, None, n, seed))
+        except (LoadError, InvalidDataError) as error:
+            reasons.append(f"{name}: {error}")
+    if not pools:
+        raise LoadError(
+            "None of the evaluation datasets could be loaded; without a network use a local file "
+            "or the source 'demo'.\n  " + "\n  ".join(reasons)
+        )
+    for reason in reasons:
+        logger.warning("No items from %s", reason)
+    rounds = zip_longest(*pools)
+    return [item for items in rounds for item in items if item is not None][:n]
+
+
+def split_items(
+    items: Sequence[EvalItem], first: float = 0.5, *, seed: int = 0
+) -> tuple[list[EvalItem], list[EvalItem]]:
+    """Split into two lists, scoring and held-out, that have no prompt in common.
+
+    Which side a prompt goes to depends on `seed` and the prompts, not on their order.
+
+    Args:
+        first: size of the first list: a share between 0 and 1, or a number of items. Repeated
+            prompts stay together and may make it fewer, never more.
+
+    Raises:
+        InvalidDataError: the items cannot be used, or one list would be empty.
+    """
+
+    groups: dict[str, list[int]] = {}
+    for index, item in enumerate(check_items(items)):
+        prompt = item if isinstance(item, str) else item["prompt"]
+        groups.setdefault(" ".join(prompt.split()), []).append(index)
+    share = isinstance(first, float) and 0 < first < 1
+    if not share and type(first) is not int:
+        raise InvalidDataError(f"first={first!r} must be a share between 0 and 1 or an integer.")
+    wanted = max(1, round(first * len(items))) if share else first
+    taken: set[int] = set()
+    for prompt in sorted(groups, key=lambda prompt: digest(seed, prompt)):
+        if len(taken) + len(groups[prompt]) <= wanted:
+            taken.update(groups[prompt])
+    if not 0 < len(taken) < len(items):
+        raise InvalidDataError(
+            f"Cannot put {wanted} of {len(items)} items with {len(groups)} different prompts on "
+            "one side: both sides need at least one. Give more items or another number."
+        )
+    left = [item for index, item in enumerate(items) if index in taken]
+    right = [item for index, item in enumerate(items) if index not in taken]
+    return left, right
+
+
+HEAL_ITEMS = 12  # healing takes this many times as many items as scoring, where there are as many
+DEMO_HEALING = "demo-heal"
+
+
+@dataclass(frozen=True)
+class DataSplit:
+    """Items for three purposes, none in two of them.
+
+    Attributes:
+        scoring: what layers are chosen on.
+        healing: what weights are repaired on; empty without healing.
+        judging: what quality before and after is reported on.
+    """
+
+    scoring: list[EvalItem]
+    healing: list[EvalItem]
+    judging: list[EvalItem]
+
+
+def load_data(
+    source: str | None,
+    n_samples: int = 80,
+    *,
+    heal_source: str | None = None,
+    healing: bool = False,
+    taken: Collection[str] = (),
+    seed: int = 0,
+) -> DataSplit:
+    """Load `n_samples` items to score and as many others to judge; more to heal with if asked.
+
+    Args:
+        source: see `load_eval_dataset`; ``demo`` takes judging and healing items from the demo's
+            own sets.
+        n_samples: items for each purpose; healing takes up to twelve times as many.
+        heal_source: another source for the healing items; the rest of `source` if None. Items
+            whose prompt or text serves another purpose already are left out.
+        healing: whether items to heal with are needed.
+        taken: `prompt_keys` of items to leave out everywhere, such as those that a plan rests on.
+        seed: of the sampling.
+
+    Raises:
+        LoadError, InvalidDataError: the source cannot be read or holds too few items.
+    """
+    if source == DEMO_MODEL and heal_source is None:
+        heal_source = DEMO_HEALING
+    pool = load_eval_dataset(n_samples * (2 + HEAL_ITEMS), source, seed=seed, up_to=True)
+    pool = _others(pool, taken)
+    if source == DEMO_MODEL:
+        judging = load_eval_dataset(n_samples, "demo-eval", seed=seed)
+    else:
+        judging, pool = split_items(pool, min(n_samples, len(pool) // 2), seed=seed)
+    scoring = pool
+    rest: list[EvalItem] = []
+    if len(pool) > n_samples:  # the same items to score on, whether or not there is healing
+        scoring, rest = split_items(pool, n_samples, seed=seed)
+    elif healing and heal_source is None:
+        scoring, rest = split_items(pool, len(pool) // 2, seed=seed)
+    heal_items: list[EvalItem] = rest if healing else []
+    if healing and heal_source is not None:
+        loaded = load_eval_dataset(n_samples * HEAL_ITEMS, heal_source, seed=seed, up_to=True)
+        heal_items = _others(loaded, {*taken, *prompt_keys([*scoring, *judging])})
+        if len(heal_items) < len(loaded):
+            logger.info(
+                "%d of %d healing items serve another purpose already and are left out.",
+                len(loaded) - len(heal_items),
+                len(loaded),
+            )
+    return DataSplit(scoring, heal_items, judging)
+
+
+def _others(items: Sequence[EvalItem], taken: Collection[str]) -> list[EvalItem]:
+    pairs = zip(items, prompt_keys(items), strict=True)
+    return [item for item, key in pairs if key not in taken]

@@ -1,0 +1,203 @@
+"""Evaluation items to padded token batches; the caller's tokenizer is never changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from ..errors import InvalidDataError
+from ..utils import render_prompt
+from .items import EvalItem, check_items
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+IGNORED = -100  # the label of a token that is not scored, as in transformers
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token sequences of one batch, padded on one side.
+
+    Attributes:
+        input_ids: (sequences, tokens) int64.
+        attention_mask: (sequences, tokens) int64, 1 for real tokens. Padding is marked here
+            and nowhere else: the value of `input_ids` under the padding has no meaning.
+        labels: (sequences, tokens) int64, `input_ids` where the token is scored, else -100.
+        rows: position in the data of the item each sequence comes from.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    rows: tuple[int, ...]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`."""
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.labels.to(device),
+            self.rows,
+        )
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What a model's forward takes."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+
+class Row(NamedTuple):
+    """One token sequence before it is padded.
+
+    Attributes:
+        item: position in the data of the item it comes from.
+        ids: its tokens.
+        labels: `ids` where the token is scored, else -100.
+    """
+
+    item: int
+    ids: list[int]
+    labels: list[int]
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    eval_data: Sequence[EvalItem],
+    *,
+    max_length: int = 512,
+    closed: bool = True,
+    stride: int | None = None,
+) -> list[Row]:
+    """Tokenize items; what of them is scored `encode_batches` says. In the order of the data.
+
+    Args:
+        tokenizer, eval_data, max_length, closed: as there.
+        stride: windows of running text begin so many tokens after one another; of a later one
+            only the tokens that the windows before it have not scored are. If None, or not less
+            than a window, they do not overlap.
+
+    Raises:
+        InvalidDataError: the items cannot be used, or leave no token to score.
+    """
+    rows: list[Row] = []
+    for index, item in enumerate(check_items(eval_data)):
+        if isinstance(item, str):
+            windows = _windows(tokenizer, item, max_length, stride)
+            rows += [Row(index, ids, [IGNORED] * n + ids[n:]) for ids, n in windows]
+        else:
+            pair = item["prompt"], item["reference"]
+            ids, n_prompt = encode_pair(tokenizer, *pair, closed=closed)
+            labels = [IGNORED] * n_prompt + ids[n_prompt:]
+            rows.append(Row(index, ids[-max_length:], labels[-max_length:]))
+    rows = [row for row in rows if any(label != IGNORED for label in row.labels[1:])]
+    if not rows:
+        raise InvalidDataError(
+            f"None of the {len(eval_data)} items leaves a token to score after tokenization: "
+            "texts need at least two tokens."
+        )
+    return rows
+
+
+def pad_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], batch_size: int
+) -> list[Batch]:
+    """Sequences of similar length together in batches, padded on the right."""
+    ordered = sorted(rows, key=lambda row: (len(row.ids), row.item))
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return [
+        _pad(ordered[start : start + batch_size], pad_id)
+        for start in range(0, len(ordered), batch_size)
+    ]
+
+
+def encode_batches(
+    tokenizer: PreTrainedTokenizerBase,
+    eval_data: Sequence[EvalItem],
+    *,
+    batch_size: int = 8,
+    max_length: int = 512,
+    closed: bool = True,
+) -> list[Batch]:
+    """Tokenize items and pad them on the right into batches of similar length.
+
+    A dict becomes the rendered prompt followed by its reference, and only the reference is
+    scored; with a chat template also the end of the assistant's turn, if `closed`: where an
+    answer ends is part of the answer. A prompt that is too long loses its beginning. A string
+    is running text: every token but the first is scored, and a text longer than `max_length` is
+    cut into windows that do not overlap, each opened by the tokenizer's BOS token where it uses
+    one.
+
+    Raises:
+        InvalidDataError: the items cannot be used, or leave no token to score.
+    """
+    rows = encode_rows(tokenizer, eval_data, max_length=max_length, closed=closed)
+    return pad_rows(tokenizer, rows, batch_size)
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str, *, closed: bool = True
+) -> tuple[list[int], int]:
+    """Token ids of a rendered prompt with its continuation, and how many belong to the prompt.
+
+    The whole is tokenized at once and the prompt's share found by comparison, because tokens
+    at the seam may differ from those of the parts. With a chat template the continuation is
+    the assistant's turn; `closed` says whether the end of the turn belongs to it.
+    """
+    text = render_prompt(tokenizer, prompt)
+    special = not getattr(tokenizer, "chat_template", None)
+    seam = "" if text[-1:].isspace() else " "
+    full = text + seam + continuation
+    if closed and not special:
+        turns = [("user", prompt), ("assistant", continuation)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False)).rstrip()
+        if rendered.startswith(text):  # some templates write past turns differently
+            full = rendered
+    alone = tokenizer(text, add_special_tokens=special)["input_ids"]
+    whole = tokenizer(full, add_special_tokens=special)["input_ids"]
+    n_prompt = 0
+    for left, right in zip(alone, whole, strict=False):
+        if left != right:
+            break
+        n_prompt += 1
+    return list(whole), min(n_prompt, len(whole) - 1)
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, stride: int | None
+) -> list[tuple[list[int], int]]:
+    """The windows of a text, and how many tokens of each are there as context alone."""
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    bos = [ids.pop(0)] if ids and ids[0] == tokenizer.bos_token_id else []
+    size = max_length - len(bos)
+    step = min(stride or size, size)
+    last = max(0, len(ids) - size)  # a window that begins later scores nothing new
+    starts = range(0, last + step if ids else 0, step)
+    overlap = len(bos) + size - step
+    return [(bos + ids[a : a + size], overlap if a and step < size else 0) for a in starts]
+
+
+def pad_left(sequences: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts padded on the left for generation: (input_ids, attention_mask)."""
+    width = max(map(len, sequences))
+    ids = [[pad_id] * (width - len(s)) + list(s) for s in sequences]
+    mask = [[0] * (width - len(s)) + [1] * len(s) for s in sequences]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
+    width = max(len(row.ids) for row in rows)
+
+    def stack(values: list[list[int]], fill: int) -> torch.Tensor:
+        return torch.tensor([value + [fill] * (width - len(value)) for value in values])
+
+    return Batch(
+        input_ids=stack([row.ids for row in rows], pad_id),
+        attention_mask=stack([[1] * len(row.ids) for row in rows], 0),
+        labels=stack([row.labels for row in rows], IGNORED),
+        rows=tuple(row.item for row in rows),
+    )

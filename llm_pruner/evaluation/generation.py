@@ -1,0 +1,208 @@
+"""Greedy generation, and the similarity of generated answers to references."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data.items import EvalItem, check_items
+from ..data.tokens import pad_left
+from ..errors import InvalidDataError, NonFiniteError
+from ..model.forward import HINT, check_ids, evaluating, input_device, position_limit
+from ..utils import at_least_one, clean_output, progress, render_prompt
+from .similarity import embed, load_embedder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# Explicit, because generate() takes from the checkpoint's own settings whatever is not given.
+GREEDY: dict[str, Any] = {
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "temperature": 1.0,
+    "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0, "min_length": 0,
+    "no_repeat_ngram_size": 0, "use_cache": True, "return_dict_in_generate": False,
+}  # fmt: skip
+
+
+class ModelEvaluator:
+    """Generates answers greedily and compares them with references.
+
+    Args:
+        model: a causal language model of transformers; its generation settings play no part.
+        tokenizer: its tokenizer; it is not changed.
+        device: where to move the model; it stays where it is if None.
+        batch_size: prompts generated from together.
+        max_new_tokens: longest answer.
+        embedder: see `embed`; all-MiniLM-L6-v2, loaded when first needed, if None.
+
+    Raises:
+        InvalidDataError: `batch_size` or `max_new_tokens` below 1, or no position left for a
+            prompt.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        device: str | torch.device | None = None,
+        batch_size: int = 8,
+        max_new_tokens: int = 64,
+        *,
+        embedder: Any = None,
+    ) -> None:
+        at_least_one(batch_size=batch_size, max_new_tokens=max_new_tokens)
+        if max_new_tokens >= position_limit(model):
+            raise InvalidDataError(
+                f"max_new_tokens={max_new_tokens} leaves no room for a prompt: the model has "
+                f"{position_limit(model)} positions. Ask for fewer tokens."
+            )
+        self.model = model if device is None else model.to(device)
+        self.tokenizer, self.embedder = tokenizer, embedder
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+
+    def generate(self, prompts: Sequence[str]) -> list[str]:
+        """The model's answer to each raw prompt: new text only, up to its end, cleaned.
+
+        Prompts are rendered by `utils.render_prompt`; one that is too long for the model loses
+        its beginning.
+
+        Raises:
+            InvalidDataError: `prompts` is one string.
+            NonFiniteError: the model's logits are NaN.
+        """
+        if isinstance(prompts, str):
+            raise InvalidDataError(f"prompts is one string, {prompts!r:.60}: pass a list of them.")
+        encoded = [self._encode(prompt) for prompt in prompts]
+        longest_first = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
+        answers = [""] * len(encoded)
+        ends = _end_ids(self.model, self.tokenizer)
+        for start in progress(range(0, len(encoded), self.batch_size), "generate"):
+            rows = longest_first[start : start + self.batch_size]
+            prompt_ids = [encoded[row] for row in rows]
+            new = greedy(self.model, prompt_ids, self.max_new_tokens, eos_token_id=ends)
+            for row, tokens in zip(rows, new.tolist(), strict=True):
+                stop = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
+                text = self.tokenizer.decode(tokens[:stop], skip_special_tokens=True)
+                answers[row] = clean_output(str(text))
+        return answers
+
+    def _encode(self, prompt: str) -> list[int]:
+        text = render_prompt(self.tokenizer, prompt)
+        special = not getattr(self.tokenizer, "chat_template", None)
+        ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+            ids.pop()  # some tokenizers close every text; the model would have nothing to say
+        return ids[-(position_limit(self.model) - self.max_new_tokens) :]
+
+    def evaluate(
+        self, eval_data: Sequence[EvalItem], answers: Sequence[str] | None = None
+    ) -> float:
+        """Mean cosine similarity of generated answers to references, in [-1, 1].
+
+        An empty answer scores 0. Plain strings have no reference and are left out. What
+        unrelated texts score is `similarity_floor`.
+
+        Args:
+            eval_data: items with `prompt` and `reference`.
+            answers: what `generate` gave for the prompts of these items; generated if None.
+
+        Raises:
+            InvalidDataError: the items cannot be used, or none has a reference.
+            NonFiniteError: the model's logits or the embedder's vectors are not finite.
+        """
+        scores = self.evaluate_items(question_items(eval_data), answers)
+        return math.fsum(scores) / len(scores)
+
+    def evaluate_items(
+        self, items: Sequence[Mapping[str, Any]], answers: Sequence[str] | None = None
+    ) -> list[float]:
+        """What `evaluate` is the mean of: one cosine per item with a reference."""
+        given = self._answers(items) if answers is None else answers
+        return self._similarities([{**item, "aliases": ()} for item in items], given)
+
+    def _answers(self, items: Sequence[Mapping[str, Any]]) -> list[str]:
+        return self.generate([item["prompt"] for item in items])
+
+    def _similarities(
+        self, items: Sequence[Mapping[str, Any]], answers: Sequence[str]
+    ) -> list[float]:
+        """The greatest similarity of each answer to its reference or one of its aliases."""
+        known = [[item["reference"], *filter(None, item.get("aliases") or ())] for item in items]
+        texts = sorted({*chain(*known), *filter(None, answers)})
+        vectors = dict(zip(texts, embed(texts, self.embedder or load_embedder()), strict=True))
+
+        def best(answer: str, accepted: Sequence[str]) -> float:
+            dots = [float(vectors[answer] @ vectors[text]) for text in accepted]
+            return min(1.0, max(dots))  # rounding may exceed 1
+
+        pairs = zip(answers, known, strict=True)
+        return [best(answer, accepted) if answer else 0.0 for answer, accepted in pairs]
+
+
+def greedy(
+    model: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    *,
+    watch: Sequence[Any] = (),
+    **options: Any,
+) -> torch.Tensor:
+    """The tokens a model adds to prompts: (sequences, new tokens), on the CPU.
+
+    Args:
+        model: a causal language model.
+        prompts: token ids.
+        max_new_tokens: how many at most.
+        watch: called at every step with all ids and the logits of the next one, which they return.
+        options: fields of a ``GenerationConfig``.
+
+    Raises:
+        InvalidDataError: token ids that the model does not have.
+        NonFiniteError: logits are NaN.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    ids, mask = pad_left(prompts, 0)
+    check_ids(model, ids)
+    settings = {**GREEDY, "max_new_tokens": max_new_tokens, "pad_token_id": 0, **options}
+    with evaluating(model):
+        output = model.generate(
+            input_ids=ids.to(input_device(model)),
+            attention_mask=mask.to(input_device(model)),
+            generation_config=GenerationConfig(**settings),  # type: ignore[no-untyped-call]
+            logits_processor=LogitsProcessorList([_refuse_nan, *watch]),
+        )
+    new: torch.Tensor = output[:, ids.shape[1] :].cpu()
+    return new
+
+
+def _refuse_nan(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    if bool(logits.isnan().any()):
+        raise NonFiniteError(
+            f"The model's logits are NaN after {ids.shape[1]} tokens: its weights or {HINT}"
+        )
+    return logits
+
+
+def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer, by the tokenizer and by the checkpoint."""
+    ends: set[int] = set()
+    for owner in (tokenizer, getattr(model, "generation_config", None)):
+        value = getattr(owner, "eos_token_id", None)
+        ends.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
+    return sorted(ends)
+
+
+def question_items(eval_data: Sequence[EvalItem]) -> list[dict[str, Any]]:
+    """The items that have a prompt and a reference."""
+    items = [item for item in check_items(eval_data) if isinstance(item, dict)]
+    if not items:
+        raise InvalidDataError(
+            f"None of the {len(eval_data)} items has a reference: answers can only be compared for "
+            "dicts with 'prompt' and 'reference'. For running text use perplexity()."
+        )
+    return items

@@ -1,0 +1,323 @@
+"""What pruning has done to a model's quality: both models on the same items, with intervals.
+
+Three groups of numbers: likelihood of texts, scores of tasks, generated answers. Every item is
+read by both models, so every difference has a paired bootstrap interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data.items import EvalItem
+from ..data.tokens import Row, encode_rows, pad_rows
+from ..errors import NonFiniteError
+from ..model.forward import HINT, evaluating, position_limit
+from ..results import Comparison
+from ..stats import paired_draws, paired_interval, percentiles
+from ..utils import at_least_one, progress
+from .likelihood import scored_logits
+from .similarity import Remembering, load_embedder, similarity_floor
+from .tasks import HolisticEvaluator, choice_losses, choice_score, choice_score_norm, item_kinds
+from .token_measures import TOKEN_READERS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+DRAWS = 1000  # of the bootstrap
+MAX_NLL = 700.0  # nats per token; beyond, exp overflows
+NGRAM = 4  # words
+NATS = "nats/token"
+Scores = dict[tuple[str, str], list[float]]  # by task and metric, one number per item
+METRICS = {"number": "exact match", "open": "similarity"}
+
+
+def compare_quality(
+    original: Any,
+    pruned: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[EvalItem],
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    window: int = 512,
+    stride: int | None = None,
+    max_new_tokens: int = 64,
+    embedder: Any = None,
+) -> tuple[list[Comparison], list[str], list[str]]:
+    """Compare two models on the same items: likelihood of texts, task scores, generated answers.
+
+    Group ``text``: NLL and perplexity of references and running texts; KL divergence of the pruned
+    model's next-token distribution from the original's, exactly 0 between a model and itself; how
+    often both find the same token most likely. Where items are questions: group ``tasks``, a row
+    per task and metric and the mean over tasks, as `HolisticEvaluator` scores them, and for choices
+    also ``acc_norm`` (log-likelihood per character of the choice); and group ``answers``. Each
+    model generates once.
+
+    Args:
+        original, pruned: causal language models with one vocabulary.
+        tokenizer: their tokenizer.
+        items: dicts with `prompt` and `reference`, or strings (running text).
+        batch_size: sequences per forward pass.
+        seed: of the bootstrap.
+        window: longest sequence in tokens, lowered to what the models have positions for.
+        stride: tokens from the start of one window of running text to the next; `window` if None,
+            so that none is read twice. Less gives every token more context, and costs more passes.
+        max_new_tokens: longest answer.
+        embedder: see `similarity.embed`; all-MiniLM-L6-v2 if None.
+
+    Returns:
+        The comparisons, and the answers of either model to the items with a reference.
+
+    Raises:
+        InvalidDataError: items that cannot be scored, or a count below 1.
+        NonFiniteError: a model's logits, or a perplexity, are not finite.
+    """
+    at_least_one(batch_size=batch_size, window=window, stride=window if stride is None else stride)
+    questions = [item for item in items if isinstance(item, dict)]
+    kinds = item_kinds(questions) if questions else []
+    window = min(window, position_limit(original), position_limit(pruned))
+    rows = encode_rows(tokenizer, items, max_length=window, stride=stride)
+    note = _protocol(tokenizer, items, window, stride)
+    found = _text(_token_sums(original, pruned, tokenizer, rows, batch_size), note, seed)
+    if not questions:
+        return found, [], []
+    memory = Remembering(embedder or load_embedder())
+    sides = [
+        HolisticEvaluator(model, tokenizer, None, batch_size, max_new_tokens, embedder=memory)
+        for model in (original, pruned)
+    ]
+    first, second = (side.generate([item["prompt"] for item in questions]) for side in sides)
+    pairs = list(zip(sides, (first, second), strict=True))
+    before, after = (_scores(side, questions, kinds, given) for side, given in pairs)
+    found += _tasks(before, after, _floors(questions, kinds, memory), seed)
+    similar = [side.evaluate_items(questions, given) for side, given in pairs]
+    floor = _similarity_floor(questions, memory)
+    found += _answers(similar, (first, second), floor, max_new_tokens, seed)
+    return found, first, second
+
+
+def _row(
+    name: str,
+    group: str,
+    sides: Sequence[torch.Tensor],
+    seed: int,
+    *,
+    better: bool | None = None,
+    weights: torch.Tensor | None = None,
+    exp: bool = False,
+    unit: str = "",
+    floor: float | None = None,
+    note: str = "",
+) -> Comparison:
+    """A comparison of two weighted means over samples, or of ``exp`` of them, with its interval."""
+    total = len(sides[0]) if weights is None else float(weights.sum())
+    means = [float(side.sum()) / total for side in sides]
+    if exp and max(means) > MAX_NLL:
+        raise NonFiniteError(
+            f"A mean loss of {max(means):.0f} nats has no {name}: without these layers the model "
+            "is no language model any more. Remove fewer, or others."
+        )
+    before, after = map(math.exp, means) if exp else means
+    transform = torch.exp if exp else None
+    low, high = paired_interval(
+        sides[0], sides[1], weights, transform=transform, draws=DRAWS, seed=seed
+    )
+    count = len(sides[0])
+    return Comparison(name, group, unit, before, after, better, count, low, high, floor, note)
+
+
+# --- text ----------------------------------------------------------------------------------------
+def _token_sums(
+    original: Any,
+    pruned: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    batch_size: int,
+) -> torch.Tensor:
+    """Sums over the scored tokens of every row, by one pass of either model.
+
+    (5, rows) float64: NLL before and after, KL divergence, tokens agreed on, number of tokens.
+    """
+    sums = torch.zeros(5, len(rows), dtype=torch.float64)
+    numbered = [row._replace(item=place) for place, row in enumerate(rows)]
+    read, kl, agree = (TOKEN_READERS[name] for name in ("nll", "kl", "agreement"))
+    for batch in progress(pad_rows(tokenizer, numbered, batch_size), "text"):
+        with evaluating(original), evaluating(pruned):
+            sides = [scored_logits(model, batch) for model in (original, pruned)]
+            owner, done = sides[0].owner, 0
+            places = torch.tensor(batch.rows)
+            for (full, label), (other, _) in zip(*(side.chunks() for side in sides), strict=True):
+                cut = other.to(full.device)
+                values = [read(full, label, full), read(cut, label, full), kl(cut, label, full)]
+                values += [agree(cut, label, full), torch.ones_like(values[0])]
+                part = owner[done : done + len(label)]
+                done += len(label)
+                sums.index_add_(1, places[part], torch.stack(values).cpu().double())
+    bad = sorted({rows[place].item for place in (~sums.isfinite()).any(0).nonzero().flatten()})
+    if bad:
+        raise NonFiniteError(
+            f"The models' likelihoods of {len(bad)} items (items {bad[:10]}) are NaN or infinite: "
+            f"weights or {HINT}"
+        )
+    return sums
+
+
+def _text(sums: torch.Tensor, note: str, seed: int) -> list[Comparison]:
+    before, after, divergence, agreed, tokens = sums
+    note = f"{note}; {int(tokens.sum()):,} tokens"
+    losses, apart = (before, after), (torch.zeros_like(divergence), divergence)
+    same = "of the next-token distributions, from the original's"
+    return [
+        _row("perplexity", "text", losses, seed, weights=tokens, exp=True, better=False, note=note),
+        _row("NLL", "text", losses, seed, weights=tokens, note=note, unit=NATS, better=False),
+        _row("KL divergence", "text", apart, seed, weights=tokens, note=same, unit=NATS,
+             better=False),
+        _row("top-1 agreement", "text", (tokens, agreed), seed, weights=tokens, note=same,
+             better=True),
+    ]  # fmt: skip
+
+
+def _protocol(
+    tokenizer: PreTrainedTokenizerBase, items: Sequence[EvalItem], window: int, stride: int | None
+) -> str:
+    """How texts are read, in a few words."""
+    opened = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    bos = "BOS" if opened else "no BOS"
+    stride = min(stride or window, window - opened)
+    parts = []
+    if any(isinstance(item, dict) for item in items):
+        parts.append(f"references after their prompts, at most {window} tokens")
+    if any(isinstance(item, str) for item in items):
+        parts.append(f"running text in windows of {window} tokens, stride {stride}")
+    return f"{' and '.join(parts)}, {bos} in front"
+
+
+# --- tasks ---------------------------------------------------------------------------------------
+def _task(item: dict[str, Any]) -> str:
+    return str(item.get("task") or "other")
+
+
+def _scores(
+    evaluator: HolisticEvaluator,
+    items: Sequence[dict[str, Any]],
+    kinds: Sequence[str],
+    answers: Sequence[str],
+) -> Scores:
+    """The scores of one model, in the order of the items."""
+    found: Scores = {}
+    chosen = [item for item, kind in zip(items, kinds, strict=True) if kind == "choice"]
+    size = evaluator.batch_size
+    losses = choice_losses(evaluator.model, evaluator.tokenizer, chosen, size) if chosen else []
+    for item, own in zip(chosen, losses, strict=True):
+        found.setdefault((_task(item), "acc"), []).append(choice_score(item, own))
+        found.setdefault((_task(item), "acc_norm"), []).append(choice_score_norm(item, own))
+    for kind, metric in METRICS.items():
+        rows = [row for row, other in enumerate(kinds) if other == kind]
+        if rows:
+            evaluator.run_benchmark([items[row] for row in rows], [answers[row] for row in rows])
+            found |= {(task, metric): each for task, each in evaluator.item_scores.items()}
+    order = list(dict.fromkeys(map(_task, items)))
+    return dict(sorted(found.items(), key=lambda entry: order.index(entry[0][0])))
+
+
+def _floors(
+    items: Sequence[dict[str, Any]], kinds: Sequence[str], embedder: Any
+) -> dict[tuple[str, str], float]:
+    """By task and metric what a guess, or an unrelated answer, scores; without exact match."""
+    choices: dict[str, list[float]] = {}
+    open_items: dict[str, list[dict[str, Any]]] = {}
+    for item, kind in zip(items, kinds, strict=True):
+        if kind == "choice":
+            right = list(item["choices"]).count(item["reference"])
+            choices.setdefault(_task(item), []).append(right / len(item["choices"]))
+        elif kind == "open":
+            open_items.setdefault(_task(item), []).append(item)
+    floors = {
+        (task, metric): math.fsum(each) / len(each)
+        for task, each in choices.items()
+        for metric in ("acc", "acc_norm")
+    }
+    for task, each in open_items.items():
+        if (floor := _similarity_floor(each, embedder)) is not None:
+            floors[task, "similarity"] = max(0.0, floor)
+    return floors
+
+
+def _similarity_floor(items: Sequence[dict[str, Any]], embedder: Any) -> float | None:
+    """`similarity_floor` of the references; None where all are the same."""
+    references = [item["reference"] for item in items]
+    return similarity_floor(references, embedder=embedder) if len(set(references)) > 1 else None
+
+
+NOTES = {
+    "acc": "choice of greatest log-likelihood",
+    "acc_norm": "choice of greatest log-likelihood per character",
+    "exact match": "final number of the generated answer",
+    "similarity": "generated answer and reference, cosine; floor: unrelated references",
+}
+
+
+def _tasks(
+    before: Scores, after: Scores, floors: dict[tuple[str, str], float], seed: int
+) -> list[Comparison]:
+    rows = []
+    by_task: dict[str, list[torch.Tensor]] = {}
+    for (task, metric), values in before.items():
+        pair = torch.tensor([values, after[task, metric]], dtype=torch.float64)
+        name, floor = f"{task} ({metric})", floors.get((task, metric))
+        rows.append(
+            _row(name, "tasks", list(pair), seed, better=True, floor=floor, note=NOTES[metric])
+        )
+        if metric != "acc_norm":
+            by_task.setdefault(task, []).append(pair)
+    return [*rows, _task_mean([torch.cat(pairs, dim=1) for pairs in by_task.values()], seed)]
+
+
+def _task_mean(tasks: Sequence[torch.Tensor], seed: int) -> Comparison:
+    """The mean over tasks, each (2, items); items are drawn within their task."""
+    before, after = torch.stack([task.mean(1) for task in tasks]).mean(0).tolist()
+    pairs = enumerate(tasks)
+    each = [paired_draws(old, new, draws=DRAWS, seed=seed + n) for n, (old, new) in pairs]
+    count = sum(task.shape[1] for task in tasks)
+    low, high = percentiles(torch.stack(each).mean(0)).tolist() if count > 1 else (None, None)
+    note = "mean over tasks of the mean over items (acc, exact match, similarity)"
+    return Comparison("task mean", "tasks", "", before, after, True, count, low, high, note=note)
+
+
+# --- answers -------------------------------------------------------------------------------------
+def repeated_share(text: str, length: int = NGRAM) -> float:
+    """Share of the n-grams of words in a text that have stood in it before; 0 for a short text."""
+    words = text.split()
+    grams = [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _answers(
+    similarities: Sequence[Sequence[float]],
+    answers: Sequence[Sequence[str]],
+    floor: float | None,
+    max_new_tokens: int,
+    seed: int,
+) -> list[Comparison]:
+    similar = torch.tensor(similarities, dtype=torch.float64)
+    repeated, words = (
+        torch.tensor([[measure(text) for text in side] for side in answers], dtype=torch.float64)
+        for measure in (repeated_share, lambda text: float(len(text.split())))
+    )
+    note = f"greedy, at most {max_new_tokens} new tokens"
+    rows = [
+        _row("answer similarity", "answers", list(similar), seed, better=True, floor=floor,
+             note="cosine to the reference, an empty answer is 0; floor: unrelated references"),
+        _row("answer length", "answers", list(words), seed, unit="words", note=note),
+    ]  # fmt: skip
+    if float(words.max()) > NGRAM:  # shorter answers cannot repeat themselves
+        share = "share of the word 4-grams of an answer that stood in it before"
+        rows.append(
+            _row("repeated 4-grams", "answers", list(repeated), seed, better=False, note=share)
+        )
+    return rows

@@ -1,0 +1,286 @@
+"""Benchmark tasks: multiple choice, exact match and similarity, scored per item."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data.items import EvalItem, check_items
+from ..data.sampling import safe_sample
+from ..data.tokens import encode_batches
+from ..errors import InvalidDataError, LoadError, UnknownNameError
+from ..model.forward import position_limit
+from ..utils import at_least_one, progress
+from .generation import ModelEvaluator, question_items
+from .likelihood import sequence_nll
+from .lm_eval_backend import TaskResult, run_tasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BENCHMARK = "gsm8k hellaswag arc_easy arc_challenge sciq truthfulqa openbookqa triviaqa"
+BACKENDS = ("built-in", "lm-eval")
+NUMBER = re.compile(r"(?:(?<!\w)-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+
+
+class HolisticEvaluator(ModelEvaluator):
+    """Scores a model task by task, each item by its kind.
+
+    With ``choices``: 1 if the reference is the choice the model finds most likely. With a
+    number as reference, or of task ``gsm8k``: 1 if the number of the generated answer equals it
+    (`final_number`), or the answer is one of the ``aliases``, word for word. Otherwise: the
+    greatest cosine similarity of the generated answer to the reference or one of the
+    ``aliases``, not below 0.
+
+    With ``backend="lm-eval"`` all of this is left to lm-eval, EleutherAI's evaluation harness.
+
+    Args:
+        model, tokenizer, device, batch_size, max_new_tokens, embedder: as in `ModelEvaluator`.
+        tasks: the datasets `load_diverse_data` draws from; the eight of `BENCHMARK` if None. For
+            lm-eval its tasks, as in `harness.run_tasks`.
+        backend: what scores, ``built-in`` or ``lm-eval``.
+        settings: for lm-eval `num_fewshot`, `limit`, `seed` and `apply_chat_template`, as in
+            `harness.run_tasks`.
+
+    Attributes:
+        item_scores: after `run_benchmark`, the scores of each task's items in the data's order.
+        norm_scores: the same of its items with choices by likelihood per character of the choice
+            (`choice_score_norm`), which is ``acc_norm`` of lm-eval where `item_scores` is ``acc``.
+        task_results: after `run_benchmark` by lm-eval, all that it measured on each task.
+
+    Raises:
+        UnknownNameError: a backend of another name.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        tasks: Sequence[Any] | None = None,
+        backend: str = "built-in",
+        settings: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args, **options)
+        if backend not in BACKENDS:
+            raise UnknownNameError.of("backend", backend, BACKENDS)
+        self.backend, self.settings = backend, dict(settings or {})
+        self.tasks: list[Any] = BENCHMARK.split() if tasks is None else list(tasks)
+        self.item_scores: dict[str, list[float]] = {}
+        self.norm_scores: dict[str, list[float]] = {}
+        self.task_results: dict[str, TaskResult] = {}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of items behind each task's score in the last `run_benchmark`."""
+        return {task: len(scores) for task, scores in self.item_scores.items()}
+
+    def load_diverse_data(
+        self, n_per_task: int = 30, source: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Items of many tasks, up to `n_per_task` of each.
+
+        Args:
+            n_per_task: items per task; a task that has fewer gives all it has.
+            source: None for the hub datasets `tasks`; otherwise ``demo-eval``, a file, a folder
+                or a hub id, whose items are taken by their ``task``.
+
+        Raises:
+            LoadError: nothing could be loaded. One source that fails is logged and left out.
+        """
+        at_least_one(n_per_task=n_per_task)
+        names = self.tasks if source is None else [source]
+        share = n_per_task if source is None else sys.maxsize
+        taken: dict[str, list[dict[str, Any]]] = {}
+        for name in progress(names, "datasets"):
+            for item in safe_sample(name, None, None, share):
+                if isinstance(item, dict):
+                    taken.setdefault(_task(item), []).append(item)
+        if not taken:
+            raise LoadError(
+                f"No benchmark items from {', '.join(names) or 'an empty list of tasks'}: the log "
+                "says why. Without a network use source='demo-eval' or a local file of items."
+            )
+        return [item for items in taken.values() for item in items[:n_per_task]]
+
+    def run_benchmark(
+        self,
+        data: Sequence[EvalItem] | str | Path | None = None,
+        answers: Sequence[str] | None = None,
+    ) -> dict[str, float]:
+        """Mean score of each task's items, in [0, 1], and ``mean``, the mean over tasks.
+
+        Every item is checked before the model is run. An item without ``task`` counts as ``other``.
+
+        Args:
+            data: items with `prompt` and `reference`. For lm-eval None, or a folder with the
+                items of every task, as in `harness.run_tasks`.
+            answers: what `generate` gave for their prompts; generated where needed if None. Not for
+                lm-eval.
+
+        Raises:
+            InvalidDataError: an item that cannot be scored: running text, fewer than two
+                choices or none that is the reference, a gsm8k reference without a number.
+            NonFiniteError: the model's logits are not finite.
+            Also what `harness.run_tasks` raises, with lm-eval.
+        """
+        if self.backend == "lm-eval":
+            return self._run_tasks(data)
+        if data is None or isinstance(data, str | Path):
+            raise InvalidDataError(f"data={data!r} must be a list of items, as load_data gives it.")
+        kinds = item_kinds(data)
+        items = question_items(data)
+        scores: dict[int, float] = {}
+        norms: dict[int, float] = {}
+        for kind in sorted(set(kinds)):
+            rows = [index for index, other in enumerate(kinds) if other == kind]
+            some = [items[row] for row in rows]
+            if kind == "choice":
+                losses = choice_losses(self.model, self.tokenizer, some, self.batch_size)
+                pairs = zip(some, losses, strict=True)
+                both = [(choice_score(*pair), choice_score_norm(*pair)) for pair in pairs]
+                found = [plain for plain, _ in both]
+                norms.update((row, norm) for row, (_, norm) in zip(rows, both, strict=True))
+            else:
+                given = self._answers(some) if answers is None else [answers[row] for row in rows]
+                score = self._numbers if kind == "number" else self._similarities
+                found = [max(0.0, value) for value in score(some, given)]
+            scores.update(zip(rows, found, strict=True))
+        self.item_scores = _by_task(items, scores)
+        self.norm_scores = _by_task(items, norms)
+        return self._means()
+
+    def _run_tasks(self, data: Any) -> dict[str, float]:
+        if not (data is None or isinstance(data, str | Path)):
+            raise InvalidDataError(
+                "lm-eval has the items of its tasks: leave data out, or pass a folder with a file "
+                "for every task; backend='built-in' scores lists of items."
+            )
+        self.task_results = results = run_tasks(
+            self.model,
+            self.tokenizer,
+            self.tasks,
+            data,
+            batch_size=self.batch_size,
+            **self.settings,
+        )
+        self.item_scores = {task: result.item_scores for task, result in results.items()}
+        self.norm_scores = {
+            task: result.scores["acc_norm"]
+            for task, result in results.items()
+            if "acc_norm" in result.scores
+        }
+        return self._means()
+
+    def _means(self) -> dict[str, float]:
+        means = {task: math.fsum(each) / len(each) for task, each in self.item_scores.items()}
+        return {**means, "mean": math.fsum(means.values()) / len(means)}
+
+    def _numbers(self, items: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> list[float]:
+        """1 where the answer's number is the reference's, or the answer is one of the aliases."""
+        scores = []
+        for answer, item in zip(answers, items, strict=True):
+            same = final_number(answer) == final_number(item["reference"])
+            aliases = {alias.casefold() for alias in item.get("aliases") or ()}
+            scores.append(float(same or answer.rstrip(".").casefold() in aliases))
+        return scores
+
+
+def choice_losses(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Mapping[str, Any]],
+    batch_size: int = 8,
+) -> list[list[float]]:
+    """Summed negative log-likelihood of every choice of every item, in nats."""
+    pairs: list[EvalItem] = [
+        {"prompt": item["prompt"], "reference": choice}
+        for item in items
+        for choice in item["choices"]
+    ]
+    limit = position_limit(model) + 1  # the last token is scored, not read
+    batches = encode_batches(
+        tokenizer, pairs, batch_size=batch_size, max_length=limit, closed=False
+    )
+    total, _ = sequence_nll(model, progress(batches, "choices"))
+    rows = [row for batch in batches for row in batch.rows]
+    if sorted(rows) != list(range(len(pairs))):
+        raise InvalidDataError("The tokenizer makes nothing of some choices: remove them.")
+    losses = iter([loss for _, loss in sorted(zip(rows, total.tolist(), strict=True))])
+    return [list(islice(losses, len(item["choices"]))) for item in items]
+
+
+def item_kinds(items: Sequence[EvalItem]) -> list[str]:
+    """How each item is scored: ``choice``, ``number`` or ``open``.
+
+    Raises:
+        InvalidDataError: an item that cannot be scored.
+    """
+    return [_kind(index, item) for index, item in enumerate(check_items(items))]
+
+
+def choice_score(item: Mapping[str, Any], losses: Sequence[float]) -> float:
+    """1 if the choice with the least loss (the first of equals) is the reference, else 0."""
+    return float(item["choices"][losses.index(min(losses))] == item["reference"])
+
+
+def choice_score_norm(item: Mapping[str, Any], losses: Sequence[float]) -> float:
+    """`choice_score` of the losses per character of the choice."""
+    sizes = [len(choice) for choice in item["choices"]]
+    return choice_score(item, [loss / size for loss, size in zip(losses, sizes, strict=True)])
+
+
+def _by_task(
+    items: Sequence[Mapping[str, Any]], scores: Mapping[int, float]
+) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for row, score in sorted(scores.items()):
+        found.setdefault(_task(items[row]), []).append(score)
+    return found
+
+
+def _task(item: Any) -> str:
+    return str(item.get("task") or "other")
+
+
+def _kind(index: int, item: EvalItem) -> str:
+    """How an item is scored: ``choice``, ``number`` or ``open``."""
+    if isinstance(item, str) or _task(item) == "mean":
+        raise InvalidDataError(
+            f"data[{index}] cannot be scored: a benchmark takes dicts with 'prompt' and "
+            f"'reference', whose task is not called 'mean'; got {item!r:.80}."
+        )
+    reference = item["reference"]
+    if item.get("choices") is not None:
+        check_choices(index, item)
+        return "choice"
+    if _task(item) == "gsm8k" and final_number(reference) is None:
+        raise InvalidDataError(f"data[{index}] has no number in its reference {reference!r:.60}.")
+    return "number" if _task(item) == "gsm8k" or NUMBER.fullmatch(reference.strip(" $")) else "open"
+
+
+def check_choices(index: int, item: Mapping[str, Any]) -> None:
+    """Raise InvalidDataError if an item's choices are not several texts with the reference."""
+    choices, reference = item["choices"], item["reference"]
+    listed = isinstance(choices, Sequence) and not isinstance(choices, str)
+    texts = [text for text in choices if isinstance(text, str) and text.strip()] if listed else []
+    if not listed or len(texts) < max(2, len(choices)) or reference not in texts:
+        raise InvalidDataError(
+            f"data[{index}] has reference {reference!r:.60} and choices {choices!r:.200}: give "
+            "two or more non-empty choices, the reference among them."
+        )
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number an answer ends in, or the first one after ``####``; None if there is none.
+
+    ``1,234``, ``1234`` and ``1234.0`` are the same number.
+    """
+    _, marked, tail = text.partition("####")
+    found = NUMBER.findall(tail if marked else text)
+    return Decimal(found[0 if marked else -1].replace(",", "")) if found else None

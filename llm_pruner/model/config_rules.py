@@ -1,0 +1,332 @@
+"""Model configs: which field counts layers, and how each per-layer field follows a removal.
+
+Rules are data: one line per field. A field that no rule names and that depends on the position
+of a layer is caught by the comparison with a freshly built model in `removal`, which then
+refuses the removal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+from ..errors import UnsupportedModelError
+
+COUNT_FIELDS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+    "num_blocks",
+    "num_layers_per_stack",
+    "layers",
+)
+# Configs whose decoder is described by a part that get_text_config() does not know.
+DECODER_PARTS = {"blt": "global_config"}
+# Parts of a name that belong to encoders of other inputs than text.
+OTHER_TOWERS = ("vision", "visual", "audio", "image", "speech")
+# Lists as long as the stack that do not have one entry per layer.
+NOT_PER_LAYER = ("architectures", "token_id", "token_ids", "factor", "factors", "multipliers")
+# Model types of whose layers a config.json tells everything, if it has these lists: no class of
+# transformers is needed to rewrite it (`prune_config_file`). All others go through their class.
+SPELLED_OUT: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        "apertus arcee bloom codegen cohere ernie4_5 falcon gemma glm glm4 gpt_bigcode gpt_neox "
+        "gptj granite granitemoe helium hunyuan_v1_dense llama mistral mixtral mpt nemotron olmo "
+        "olmo2 olmoe opt persimmon phi phi3 phimoe seed_oss stablelm starcoder2".split(),
+        (),
+    ),
+    **dict.fromkeys(
+        "cohere2 exaone4 gemma2 gemma3_text gpt_oss ministral olmo3 qwen2 qwen3".split(),
+        ("layer_types",),
+    ),
+    "smollm3": ("layer_types", "no_rope_layers"),
+}
+# Where this is off, all layers are alike, and the lists of `SPELLED_OUT` may be absent.
+KINDS_BY = {"qwen2": "use_sliding_window", "qwen3": "use_sliding_window"}
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A removal as a config sees it: the 0-based layers that stay, of how many."""
+
+    kept: tuple[int, ...]
+    num_layers: int
+
+    def renumber(self, value: Sequence[int], first: int = 0) -> list[int]:
+        """Layer indices, counted from `first`: those of kept layers, renumbered."""
+        new = {old: position for position, old in enumerate(self.kept)}
+        return [new[index - first] + first for index in value if index - first in new]
+
+    def prefix(self, value: int) -> int:
+        """The first `value` layers are special: how many of them are kept."""
+        return sum(index < value for index in self.kept)
+
+    def suffix(self, value: int) -> int:
+        """The last `value` layers are special: how many of them are kept."""
+        return sum(index >= self.num_layers - value for index in self.kept)
+
+    def follow(self, value: Sequence[int]) -> list[int]:
+        """One layer index per layer: that of each kept layer, renumbered.
+
+        Raises:
+            UnsupportedModelError: a kept layer refers to a removed one.
+        """
+        new = {old: position for position, old in enumerate(self.kept)}
+        lost = sorted({value[index] for index in self.kept} - new.keys())
+        if lost:
+            users = [index for index in self.kept if value[index] in lost]
+            raise UnsupportedModelError(
+                f"Layers {lost} hold what kept layers {users} use: remove those too, or keep both."
+            )
+        return [new[value[index]] for index in self.kept]
+
+    def rekey(self, value: dict[Any, Any]) -> dict[int, Any]:
+        """Keyed by layer index: the entries of kept layers under their new index."""
+        return {new: value[old] for new, old in enumerate(self.kept) if old in value}
+
+
+Rule = Callable[[Any, Removal], Any]
+# Fields that hold layer indices or counts of leading or trailing layers.
+FIELD_RULES: dict[str, Rule] = {
+    "mlp_only_layers": lambda value, removal: removal.renumber(value),
+    "moe_layers": lambda value, removal: removal.renumber(value),
+    "full_attn_idxs": lambda value, removal: removal.renumber(value),
+    "attn_layer_indices": lambda value, removal: removal.renumber(value),
+    "cross_attention_layers": lambda value, removal: removal.renumber(value),
+    "hybrid_layer_ids": lambda value, removal: removal.renumber(value),
+    "rope_scaling_layers": lambda value, removal: removal.renumber(value),
+    "local_layer_ids": lambda value, removal: removal.renumber(value),
+    "ple_layer_ids": lambda value, removal: removal.renumber(value, first=1),
+    "first_k_dense_replace": lambda value, removal: removal.prefix(value),
+    "num_dense_layers": lambda value, removal: removal.prefix(value),
+    "moe_layer_start_index": lambda value, removal: removal.prefix(value),
+    "kv_source_layers": lambda value, removal: removal.follow(value),
+    "num_kv_shared_layers": lambda value, removal: removal.suffix(value),
+}
+# Constants that contain the layer count, by model type.
+SCALED_FIELDS: dict[tuple[str, str], Rule] = {
+    # every branch is multiplied by scale_depth / sqrt(num_hidden_layers)
+    ("minicpm3", "scale_depth"): lambda value, removal: (
+        value * math.sqrt(len(removal.kept) / removal.num_layers)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A kind of layer that a config can only express as a rule over the index.
+
+    Attributes:
+        fields: the config's fields that make up the rule.
+        is_special: whether layer i is of the kind, given the fields' values.
+        values: every setting worth trying for a stack of n layers.
+    """
+
+    fields: tuple[str, ...]
+    is_special: Callable[[int, tuple[int, ...]], bool]
+    values: Callable[[int], Any]
+
+
+def _period(n: int) -> Any:
+    return ((period, offset) for period in range(1, n + 2) for offset in range(period))
+
+
+PATTERNS: dict[str, tuple[Pattern, ...]] = {
+    "jamba": (
+        Pattern(("attn_layer_period", "attn_layer_offset"), lambda i, v: i % v[0] == v[1], _period),
+        Pattern(
+            ("expert_layer_period", "expert_layer_offset"), lambda i, v: i % v[0] == v[1], _period
+        ),
+    ),
+    "ernie4_5_moe": (
+        Pattern(
+            ("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index"),
+            lambda i, v: (i + 1) % v[0] == 0 and v[1] <= i <= v[2],
+            lambda n: product(range(1, n + 2), range(n + 1), range(n)),
+        ),
+    ),
+}
+
+
+def _spell_out(config: Any) -> None:
+    """Replace rules over the index by the explicit lists that the same class understands."""
+    n_layers = max(layer_counts(config), default=0)
+    step = vars(config).get("decoder_sparse_step")
+    if step and step > 1 and "mlp_only_layers" in vars(config):
+        dense = set(config.mlp_only_layers or ())
+        dense.update(index for index in range(n_layers) if (index + 1) % step)
+        config.mlp_only_layers, config.decoder_sparse_step = sorted(dense), 1
+    kinds = vars(config).get("block_types")
+    if kinds and len(kinds) < n_layers:
+        config.block_types = [kinds[index % len(kinds)] for index in range(n_layers)]
+
+
+def _illegal(config: Any, removal: Removal) -> str | None:
+    """Why transformers could not run the kept layers although a config can describe them."""
+    kinds = list(getattr(config, "layer_types", None) or ())
+    if len(kinds) == removal.num_layers:
+        with_cache = {
+            i for i, kind in enumerate(kinds) if "linear" not in kind and "attention" in kind
+        }
+        if with_cache and not with_cache & set(removal.kept):
+            return f"no attention layer would be left: keep one of {sorted(with_cache)}"
+        if getattr(config, "model_type", "") == "minimax" and removal.kept[0] not in with_cache:
+            return f"the first kept layer must be full attention, one of {sorted(with_cache)}"
+        lost = _lost_producers(config, kinds, removal)
+        if lost:
+            return lost
+    indexers = vars(config).get("indexer_types") or ()
+    if len(indexers) == removal.num_layers and indexers[removal.kept[0]] == "shared":
+        full = [index for index, kind in enumerate(indexers) if kind == "full"]
+        return f"the first kept layer must have an indexer of its own, one of {full}"
+    return None
+
+
+def _lost_producers(config: Any, kinds: list[str], removal: Removal) -> str | None:
+    """Trailing layers use the keys and values of the last layer of their kind before them."""
+    shared = vars(config).get("num_kv_shared_layers") or 0
+    first = removal.num_layers - shared
+    for index in removal.kept:
+        if shared and index >= first:
+            producer = max((i for i in range(first) if kinds[i] == kinds[index]), default=None)
+            if producer is not None and producer not in removal.kept:
+                return f"kept layer {index} uses the keys and values of layer {producer}: keep it"
+    return None
+
+
+def text_config(config: Any) -> Any:
+    """The config that describes the decoder: `config` itself, or the text part of a composite."""
+    part = DECODER_PARTS.get(getattr(config, "model_type", ""))
+    if part is not None:
+        return getattr(config, part)
+    get = getattr(config, "get_text_config", None)
+    return get(decoder=True) if get else config
+
+
+def layer_counts(config: Any) -> set[int]:
+    """Every value of a layer-counting field of `config`; of a derived count if there is none."""
+    values = {vars(config).get(name) for name in COUNT_FIELDS}
+    counts = {value for value in values if isinstance(value, int) and not isinstance(value, bool)}
+    derived = getattr(config, "num_hidden_layers", None)
+    return counts or ({derived} if isinstance(derived, int) else set())
+
+
+def prune_config(config: Any, kept: Sequence[int], num_layers: int) -> None:
+    """Rewrite `config` in place for the layers `kept` out of `num_layers`.
+
+    Layer counts become ``len(kept)``, lists with one entry per layer are sliced, fields of
+    layer indices follow `FIELD_RULES`, and kinds that only a rule over the index expresses get
+    another setting of the rule (`PATTERNS`), if there is one. A count field with another value
+    (an encoder's) is left alone.
+
+    Raises:
+        UnsupportedModelError: the kept layers cannot work without the removed ones.
+    """
+    removal = Removal(tuple(kept), num_layers)
+    reason = _illegal(config, removal)
+    if reason is not None:
+        raise UnsupportedModelError(f"These layers cannot be removed: {reason}.")
+    _spell_out(config)
+    model_type = getattr(config, "model_type", "")
+    patterns = PATTERNS.get(model_type, ())
+    in_patterns = {name for pattern in patterns for name in pattern.fields}
+    settings = [_refit(config, pattern, removal) for pattern in patterns]
+    counts = {name for name in COUNT_FIELDS if vars(config).get(name) == num_layers}
+    counts = counts or _only_count(config, num_layers)
+    overrides = _per_layer_overrides(config)
+    if overrides:
+        config.per_layer_config = None  # it is checked against the layer count: back at the end
+    for name, value in list(vars(config).items()):
+        rule = SCALED_FIELDS.get((model_type, name)) or FIELD_RULES.get(name)
+        if value is None or name in in_patterns or name.startswith("_"):
+            continue
+        if rule is not None:
+            setattr(config, name, rule(value, removal))
+        elif name in counts:
+            setattr(config, name, len(kept))
+        elif _is_per_layer(name, value, num_layers):
+            setattr(config, name, type(value)(value[index] for index in kept))
+    for setting in settings:
+        for name, value in setting.items():
+            setattr(config, name, value)
+    if overrides:
+        config.per_layer_config = removal.rekey(overrides)
+
+
+def _only_count(config: Any, num_layers: int) -> set[str]:
+    """The one field of a custom config that has the layer count as its value, if there is one."""
+    if hasattr(config, "num_hidden_layers"):  # known, and derived from something else
+        return set()
+    equal = {name for name, value in vars(config).items() if value == num_layers}
+    numbers = {name for name in equal if type(vars(config)[name]) is int}
+    return numbers if len(numbers) == 1 else set()
+
+
+def _refit(config: Any, pattern: Pattern, removal: Removal) -> dict[str, int]:
+    """Values of the pattern's fields that give every kept layer its kind; else unchanged.
+
+    Unchanged values lead to a refusal when the pruned model is compared with its config.
+    """
+    now = tuple(getattr(config, name) for name in pattern.fields)
+    wanted = [pattern.is_special(index, now) for index in removal.kept]
+    for values in pattern.values(len(wanted)):
+        if [pattern.is_special(index, values) for index in range(len(wanted))] == wanted:
+            return dict(zip(pattern.fields, values, strict=True))
+    return {}
+
+
+def _per_layer_overrides(config: Any) -> dict[int, Any]:
+    """What single layers override in a heterogeneous config, as plain dicts by index."""
+    spec = vars(config).get("_heterogeneity_spec")
+    return {} if spec is None else dict(spec.per_layer_overrides)
+
+
+def _is_per_layer(name: str, value: Any, num_layers: int) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == num_layers
+        and not name.endswith(NOT_PER_LAYER)
+    )
+
+
+def config_parts(values: dict[str, Any]) -> Iterator[Any]:
+    """A config.json and the configs inside it, as objects."""
+    for part in (values, *values.values()):
+        if isinstance(part, dict) and all(isinstance(key, str) for key in part):
+            yield SimpleNamespace(**part)
+
+
+def prune_config_file(
+    values: dict[str, Any], kept: Sequence[int], num_layers: int
+) -> dict[str, Any] | None:
+    """The contents of a config.json for the layers `kept`, by the rules of `prune_config`.
+
+    Returns:
+        A new dict with every other field as it was; None where the class of the model has to be
+        asked (`SPELLED_OUT`).
+
+    Raises:
+        UnsupportedModelError: as `prune_config`.
+    """
+    model_type = str(values.get("model_type"))
+    if model_type not in SPELLED_OUT:
+        return None
+    alike = model_type in KINDS_BY and not values.get(KINDS_BY[model_type])
+    for name in SPELLED_OUT[model_type]:
+        there = values.get(name)
+        if len(there or ()) != num_layers and not (alike and there is None):
+            return None
+    if values.get("per_layer_config") or values.get("is_encoder_decoder"):
+        return None
+    config = SimpleNamespace(**values)
+    if num_layers not in layer_counts(config):
+        return None
+    prune_config(config, kept, num_layers)
+    return vars(config)

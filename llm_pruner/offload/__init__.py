@@ -1,0 +1,10 @@
+"""Models larger than the memory: layers read from the checkpoint one after the other."""
+
+from ..lazy_names import lazy_names
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "offloaded_stack": "load_streamed load_within",
+    },
+)

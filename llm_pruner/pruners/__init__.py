@@ -1,0 +1,15 @@
+"""The strategies: which decoder layers a model can do without."""
+
+from ..lazy_names import lazy_names
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "base": "BasePruner",
+        "measured": "AblationPruner MeasuredPruner SmartPruner",
+        "similarity": "BlockInfluencePruner PruneMePruner SimilarityPruner",
+        "avss": "AVSSPruner",
+        "healing_search": "Repairs",
+        "registry": "get_strategy register_strategy",
+    },
+)

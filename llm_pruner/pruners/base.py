@@ -1,0 +1,524 @@
+"""The template every strategy fills in: score, select, remove, heal, save."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from ..atomic_output import check_output
+from ..checkpoint.locate import model_identity
+from ..checkpoint.mergekit import write_mergekit_yaml
+from ..checkpoint.save import save_checkpoint
+from ..checkpoint.verify import verify_removal
+from ..data.items import EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap
+from ..data.tokens import Batch
+from ..distributed import on_first, portion
+from ..errors import InvalidPlanError
+from ..evaluation.likelihood import encode_for
+from ..healing.heal import Heal, heal_model
+from ..healing.lora_settings import LoraSettings
+from ..model.forward import check_ids, evaluating, forward_options
+from ..model.loading import model_fingerprint
+from ..model.removal import share_copy
+from ..offload.offloaded_stack import layers_of
+from ..results import DepthCurve, LayerScores, PruningPlan, Removes, check_layers
+from ..search.removal_quality import RemovalQuality
+from ..utils import package_versions, progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+DEFAULT_PROTECT = (2, 2)
+
+
+class _LastState(Exception):
+    """Ends a forward pass of which only the states between the layers are wanted."""
+
+
+class BasePruner(ABC):
+    """Template of a pruning strategy: score the layers, select some, remove them, save.
+
+    Args:
+        model: a causal language model; never changed.
+        tokenizer: its tokenizer; never changed.
+        protect: how many layers at the start and at the end are never selected. On a model of
+            fewer than 8 layers the default shrinks to a quarter of the depth at each end
+            (rounded down); a value that you give is taken as it is.
+        batch_size: sequences per forward pass; does not change a result.
+        layers_path: dotted name of the layer list, for models in which it is not found.
+
+    Attributes:
+        model, tokenizer: as given.
+        layers: the decoder layers, a `LayerStack`.
+        num_layers: how many there are.
+        protect: the protection in force.
+        steps: what the last search tried and kept; empty for strategies that do not search.
+        partial_plan: where `plan` was interrupted in a search, the cut it had come to; else None.
+
+    Raises:
+        UnsupportedModelError: the model's layers cannot be found.
+        InvalidPlanError: the protection leaves no layer to remove.
+    """
+
+    name: ClassVar[str] = "custom"
+    unit: ClassVar[str] = "score"
+    removes: ClassVar[Removes] = "lowest"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        protect: tuple[int, int] = DEFAULT_PROTECT,
+        batch_size: int = 8,
+        layers_path: str | None = None,
+    ) -> None:
+        if type(batch_size) is not int or batch_size < 1:
+            raise InvalidPlanError(f"batch_size={batch_size} must be a whole number from 1.")
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.steps: list[dict[str, Any]] = []
+        self.partial_plan: PruningPlan | None = None
+        self._last_repair: tuple[str, tuple[PreTrainedModel, dict[str, Any]]] | None = None
+        self.layers = layers_of(model, layers_path)
+        self.num_layers = len(self.layers)
+        if protect is DEFAULT_PROTECT:  # the default itself, not an equal pair somebody gave
+            shallow = self.num_layers // 4
+            protect = (min(protect[0], shallow), min(protect[1], shallow))
+        self.protect = _checked_protection(protect, self.num_layers)
+
+    @abstractmethod
+    def description(self) -> str:
+        """One sentence: what the strategy looks at and what it costs."""
+
+    @abstractmethod
+    def compute_layer_scores(self, eval_data: Sequence[EvalItem]) -> Mapping[int, float]:
+        """One number per layer (0-based); the class attribute `removes` says which end goes."""
+
+    def select_layers(
+        self, scores: Mapping[int, float], ratio: float = 0.2, threshold: float | None = None
+    ) -> list[int]:
+        """The layers to remove, ascending.
+
+        Args:
+            scores: what `compute_layer_scores` returned.
+            ratio: share of all layers to remove, in (0, 1); rounded down to whole layers.
+            threshold: if given, `ratio` is not used: every layer beyond the threshold goes.
+
+        Raises:
+            InvalidPlanError: ratio out of range, rounding to no layer, or asking for more
+                layers than are unprotected.
+        """
+        order = [layer for layer in self._scored(scores).ranked() if layer in self.candidates]
+        if threshold is None:
+            return sorted(order[: self.count_for(ratio)])
+        if self.removes == "highest":
+            return sorted(layer for layer in order if scores[layer] > threshold)
+        return sorted(layer for layer in order if scores[layer] < threshold)
+
+    def choose_layers(
+        self,
+        scores: Mapping[int, float],
+        eval_data: Sequence[EvalItem],
+        *,
+        ratio: float | None = None,
+        threshold: float | None = None,
+        tolerance: float | None = None,
+        n_layers: int | None = None,
+    ) -> list[int]:
+        """The strategy's final choice, by at most one of ratio, threshold and n_layers.
+
+        Strategies whose choice is their selection need not know this method.
+        """
+        if tolerance is not None:
+            raise InvalidPlanError(
+                f"tolerance={tolerance} has no meaning for {self.name!r}, which does not measure "
+                "a choice as a whole: leave it out, or use smart."
+            )
+        if n_layers is not None:
+            ratio = self.check_count(n_layers) / self.num_layers
+        amount = {"ratio": ratio, "threshold": threshold}
+        given = {name: value for name, value in amount.items() if value is not None}
+        return self.select_layers(scores, **given)
+
+    def plan(
+        self,
+        eval_data: Sequence[EvalItem],
+        *,
+        model_id: str = "",
+        ratio: float | None = None,
+        threshold: float | None = None,
+        tolerance: float | None = None,
+        n_layers: int | None = None,
+        held_out: Sequence[EvalItem] | None = None,
+    ) -> PruningPlan:
+        """Choose, by scores where the strategy needs them; nothing is changed or written.
+
+        Args:
+            eval_data: items to score on.
+            model_id: name of the model, for the record.
+            ratio, threshold, n_layers: how much to remove, by at most one of them; the
+                strategy's own default without any. `n_layers` is an exact number.
+            tolerance: for strategies that measure their choice as a whole.
+            held_out: other items, on which the choice as a whole is measured in the end
+                (`PruningPlan.held_out`): two evaluations.
+
+        Raises:
+            InvalidPlanError: an amount that cannot be, or a choice that holds a protected layer
+                or none at all.
+            BaseException: after an interruption or an error `partial_plan` holds what a search had
+                come to.
+        """
+        check_items(eval_data)
+        amounts = {"ratio": ratio, "threshold": threshold, "n_layers": n_layers}
+        given = {name: value for name, value in amounts.items() if value is not None}
+        if len(given) > 1:
+            raise InvalidPlanError(f"{' and '.join(given)} exclude each other: give one.")
+        if n_layers is not None:
+            self.check_count(n_layers)
+        if ratio is not None:
+            self.count_for(ratio)
+        extent = given if tolerance is None else {**given, "tolerance": tolerance}
+
+        def record(chosen: Sequence[int], scores: LayerScores | None) -> PruningPlan:
+            return PruningPlan(
+                model_id=model_id,
+                num_layers=self.num_layers,
+                remove=check_layers(chosen, self.num_layers),
+                strategy=self.name,
+                options={**extent, "protect": list(self.protect), **self._options()},
+                scores=scores,
+                steps=self.steps,
+                data={
+                    "items": len(eval_data),
+                    "fingerprint": fingerprint(eval_data),
+                    "prompts": prompt_keys(eval_data),
+                },
+                versions=package_versions(),
+                model=self.identity,
+            )
+
+        self.steps, self.partial_plan = [], None
+        judge = None if held_out is None else self.quality(held_out)  # unfit data is told first
+        try:
+            scores, chosen = self._score_and_choose(eval_data, **extent)
+            plan = self.partial_plan = record(chosen, scores)
+            self.refuse_protected(plan.remove)
+            if not plan.remove:
+                self._refuse_empty(scores)
+            if judge is not None and held_out is not None:
+                plan = replace(plan, held_out=self._judged(judge, plan.remove, held_out))
+        except BaseException:
+            kept = [step["removed"] for step in self.steps if step["kept"]]
+            if self.partial_plan is None and kept:
+                self.partial_plan = record(kept[-1], None)
+            raise
+        self.partial_plan = None
+        return plan
+
+    def _score_and_choose(
+        self, eval_data: Sequence[EvalItem], **extent: Any
+    ) -> tuple[LayerScores | None, list[int]]:
+        scores = self._scored(self.compute_layer_scores(eval_data))
+        return scores, self.choose_layers(scores, eval_data, **extent)
+
+    def sweep(
+        self,
+        eval_data: Sequence[EvalItem],
+        n_layers: int,
+        *,
+        model_id: str = "",
+        held_out: Sequence[EvalItem] | None = None,
+    ) -> DepthCurve:
+        """What it costs to remove 1, 2, ... `n_layers` layers; nothing is changed or written.
+
+        The strategy scores once and chooses anew for every number of layers; each choice is
+        measured as a whole, on `eval_data` and on `held_out` if given.
+
+        Raises:
+            InvalidPlanError: so many layers cannot go.
+        """
+        check_items(eval_data)
+        quality, points = self.quality(eval_data), []
+        for removed in self._choices(eval_data, self.check_count(n_layers)):
+            held = None if held_out is None else self.measure_choice(removed, held_out)
+            point = {"n_layers": len(removed), "removed": list(removed)}
+            points.append({**point, "change": quality.change(removed), "held_out": held})
+        return DepthCurve(
+            model_id=model_id,
+            num_layers=self.num_layers,
+            strategy=self.name,
+            unit=quality.unit,
+            points=points,
+            data={"items": len(eval_data), "fingerprint": fingerprint(eval_data)},
+            versions=package_versions(),
+        )
+
+    def _choices(self, eval_data: Sequence[EvalItem], n_layers: int) -> list[list[int]]:
+        """The strategy's choice of 1, 2, ... `n_layers` layers."""
+        scores = self._scored(self.compute_layer_scores(eval_data))
+        counts = range(1, n_layers + 1)
+        return [self.choose_layers(scores, eval_data, n_layers=count) for count in counts]
+
+    def quality(self, eval_data: Sequence[EvalItem]) -> RemovalQuality:
+        """The measuring instrument for `eval_data`: the likelihood of the references."""
+        return RemovalQuality(self.layers, self.tokenizer, eval_data, batch_size=self.batch_size)
+
+    def measure_choice(self, layers: Sequence[int], held_out: Sequence[EvalItem]) -> dict[str, Any]:
+        """What removing `layers` costs on other data, as `PruningPlan.held_out` describes it."""
+        return self._judged(self.quality(held_out), layers, held_out)
+
+    def _judged(
+        self, quality: RemovalQuality, layers: Sequence[int], held_out: Sequence[EvalItem]
+    ) -> dict[str, Any]:
+        low, high = quality.interval(layers)
+        return {
+            "change": quality.change(layers),
+            "low": low,
+            "high": high,
+            "unit": quality.unit,
+            "items": quality.items,
+            "fingerprint": fingerprint(held_out),
+        }
+
+    def prune_and_save(
+        self,
+        layers: Sequence[int],
+        output_dir: str | Path,
+        model_id: str,
+        *,
+        heal: Heal = "none",
+        heal_data: Sequence[EvalItem] | None = None,
+        lora: LoraSettings | None = None,
+        overwrite: bool = False,
+        plan: PruningPlan | None = None,
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Remove `layers` for good and write a complete checkpoint that is checked by reloading.
+
+        The returned model shares the memory of the kept weights with the original, which stays
+        whole; repaired weights are copies.
+
+        Args:
+            layers: 0-based indices to remove.
+            output_dir: folder to write; it appears complete or not at all.
+            model_id: name of the original model, for the record.
+            heal: ``none``; ``linear`` (closed form, no training); ``lora`` (training on top).
+            heal_data: items to repair with; other items than the choice was made on.
+            lora: how to train, for ``lora``.
+            overwrite: replace an output folder that is not empty.
+            plan: how the layers were chosen, for the record in ``pruning_plan.json``.
+
+        Raises:
+            InvalidPlanError: indices that do not fit the model, or none.
+            InvalidDataError: healing without data, or with items that the layers were chosen on.
+            OutputError: the output exists, or cannot be written.
+            UnsupportedModelError: the architecture cannot express the pruned model, or be healed.
+            VerificationError: the written checkpoint does not compute what it should.
+        """
+        plan = plan or self._manual_plan(layers, model_id)
+        plan.check_model(self.num_layers, self.identity)
+        if tuple(sorted(layers)) != plan.remove or not plan.remove:
+            raise InvalidPlanError(
+                f"layers={sorted(layers)} must be at least one layer, and those of the plan "
+                f"({list(plan.remove)})."
+            )
+        on_first(lambda: check_output(output_dir, overwrite=overwrite))
+        if heal != "none" and heal_data:
+            chosen_on = plan.data.get("prompts", ())
+            refuse_overlap(heal_data, chosen_on, "to heal with", "the layers were chosen on")
+        pruned, outcome = self.repair(plan.remove, heal, heal_data, lora)
+        plan = replace(plan, options={**plan.options, "heal": outcome})
+        parts = pruned, self.tokenizer, plan, output_dir
+        on_first(lambda: save_checkpoint(*parts, overwrite=overwrite))
+        return pruned, self.tokenizer
+
+    def repair(
+        self,
+        layers: Sequence[int],
+        heal: Heal,
+        heal_data: Sequence[EvalItem] | None,
+        lora: LoraSettings | None = None,
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model without `layers`, verified and healed, and the record of the healing.
+
+        See `heal_model`. The last result is kept: a search that repairs on its way has healed the
+        set that it ends with.
+        """
+        self.layers.require_weights("removing layers for good")
+        data = fingerprint(heal_data) if heal_data else ""
+        how = lora.identity() if lora and heal == "lora" else ""
+        key = f"{model_fingerprint(self.model)}:{sorted(layers)}:{heal}:{data}:{how}"
+        if self._last_repair is None or self._last_repair[0] != key:
+            pruned = self.layers.remove(layers)
+            verify_removal(self.layers, layers, pruned)
+            tools = self.layers, layers, pruned, self.tokenizer, heal, heal_data
+            self._last_repair = key, heal_model(*tools, lora=lora)
+        model, record = self._last_repair[1]
+        return share_copy(model), record
+
+    def _manual_plan(self, layers: Sequence[int], model_id: str) -> PruningPlan:
+        return PruningPlan(
+            model_id=model_id,
+            num_layers=self.num_layers,
+            remove=tuple(layers),
+            strategy=self.name,
+            versions=package_versions(),
+            model=self.identity,
+        )
+
+    def export_mergekit_yaml(
+        self, layers: Sequence[int], yaml_path: str | Path, model_id: str
+    ) -> None:
+        """Write a MergeKit passthrough recipe that keeps all layers but `layers`."""
+        on_first(lambda: write_mergekit_yaml(self.layers, layers, yaml_path, model_id))
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What tells the model's checkpoint from others; see `PruningPlan.check_model`."""
+        return model_identity(self.model, self.num_layers)
+
+    @property
+    def candidates(self) -> range:
+        """The layers that are not protected."""
+        return range(self.protect[0], self.num_layers - self.protect[1])
+
+    def count_for(self, ratio: float) -> int:
+        """How many layers a `ratio` of all layers is, rounded down.
+
+        Raises:
+            InvalidPlanError: out of range, no layer, or more than may go.
+        """
+        if not 0 < ratio < 1:
+            raise InvalidPlanError(f"ratio={ratio} must lie between 0 and 1: {self._extent()}.")
+        count = int(ratio * self.num_layers + 1e-9)
+        if not 0 < count <= self._most():
+            raise InvalidPlanError(f"ratio={ratio:.4g} means {count} layers: {self._extent()}.")
+        return count
+
+    def check_count(self, n_layers: object) -> int:
+        """`n_layers` if so many layers can go.
+
+        Raises:
+            InvalidPlanError: no whole number, or out of range.
+        """
+        if type(n_layers) is not int or not 0 < n_layers <= self._most():
+            raise InvalidPlanError(
+                f"n_layers={n_layers} must be from 1 to {self._most()}: {self._extent()}."
+            )
+        return n_layers
+
+    def refuse_protected(self, layers: Sequence[int]) -> None:
+        """Raise InvalidPlanError if a protected layer is among `layers`."""
+        shielded = [layer for layer in layers if layer not in self.candidates]
+        if shielded:
+            raise InvalidPlanError(
+                f"Layers {shielded} are protected: the first {self.protect[0]} and the last "
+                f"{self.protect[1]} of {self.num_layers} layers must stay. Change protect= "
+                "(--protect) if you mean it."
+            )
+
+    def _most(self) -> int:
+        return min(len(self.candidates), self.num_layers - 1)
+
+    def _extent(self) -> str:
+        first, last = self.protect
+        return (
+            f"the model has {self.num_layers} layers, the first {first} and the last {last} are "
+            f"protected, so 1 to {self._most()} can go"
+        )
+
+    def hidden_states(
+        self, eval_data: Sequence[EvalItem], *, shared: bool = False
+    ) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
+        """The residual stream on `eval_data`, batch by batch, for strategies that read activations.
+
+        Args:
+            eval_data: items to read.
+            shared: of several processes each sees its portion of the batches only, perhaps none;
+                what it takes from them has to be put together with `stats.merged`.
+
+        Yields:
+            states: L + 1 tensors (sequences, tokens, hidden): the input of every layer, and the
+                output of the last one before the final norm.
+            real: bool (sequences, tokens), false for padding.
+        """
+        batches = encode_for(self.model, self.tokenizer, eval_data, self.batch_size)
+        if shared:
+            own = portion([batch.input_ids.numel() for batch in batches])
+            batches = batches[own.start : own.stop]
+        calls = [partial(self._states, batch) for batch in batches]
+        yield from progress(self.layers.sweep(calls), "Reading activations", total=len(calls))
+
+    def _states(self, batch: Batch) -> tuple[list[torch.Tensor], torch.Tensor]:
+        states: list[torch.Tensor] = []
+
+        def keep(index: int, entering: torch.Tensor, leaving: torch.Tensor) -> None:
+            states.append(entering)
+            if index == self.num_layers - 1:
+                states.append(leaving)
+                raise _LastState
+
+        check_ids(self.model, batch.input_ids)
+        batch = batch.to(self.layers.device)
+        with evaluating(self.model), self.layers.observe(keep), suppress(_LastState):
+            # All positions: some models let their last layers see those of the logits alone.
+            self.model(**batch.inputs(), **forward_options(self.model))
+        return states, batch.attention_mask.bool()
+
+    def _scored(self, scores: Mapping[int, float]) -> LayerScores:
+        if not isinstance(scores, Mapping):
+            kind = type(scores).__name__
+            raise InvalidPlanError(f"Scores must be a dict from layer to number, got a {kind}.")
+        lacking = [layer for layer in self.candidates if layer not in scores]
+        if lacking:
+            raise InvalidPlanError(
+                f"Layers {lacking} have no score: every layer that may go needs one."
+            )
+        if isinstance(scores, LayerScores):
+            return scores
+        return LayerScores(scores, strategy=self.name, unit=self.unit, removes=self.removes)
+
+    def _refuse_empty(self, scores: LayerScores | None) -> None:
+        if scores is not None:
+            order = [layer for layer in scores.ranked() if layer in self.candidates]
+            cheapest = f"layer {order[0]}, the cheapest, scores {scores[order[0]]:.4g}"
+            what = f"{cheapest} ({scores.unit})"
+        elif self.steps:
+            step = self.steps[-1]
+            what = f"the cheapest set tried changes quality by {step['change']:+.4f}"
+        else:
+            what = "there is no candidate"
+        raise InvalidPlanError(
+            f"No layer can go at this threshold or tolerance: {what}. Loosen the limit, or ask for "
+            "a number of layers."
+        )
+
+    def _options(self) -> dict[str, Any]:
+        """Constructor options worth recording in a plan."""
+        return {}
+
+
+def _checked_protection(protect: Sequence[int], num_layers: int) -> tuple[int, int]:
+    if (
+        not isinstance(protect, Sequence)
+        or len(protect) != 2
+        or any(not isinstance(side, int) or side < 0 for side in protect)
+    ):
+        raise InvalidPlanError(
+            f"protect={protect} must be two whole numbers from 0: layers kept at the start "
+            "and at the end."
+        )
+    first, last = protect
+    if first + last >= num_layers:
+        raise InvalidPlanError(
+            f"protect=({first}, {last}) protects all of the model's {num_layers} layers: together "
+            f"they must be below {num_layers}."
+        )
+    return first, last

@@ -1,0 +1,258 @@
+"""Strategies that measure the model without layers: ablation and smart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data.items import EvalItem, fingerprint, prompt_keys, refuse_overlap
+from ..errors import InvalidPlanError
+from ..model.layer_stack import LayerStack
+from ..results import LayerScores, check_layers
+from ..search.layer_search import depth_curve, search_layers, single_removals
+from ..search.objectives import ObjectiveLike, parse_objective
+from ..search.removal_quality import RemovalQuality
+from .base import DEFAULT_PROTECT, BasePruner
+from .healing_search import Repairs, search_in_rounds
+from .registry import register_strategy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class MeasuredPruner(BasePruner):
+    """Base of the strategies that measure the model without layers instead of reading it.
+
+    Args:
+        objective: what quality is, a name of `objectives.OBJECTIVES` or several with weights:
+            ``nll`` (likelihood of the references, or of running text), ``kl`` and ``agreement``
+            (with the full model), ``accuracy`` (of items with choices), ``similarity`` (of
+            generated answers); ``"nll=0.7,accuracy=0.3"``.
+        journal: file that keeps every measurement, so that a killed run can be taken up again.
+        seed: of the order in which a search looks at the items.
+        options: the other options of `BasePruner`.
+    """
+
+    removes = "highest"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        protect: tuple[int, int] = DEFAULT_PROTECT,
+        objective: ObjectiveLike = "nll",
+        journal: str | Path | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, tokenizer, protect=protect, **options)
+        if type(seed) is not int or seed < 0:
+            raise InvalidPlanError(f"seed={seed!r} must be a whole number from 0.")
+        self.shares, self.journal, self.seed = parse_objective(objective), journal, seed
+        self._qualities: dict[str, RemovalQuality] = {}
+
+    def quality(self, eval_data: Sequence[EvalItem]) -> RemovalQuality:
+        """The measuring instrument for `eval_data`; what it has measured it remembers."""
+        key = f"{self.layers.fingerprint}:{fingerprint(eval_data)}"
+        if key not in self._qualities:
+            self._qualities[key] = self._instrument(self.layers, eval_data)
+        return self._qualities[key]
+
+    def quality_of(self, stack: LayerStack, eval_data: Sequence[EvalItem]) -> RemovalQuality:
+        """The same for the layers of any model; that of another one, as a repaired, is not kept."""
+        if stack is self.layers:
+            return self.quality(eval_data)
+        return self._instrument(stack, eval_data)
+
+    def _instrument(self, stack: LayerStack, eval_data: Sequence[EvalItem]) -> RemovalQuality:
+        return RemovalQuality(
+            stack,
+            self.tokenizer,
+            eval_data,
+            objective=self.shares,
+            batch_size=self.batch_size,
+            journal=self.journal,
+            seed=self.seed,
+        )
+
+    def compute_layer_scores(self, eval_data: Sequence[EvalItem]) -> LayerScores:
+        """Relative change of quality when the layer alone is removed: -0.02 is 2 % worse.
+
+        Costs about half of the L + 1 evaluations of the data: layers below the removed one run
+        once for all.
+        """
+        quality = self.quality(eval_data)
+        scores = single_removals(quality, range(self.num_layers))
+        return LayerScores(scores, strategy=self.name, unit=quality.unit, removes=self.removes)
+
+    def _options(self) -> dict[str, Any]:
+        return {"objective": self.shares, "seed": self.seed}
+
+
+@register_strategy("ablation")
+class AblationPruner(MeasuredPruner):
+    """Sensitivity: what the model loses when one layer is taken out, measured.
+
+    The strategy to trust when layers are removed one by one; it does not see how removals
+    add up (`SmartPruner` does). Cost: half of L + 1 evaluations.
+    """
+
+    def description(self) -> str:
+        return "Measures the quality lost without each layer; half of L + 1 evaluations."
+
+    def select_layers(
+        self,
+        scores: Mapping[int, float],
+        ratio: float | None = None,
+        threshold: float | None = -0.02,
+    ) -> list[int]:
+        """Every layer that scores above `threshold`; with `ratio`, the cheapest share instead."""
+        if ratio is not None:
+            return super().select_layers(scores, ratio)
+        return super().select_layers(scores, threshold=threshold)
+
+
+@register_strategy("smart")
+class SmartPruner(MeasuredPruner):
+    """Iterative optimisation: cut, measure the whole cut model, exchange, roll back.
+
+    Layers are cut one by one, each measured on top of the cuts made so far, so that interactions
+    between removals are seen (SLEB, Song et al., arXiv:2402.09025, is the plain greedy search);
+    then layers are exchanged until no exchange is better. Candidates that are clearly worse on
+    few items are not measured on all (`search.LayerSearch`). The other half of healing, the
+    repair of the weights, is ``prune_and_save(..., heal=)``; with `repairs` the model is repaired
+    after every few cuts too, and the next ones are chosen on the repaired model.
+
+    Args:
+        repairs: how to repair in between; not at all if None.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        protect: tuple[int, int] = DEFAULT_PROTECT,
+        repairs: Repairs | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, tokenizer, protect=protect, **options)
+        self.repairs = repairs
+
+    def description(self) -> str:
+        return "Cuts layer by layer, measuring each combination; then exchanges layers."
+
+    def select_layers(
+        self,
+        scores: Mapping[int, float],
+        ratio: float | None = None,
+        threshold: float | None = -0.02,
+    ) -> list[int]:
+        """Candidates: layers that alone score above `threshold`, or the cheapest `ratio` of all."""
+        if ratio is not None:
+            return super().select_layers(scores, ratio)
+        return super().select_layers(scores, threshold=threshold)
+
+    def optimize_selection(
+        self,
+        candidates: Sequence[int] | None,
+        eval_data: Sequence[EvalItem],
+        tolerance: float = 0.015,
+        n_layers: int | None = None,
+    ) -> list[int]:
+        """The layers to remove, found by cuts, exchanges and roll-back.
+
+        Args:
+            candidates: layers that may go; None for every unprotected layer.
+            eval_data: what quality is measured on.
+            tolerance: largest relative loss of quality in total; 0.015 is 1.5 %.
+            n_layers: exactly this many layers, whatever they cost; `tolerance` is not used. For
+                both limits at once, see `plan`.
+
+        Returns:
+            0-based indices, ascending; empty if even the cheapest cut costs too much. What was
+            tried is in `.steps`, see `search.search_layers`.
+
+        Raises:
+            InvalidPlanError: candidates do not fit the model, are protected, or are fewer than
+                `n_layers`.
+        """
+        return self._search(
+            candidates,
+            eval_data,
+            n_layers=n_layers,
+            tolerance=None if n_layers is not None else tolerance,
+        )
+
+    def choose_layers(
+        self,
+        scores: Mapping[int, float],
+        eval_data: Sequence[EvalItem],
+        *,
+        ratio: float | None = None,
+        threshold: float | None = None,
+        tolerance: float | None = None,
+        n_layers: int | None = None,
+    ) -> list[int]:
+        """A number of layers (n_layers, or ratio), or as many as the tolerance allows, of all.
+
+        With a number and a tolerance: at most so many, within the tolerance. With a threshold: of
+        the layers that alone score above it, as many as the tolerance allows.
+        """
+        if ratio is not None:
+            n_layers = self.count_for(ratio)
+        if n_layers is not None:
+            return self._search(None, eval_data, n_layers=n_layers, tolerance=tolerance)
+        candidates = None if threshold is None else self.select_layers(scores, threshold=threshold)
+        if tolerance is None:
+            return self.optimize_selection(candidates, eval_data)
+        return self.optimize_selection(candidates, eval_data, tolerance)
+
+    def _score_and_choose(
+        self, eval_data: Sequence[EvalItem], **extent: Any
+    ) -> tuple[LayerScores | None, list[int]]:
+        """Scores are made only where a threshold asks for them: the search does without."""
+        if "threshold" in extent:
+            return super()._score_and_choose(eval_data, **extent)
+        return None, self.choose_layers({}, eval_data, **extent)
+
+    def _search(
+        self,
+        candidates: Sequence[int] | None,
+        eval_data: Sequence[EvalItem],
+        *,
+        n_layers: int | None,
+        tolerance: float | None,
+    ) -> list[int]:
+        pool = self.candidates if candidates is None else check_layers(candidates, self.num_layers)
+        self.refuse_protected(pool)
+        self.steps = []
+        limits: dict[str, Any] = {"n_layers": n_layers, "tolerance": tolerance}
+        limits["on_step"] = self.steps.append
+        if self.repairs is None:
+            return search_layers(self.quality(eval_data), pool, **limits)
+        how = self.repairs
+        refuse_overlap(how.items, prompt_keys(eval_data), "to repair with", "to choose layers on")
+        return search_in_rounds(
+            self.layers,
+            lambda stack: self.quality_of(stack, eval_data),
+            lambda layers: self.repair(layers, how.heal, how.items, how.lora),
+            pool,
+            every=how.every,
+            **limits,
+        )
+
+    def _choices(self, eval_data: Sequence[EvalItem], n_layers: int) -> list[list[int]]:
+        if self.repairs is not None:
+            raise InvalidPlanError("A sweep does not repair on its way: leave repairs out.")
+        self.steps = []
+        quality, note = self.quality(eval_data), self.steps.append
+        return [list(mask) for mask in depth_curve(quality, self.candidates, n_layers, note)]
+
+    def _options(self) -> dict[str, Any]:
+        if self.repairs is None:
+            return super()._options()
+        how = {"every": self.repairs.every, "heal": self.repairs.heal}
+        return {**super()._options(), "repairs": how}

@@ -1,0 +1,210 @@
+"""The model card of a pruned checkpoint: ``README.md`` with the metadata that the hub reads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..atomic_output import write_atomically
+from ..errors import OutputError
+from ..results import Comparison, PruningPlan, PruningReport
+from ..utils import logger
+from .summary import change_text, number_text, removed_text, verdict_text
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+
+CARD_FILE = "README.md"
+TAGS = ("llm_pruner", "depth-pruning", "pruned")
+# What holds for a pruned model as for its source; results, widgets and access rules do not.
+CARRIED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+# The hub knows finetune, adapter, merge and quantized: a model with fewer layers and weights of
+# its own is nearest to the first.
+RELATION = "finetune"
+
+
+def write_card(report: PruningReport, folder: str | Path) -> None:
+    """Write the model card of a pruned checkpoint as ``README.md`` into its folder.
+
+    Licence, language, datasets, tags and pipeline are those of the card that was saved with the
+    checkpoint, or of the original model's; the scores of the tasks become evaluation results.
+    Names are escaped.
+
+    Raises:
+        OutputError: the card cannot be written, or the folder has one that is not by llm_pruner.
+    """
+    path = Path(folder) / CARD_FILE
+    there = path.read_text("utf-8", "replace") if path.exists() else ""
+    if path.exists() and TAGS[0] not in (_metadata(there).get("tags") or ()):
+        raise OutputError(
+            f"{str(path)!r} is a model card that llm_pruner did not write: move it, or write to "
+            "another folder."
+        )
+    original = there or original_card(report.plan.model_id)
+    write_atomically(path, card_text(report.plan, original, report))
+
+
+def original_card(model_id: str) -> str:
+    """The text of a model's card, from its folder or from the hub; empty where none can be had."""
+    path = Path(model_id) / CARD_FILE
+    if Path(model_id).is_dir():
+        return path.read_text("utf-8", "replace") if path.is_file() else ""
+    if not _is_hub_id(model_id):
+        return ""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx or httpx2
+
+    try:
+        return Path(hf_hub_download(model_id, CARD_FILE)).read_text("utf-8", "replace")
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        reason = " ".join(str(error).split())
+        logger.info(
+            "No card of %s can be read (%.200s): add the licence to %s yourself.",
+            model_id,
+            reason,
+            CARD_FILE,
+        )
+    return ""
+
+
+def card_text(plan: PruningPlan, original: str = "", report: PruningReport | None = None) -> str:
+    """The card of a model pruned by `plan`.
+
+    Args:
+        original: the card of the original model, whose metadata is carried over.
+        report: what was measured, if something was.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    before = _metadata(original)
+    meta: dict[str, Any] = {name: before[name] for name in CARRIED if before.get(name)}
+    meta.setdefault("pipeline_tag", "text-generation")
+    if _is_hub_id(plan.model_id):
+        meta |= {"base_model": plan.model_id, "base_model_relation": RELATION}
+    tags = before.get("tags")
+    theirs = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+    name = f"{Path(plan.model_id).name or 'model'}-pruned"
+    results = _eval_results(report.comparisons) if report else []
+    if results:
+        meta |= {"eval_results": results, "model_name": name}
+    data = ModelCardData(library_name="transformers", tags=[*TAGS, *theirs], **meta)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report)}"))
+
+
+def _metadata(card: str) -> dict[str, Any]:
+    """The metadata of a card as a dict; empty where there is none that can be read."""
+    import yaml
+
+    match = re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---(\r|\n|$)", card, re.DOTALL)
+    try:
+        found = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError as error:
+        logger.info("The metadata of the original card is no YAML and is left out: %s", error)
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_hub_id(model_id: str) -> bool:
+    return (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", model_id, re.ASCII) is not None
+        and not model_id.startswith(".")
+        and not Path(model_id).exists()
+    )
+
+
+def _eval_results(comparisons: list[Comparison]) -> list[EvalResult]:
+    """The pruned model's score in each task, as the hub lists them."""
+    from huggingface_hub import EvalResult
+
+    results = []
+    for entry in comparisons:
+        if entry.group != "tasks" or entry.name == "task mean":
+            continue
+        task, metric = re.fullmatch(r"(.*?)(?: \(([\w,. -]+)\))?", entry.name, re.DOTALL).groups()  # type: ignore[union-attr]
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=re.sub(r"\W+", "_", task.lower()),
+                dataset_name=task,
+                metric_type=metric or "score",
+                metric_value=entry.after,
+            )
+        )
+    return results
+
+
+def _body(name: str, plan: PruningPlan, report: PruningReport | None) -> str:
+    source = inert(plan.model_id if _is_hub_id(plan.model_id) else Path(plan.model_id).name)
+    parts = [
+        f"# {inert(name)}",
+        f"{source or 'A model'} with {removed_text(plan)} (0-based). It loads in every tool that "
+        "loads the original; nothing but the number of layers differs in its architecture.",
+    ]
+    parts += ["## What it cost", _cost(plan, report)]
+    parts += ["## How to use it", _usage(name)]
+    parts += ["## How it was made", _history(plan, report)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _cost(plan: PruningPlan, report: PruningReport | None) -> str:
+    lines = []
+    if held := plan.held_out:
+        lines.append(
+            f"The cut alone: {held['change']:+.1%} (95 % interval {held['low']:+.1%} to "
+            f"{held['high']:+.1%}), {inert(held['unit'])}, {held['items']} unseen items.\n"
+        )
+    if report is not None and report.comparisons:
+        lines += ["| | before | after | change (95 % interval) | |", "|---|---:|---:|---:|---|"]
+        for entry in report.comparisons:
+            cells = (
+                entry.name + (f" ({entry.unit})" if entry.unit else ""),
+                number_text(entry.before),
+                number_text(entry.after),
+                change_text(entry),
+                verdict_text(entry),
+            )
+            lines.append(f"| {' | '.join(map(inert, cells))} |")
+        lines.append("")
+        lines.append(
+            "Intervals are paired, item by item; a difference is called clear where the interval "
+            "leaves out zero. The items played no part in the choice of the layers."
+        )
+    return "\n".join(lines) or "This was not measured."
+
+
+def _usage(name: str) -> str:
+    folder = re.sub(r"[^\w./-]", "_", name, flags=re.ASCII)
+    return (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/{folder}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("path/to/{folder}")\n```'
+    )
+
+
+def _history(plan: PruningPlan, report: PruningReport | None) -> str:
+    healing = plan.options.get("heal")
+    method = healing.get("method", "none") if isinstance(healing, dict) else "none"
+    repaired = f"repaired with {inert(method)}" if method != "none" else "not repaired"
+    versions = (report.versions if report else {}) or plan.versions
+    listed = ", ".join(f"{inert(name)} {inert(version)}" for name, version in versions.items())
+    measured = ", what was measured in `pruning_report.json` and `report.html`" if report else ""
+    lines = [
+        f"Layers chosen by: {inert(plan.strategy)}. Weights: {repaired}. "
+        f"Made with {listed or 'llm_pruner'}.",
+        f"The plan is in `pruning_plan.json`{measured}.",
+    ]
+    if report and report.command:
+        fence = "`" * (3 + max(map(len, re.findall("`+", report.command)), default=0))
+        lines.append(f"{fence}bash\n{' '.join(report.command.split())}\n{fence}")
+    return "\n\n".join(lines)
+
+
+def inert(text: object) -> str:
+    """`text` on one line, read as plain text by Markdown, also in a table, and by HTML."""
+    line = " ".join(str(text).split())
+    line = "".join(c for c in line if c.isprintable())
+    escaped = re.sub(r"([\\`*_\[\]|~:@$]|^[#+=>-]|(?<=\bwww)\.)", r"\\\1", line)
+    escaped = re.sub(r"^(\d+)([.)])(?= |$)", r"\1\\\2", escaped)
+    return escaped.replace("&", "&amp;").replace("<", "&lt;")

@@ -1,0 +1,333 @@
+"""Figures that need the model: its residual stream, and how it continues a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import InvalidDataError, MissingDependencyError, NonFiniteError
+from ..results import check_layers
+from ..utils import render_prompt
+from .style import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    PAGE,
+    check_path,
+    finish,
+    house_style,
+    legend_below,
+    new_figure,
+    paired_bars,
+    printable,
+    ticks,
+    wrap,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+MAX_PROMPTS = 6
+LINE = 10.0  # points from one line of running text to the next
+
+
+def plot_activation_comparison(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    pruned_layers: Iterable[int],
+    save_path: str | Path | None = None,
+    *,
+    title: str | None = None,
+    show: bool = False,
+) -> Figure:
+    """The residual stream along the depth, with all layers and without `pruned_layers`.
+
+    Left the size (root mean square) of the state that enters each layer and of the last layer's
+    output; right the cosine similarity of both streams where both exist. Lines are medians over
+    the prompt's tokens, bands quartiles: a mean would show the first token, whose state is often
+    a thousand times larger. Removed layers are shaded from input to output. Two forward passes.
+
+    Args:
+        pruned_layers: `InvalidPlanError` if they do not fit the model, which stays as it was.
+    """
+    path = check_path(save_path)
+    if not isinstance(prompt, str):
+        raise InvalidDataError(f"prompt is {prompt!r:.60}: a list, not one text; pass one of it.")
+    [text] = _check_prompts(prompt)
+    full, pruned = _streams(model, tokenizer, text, pruned_layers)
+    depth = max(full)
+    removed = [index for index in range(depth) if index not in pruned]
+    with house_style():
+        figure, [[left, right]] = new_figure(PAGE, [2.6], 2)
+        _draw_sizes(left, full, pruned)
+        _draw_similarity(right, full, pruned)
+        _mark_depth(left, removed, depth)
+        _mark_depth(right, removed, depth)
+        legend_below(figure, left)
+        default = f"Residual stream with {len(removed)} of {depth} layers removed"
+        return finish(figure, default if title is None else title, path, show)
+
+
+def plot_semantic_comparison(
+    original: PreTrainedModel,
+    pruned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[str],
+    save_path: str | Path | None = None,
+    *,
+    title: str = "Next token and greedy continuation, original and pruned model",
+    embedder: Any = None,
+    top_k: int = 5,
+    max_new_tokens: int = 40,
+    show: bool = False,
+) -> Figure:
+    """How two models continue the same prompt, or the same few prompts, one below another.
+
+    Left the probabilities of the next token, for the `top_k` tokens of either model, and the
+    share of probability that both have in common; right what `ModelEvaluator` lets them answer
+    and the cosine similarity of the two answers' meanings.
+
+    Args:
+        prompt: up to six, rendered by `utils.render_prompt` like all prompts of this package.
+        embedder: as for `ModelEvaluator`; where it cannot be had, the figure says that the
+            similarity was not computed.
+    """
+    path = check_path(save_path)
+    options = ((original, pruned), tokenizer, top_k, max_new_tokens)
+    rows = [_continue(text, *options) for text in _check_prompts(prompt)]
+    with house_style():
+        bodies = [_describe(row, embedder) for row in rows]
+        sizes = [
+            0.5 + max(0.27 * len(row.tokens), sum(gap for _, _, gap in body) / 72)
+            for row, body in zip(rows, bodies, strict=True)
+        ]
+        figure, panels = new_figure(PAGE, sizes, 2, (1.0, 1.3))
+        for (left, right), row, body in zip(panels, rows, bodies, strict=True):
+            paired_bars(left, list(range(len(row.tokens))), row.tokens, row.probabilities)
+            left.set_title(f"probability in common: {row.overlap:.0%}")
+            _draw_text(right, body)
+        panels[-1][0].set_xlabel("probability of the next token")
+        return finish(figure, title, path, show)
+
+
+def _streams(
+    model: Any, tokenizer: Any, prompt: str, layers: Iterable[int]
+) -> list[dict[int, torch.Tensor]]:
+    """Of the full and of the pruned model: the state entering each layer, and the output."""
+    from ..model.forward import evaluating
+    from ..model.layer_stack import LayerStack
+
+    stack = LayerStack(model)
+    removed = check_layers(layers, len(stack))
+    inputs = _encode(model, tokenizer, prompt)
+
+    def stream(skipped: tuple[int, ...]) -> dict[int, torch.Tensor]:
+        states: dict[int, torch.Tensor] = {}
+
+        def observer(index: int, hidden_in: torch.Tensor, hidden_out: torch.Tensor) -> None:
+            if index not in skipped:
+                states[index] = _tokens(hidden_in, index)
+                states[len(stack)] = _tokens(hidden_out, index)
+
+        with evaluating(model), stack.bypass(skipped), stack.observe(observer):
+            model(**inputs, use_cache=False)
+        return states
+
+    return [stream(()), stream(removed)]
+
+
+def _tokens(hidden: torch.Tensor, layer: int) -> torch.Tensor:
+    """(tokens, hidden) in float32 on the CPU."""
+    states = hidden.detach().float().flatten(0, -2).cpu()
+    if not states.isfinite().all():
+        raise NonFiniteError(
+            f"The hidden state at layer {layer} is NaN or infinite for this prompt: check the "
+            "checkpoint, or load the model with dtype float32."
+        )
+    return states
+
+
+def _draw_quartiles(
+    axes: Any, values: Mapping[int, torch.Tensor], line: str, colour: str, label: str = ""
+) -> list[float]:
+    """The median over tokens at each depth, with a band from quartile to quartile."""
+    import torch
+
+    depths = sorted(values)
+    levels = torch.tensor([0.25, 0.5, 0.75])
+    bands = torch.stack([values[depth].quantile(levels) for depth in depths]).T.tolist()
+    axes.fill_between(depths, bands[0], bands[2], color=colour, alpha=0.2, linewidth=0)
+    size = 2.5 if len(depths) <= 40 else 1.2
+    axes.plot(depths, bands[1], line, color=colour, markersize=size, label=label or "_")
+    return list(bands[1])
+
+
+def _draw_sizes(axes: Any, full: dict[int, Any], pruned: dict[int, Any]) -> None:
+    seen: list[float] = []
+    looks = (("o-", BLUE, "full model"), ("s--", ORANGE, "pruned model"))
+    for states, look in zip((full, pruned), looks, strict=True):
+        sizes = {depth: state.square().mean(-1).sqrt() for depth, state in states.items()}
+        seen += _draw_quartiles(axes, sizes, *look)
+    if max(seen) > 20 * min(seen) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set_ylabel("root mean square of the state")
+    axes.set_title("median and quartiles over tokens")
+
+
+def _draw_similarity(axes: Any, full: dict[int, Any], pruned: dict[int, Any]) -> None:
+    from torch.nn.functional import cosine_similarity
+
+    cosines = {}
+    for depth, state in pruned.items():
+        same = (full[depth] == state).all(-1)  # exactly 1, also for a state of zeros
+        cosines[depth] = cosine_similarity(full[depth], state, dim=-1).masked_fill(same, 1.0)
+    axes.axhline(1, color="0.6", linewidth=0.6)
+    medians = _draw_quartiles(axes, cosines, "D-", GREEN)
+    axes.set_ylabel("cosine similarity to full model")
+    axes.set_title(f"at the output: {medians[-1]:.3f}")
+
+
+def _mark_depth(axes: Any, removed: list[int], depth: int) -> None:
+    """Shade removed layers, each from its input to its output; label the depth."""
+    for index in removed:
+        label = "removed layers" if index == removed[0] else "_"
+        axes.axvspan(index, index + 1, color="0.88", linewidth=0, zorder=0, label=label)
+    places = [tick for tick in ticks(0, depth - 1, 12) if depth < 12 or tick < 0.95 * depth]
+    axes.set_xticks([*places, depth], [*map(str, places), "out"])
+    axes.set_xlim(-0.03 * depth, 1.03 * depth)
+    axes.set_xlabel("state entering layer")
+
+
+class _Continuation(NamedTuple):
+    """What two models make of one prompt; pairs are (original, pruned)."""
+
+    prompt: str
+    tokens: list[str]
+    probabilities: list[list[float]]
+    overlap: float
+    texts: list[str]
+
+
+def _continue(
+    prompt: str, models: Sequence[Any], tokenizer: Any, top_k: int, max_new_tokens: int
+) -> _Continuation:
+    import torch
+
+    from ..evaluation.generation import ModelEvaluator
+
+    texts = []
+    for model in models:
+        evaluator = ModelEvaluator(model, tokenizer, max_new_tokens=max_new_tokens)
+        texts += evaluator.generate([prompt])
+    one, two = (_next_token(model, tokenizer, prompt) for model in models)
+    if one.shape != two.shape:
+        raise InvalidDataError(
+            f"The models have {len(one)} and {len(two)} tokens in their vocabularies: compare a "
+            "model with its own pruned version."
+        )
+    best = {int(token) for p in (one, two) for token in p.topk(min(top_k, len(p))).indices}
+    order = sorted(best, key=lambda token: (-float(one[token]), token))
+    last = int(_encode(models[0], tokenizer, prompt)["input_ids"][0, -1])
+    return _Continuation(
+        prompt,
+        [_token_text(tokenizer, last, token) for token in order],
+        [p[order].tolist() for p in (one, two)],
+        float(torch.minimum(one, two).sum()),
+        texts,
+    )
+
+
+def _next_token(model: Any, tokenizer: Any, prompt: str) -> torch.Tensor:
+    """Probability of every token after the prompt."""
+    from ..model.forward import evaluating
+
+    with evaluating(model):
+        logits = model(**_encode(model, tokenizer, prompt), use_cache=False).logits
+    probabilities: torch.Tensor = logits[0, -1].float().cpu().softmax(-1)
+    return probabilities
+
+
+def _token_text(tokenizer: Any, previous: int, token: int) -> str:
+    """A token as it continues a text, with its spaces visible."""
+    before, both = (
+        tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        for ids in ([previous], [previous, token])
+    )
+    text = both.removeprefix(before) if both.startswith(before) else ""
+    if not text or "\ufffd" in text:
+        text = tokenizer.convert_ids_to_tokens(token) or f"<{token}>"
+    text = printable(text).replace(" ", "\u2423")
+    return text if len(text) <= 18 else text[:17] + "\u2026"
+
+
+def _describe(row: _Continuation, embedder: Any) -> list[tuple[str, str, float]]:
+    """The lines of the text panel: text, colour (black is not bold), points to the next."""
+    body = [("prompt", "0.3", row.prompt, 3)]
+    body += [("original model", BLUE, row.texts[0], 6), ("pruned model", ORANGE, row.texts[1], 6)]
+    lines: list[tuple[str, str, float]] = []
+    for name, colour, text, most in body:
+        wrapped = wrap(printable(text) or "(empty)", 3.5, most).split("\n")
+        lines += [(name, colour, LINE), *((line, "black", LINE) for line in wrapped)]
+        lines[-1] = (*lines[-1][:2], 1.4 * LINE)
+    return [*lines, (f"semantic similarity: {_similarity(row.texts, embedder)}", "0.3", LINE)]
+
+
+def _similarity(texts: list[str], embedder: Any) -> str:
+    from ..evaluation.similarity import embed, load_embedder
+
+    if not all(texts):
+        return "not defined (empty answer)"
+    try:
+        one, two = embed(texts, embedder or load_embedder())
+    except MissingDependencyError:
+        return "not computed (no sentence embedder)"
+    return f"{float(one @ two):.2f}"
+
+
+def _draw_text(axes: Any, body: list[tuple[str, str, float]]) -> None:
+    axes.axis("off")
+    down = 0.0
+    for line, colour, gap in body:
+        look = {"color": colour, "weight": "normal" if colour == "black" else "bold", "va": "top"}
+        place = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        text = axes.annotate(line, (0, 1), (0, -down), **place, **look)
+        text.set_in_layout(False)  # the height of the row has room for it
+        down += gap
+
+
+def _encode(model: Any, tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
+    """Token ids and mask of the rendered prompt, on the model's device.
+
+    One that is too long for the model loses its beginning.
+    """
+    from ..model.forward import position_limit
+
+    special = not getattr(tokenizer, "chat_template", None)
+    text = render_prompt(tokenizer, prompt)
+    encoded = tokenizer(text, return_tensors="pt", add_special_tokens=special)
+    ids = encoded["input_ids"].to(next(model.parameters()).device)
+    if ids.shape[1] > 1 and ids[0, -1] == tokenizer.eos_token_id:
+        ids = ids[:, :-1]  # some tokenizers close every text; nothing would follow
+    ids = ids[:, -position_limit(model) :]
+    return {"input_ids": ids, "attention_mask": ids.new_ones(ids.shape)}
+
+
+def _check_prompts(prompt: str | Sequence[str]) -> list[str]:
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not 1 <= len(prompts) <= MAX_PROMPTS:
+        raise InvalidDataError(
+            f"{len(prompts)} prompts given: one figure shows 1 to {MAX_PROMPTS}; choose some."
+        )
+    for text in prompts:
+        if not isinstance(text, str) or not text.strip():
+            raise InvalidDataError(f"The prompt {text!r:.60} is no text: give at least one word.")
+    return prompts

@@ -1,0 +1,376 @@
+"""Figures of quality: by number of layers removed, and task by task."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import InvalidDataError, NonFiniteError
+from ..results import Comparison, DepthCurve
+from .style import (
+    COLUMN,
+    GREEN,
+    PAGE,
+    PALETTE,
+    check_path,
+    finish,
+    house_style,
+    legend_below,
+    legend_columns,
+    new_figure,
+    paired_bars,
+    printable,
+    ticks,
+    wrap,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+MAX_CURVES = 6
+VERDICTS = {  # colour and marker, which grey print must tell apart too
+    "better": (GREEN, "^", "better"),
+    "worse": ("#d55e00", "v", "worse"),
+    "unclear": ("0.4", "o", "no clear difference"),
+    "": ("0.4", "x", "no interval"),
+}
+MARKERS = "os^DvP"  # of the curves, which grey print must tell apart
+
+
+def plot_depth_curve(
+    curves: DepthCurve | Iterable[DepthCurve],
+    title: str | None = None,
+    save_path: str | Path | None = None,
+    *,
+    show: bool = False,
+) -> Figure:
+    """Relative change of quality, in percent, against the number of layers removed.
+
+    Solid lines are changes on held-out data, where they were measured, with a band for the 95 %
+    interval; thin dashed lines of the same colour are changes on the data of the choice, with a
+    hollow marker where nothing else was measured. All begin at the full model: 0 layers, 0 %.
+    Where the curve falls to many times its first steps, the axis is logarithmic beyond 1 %.
+
+    Args:
+        curves: one, or up to six of the same unit; of several models, the legend names those.
+        title: above the figure; if None, one that names the strategy if there is one curve.
+    """
+    path = check_path(save_path)
+    given = _check_curves(curves)
+    lines = [_read_curve(curve, name) for curve, name in zip(given, _names(given), strict=True)]
+    last = max(depth for line in lines for depth in line.chosen)
+    depths = sorted({curve.num_layers for curve in given})
+    width, most_ticks = (COLUMN, 16) if last <= 40 else (PAGE, 26)
+    labels = [wrap(printable(line.name), 0.45 * width) for line in lines]
+    rows = max(3, sum(1 + label.count("\n") for label in labels))
+    with house_style():
+        figure, [[axes]] = new_figure(width, [2.3 + 0.13 * rows])
+        axes.axhline(0, color="0.6", linewidth=0.6)
+        keys = _draw_curves(axes, lines, labels)
+        note = _scale_changes(axes, lines)
+        axes.set_ylabel(f"{wrap(given[0].unit, 2.2)}\nin %{note}")
+        axes.set_xlabel(
+            f"layers removed (of {depths[0]})" if len(depths) == 1 else "layers removed"
+        )
+        axes.set_xlim(-0.03 * last, 1.03 * last)
+        axes.set_xticks(ticks(0, last, most_ticks))
+        legend_columns(figure, [keys, _line_keys(lines)])
+        default = "Quality by number of layers removed"
+        default += f": {given[0].strategy}" if len(given) == 1 else ""
+        return finish(figure, default if title is None else title, path, show)
+
+
+def plot_holistic_benchmark(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    n_samples: int | Mapping[str, int],
+    save_path: str | Path | None = None,
+    *,
+    title: str = "Benchmark before and after pruning",
+    chance: Mapping[str, float] | None = None,
+    show: bool = False,
+) -> Figure:
+    """Paired bars per task, before and after, with values and standard errors.
+
+    Error bars are one binomial standard error, sqrt(p (1 - p) / n). A task named ``mean`` comes
+    last, set apart, with that of a mean of independent tasks, sqrt(sum of squares) / tasks. For
+    scores between 0 and 1 per item, like similarities, both are upper bounds.
+
+    Args:
+        before: task -> score in [0, 1].
+        after: the same tasks.
+        n_samples: items per task, one number for all or task -> number (``mean`` needs none).
+        chance: what guessing scores in some of the tasks, drawn as a dashed line.
+    """
+    path = check_path(save_path)
+    tasks = _check_tasks(before, after)
+    counts = {task: _check_count(task, n_samples) for task in tasks if task != "mean"}
+    places = [row + 0.4 * (task == "mean") for row, task in enumerate(tasks)]
+    names = [f"{task} (n={counts[task]})" if task in counts else task for task in tasks]
+    names = [textwrap.fill(name.replace("_", "_ "), 24).replace("_ ", "_") for name in names]
+    with house_style():
+        figure, [[axes]] = new_figure(COLUMN, [0.9 + 0.33 * (places[-1] + 1)])
+        values = [[side[task] for task in tasks] for side in (before, after)]
+        errors = [[_error(task, side, counts) for task in tasks] for side in (before, after)]
+        paired_bars(axes, places, names, values, errors, ("before", "after"))
+        if chance:
+            _draw_chance(axes, chance, dict(zip(tasks, places, strict=True)))
+        if "mean" in tasks:
+            axes.axhline(places[-1] - 0.7, color="0.6", linewidth=0.6)
+        axes.set_xlabel("score \u00b1 1 standard error")
+        legend_below(figure, axes)
+        return finish(figure, title, path, show)
+
+
+def plot_comparisons(
+    comparisons: Sequence[Comparison],
+    title: str = "Scores before and after pruning",
+    save_path: str | Path | None = None,
+    *,
+    show: bool = False,
+) -> Figure:
+    """Scores of two models: bars before and after, and beside them the change of each.
+
+    Left a dashed line is the floor, where there is one; right the line through a change is its
+    95 % interval, and the marker says whether it is better, worse, or unclear since the interval
+    holds 0. A change that was not sampled has neither line nor verdict.
+
+    Args:
+        comparisons: of one unit, such as those of group ``tasks`` of a report.
+
+    Raises:
+        InvalidDataError: none, or of several units.
+    """
+    path = check_path(save_path)
+    entries = list(comparisons)
+    units = sorted({entry.unit for entry in entries})
+    if len(units) != 1:
+        raise InvalidDataError(
+            f"The comparisons have units {units}: give at least one, and all of one unit."
+        )
+    names = [printable(e.name) + (f" (n={e.count})" if e.count else "") for e in entries]
+    names = [wrap(name.replace("_", "_ "), 1.9, 2).replace("_ ", "_") for name in names]
+    places = list(map(float, range(len(entries))))
+    with house_style():
+        figure, [[left, right]] = new_figure(PAGE, [0.9 + 0.33 * len(entries)], 2, (1.0, 1.0))
+        values = [[entry.before for entry in entries], [entry.after for entry in entries]]
+        paired_bars(left, places, names, values, labels=("before", "after"))
+        floors = {entry.name: entry.floor for entry in entries if entry.floor is not None}
+        rows = [place for place, e in zip(places, entries, strict=True) if e.floor is not None]
+        if floors:
+            ends = [row - 0.45 for row in rows], [row + 0.45 for row in rows]
+            look: dict[str, Any] = {"colors": "black", "linestyles": "--", "linewidth": 0.8}
+            left.vlines(list(floors.values()), *ends, label="floor", **look)
+        left.set_xlabel(f"score{f' ({units[0]})' if units[0] else ''}")
+        keys = _draw_changes(right, entries)
+        right.set_ylim(left.get_ylim())
+        handles, _ = left.get_legend_handles_labels()
+        figure.legend(
+            handles=[*handles, *keys], loc="outside lower center", ncols=len(handles) + len(keys)
+        )
+        return finish(figure, title, path, show)
+
+
+def _draw_changes(axes: Any, entries: list[Comparison]) -> list[Any]:
+    """A marker for each change with its interval; handles for the legend."""
+    keys = {}
+    for row, entry in enumerate(entries):
+        colour, marker, label = VERDICTS[entry.verdict]
+        if entry.low is not None and entry.high is not None:
+            axes.plot([entry.low, entry.high], [row, row], color=colour, linewidth=1.2)
+        [point] = axes.plot(entry.change, row, marker, color=colour, markersize=4, label=label)
+        keys[label] = point
+    axes.axvline(0, color="0.6", linewidth=0.6)
+    axes.set_yticks([])
+    axes.margins(x=0.08)
+    axes.set_xlabel("change, with 95 % interval")
+    return list(keys.values())
+
+
+class _Line(NamedTuple):
+    """One curve in percent, by number of layers removed, the full model (0) included."""
+
+    name: str
+    chosen: dict[int, float]
+    held_out: dict[int, tuple[float, float, float]]  # change, low, high; {} if never measured
+
+
+def _check_curves(curves: Any) -> list[DepthCurve]:
+    alone = isinstance(curves, DepthCurve | str) or not isinstance(curves, Iterable)
+    given = [curves] if alone else list(curves)
+    for curve in given:
+        if not isinstance(curve, DepthCurve):
+            raise InvalidDataError(
+                f"{curve!r:.60} is a {type(curve).__name__}, not a DepthCurve: give what sweep() "
+                "returns or DepthCurve.load() reads."
+            )
+    if not 1 <= len(given) <= MAX_CURVES:
+        raise InvalidDataError(
+            f"{len(given)} curves given: one figure shows 1 to {MAX_CURVES}; choose some."
+        )
+    units = dict.fromkeys(curve.unit for curve in given)
+    held = [_held_out(point) for curve in given for point in curve.points]
+    units |= dict.fromkeys(str(entry["unit"]) for entry in held if "unit" in entry)
+    if len(units) > 1:
+        raise InvalidDataError(
+            f"The curves have different units, {' and '.join(map(repr, units))}: draw a figure "
+            "for each."
+        )
+    return given
+
+
+def _held_out(point: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What was measured on held-out data at a point; empty if nothing was."""
+    found = point.get("held_out") or {}
+    if not isinstance(found, Mapping):
+        raise InvalidDataError(
+            f"held_out at {point['n_layers']} layers is {found!r:.60}: it must be a dict with "
+            "change, low and high, or None."
+        )
+    return found
+
+
+def _names(curves: list[DepthCurve]) -> list[str]:
+    """What tells the curves apart: the strategy, with the model if there are several."""
+    several = len({curve.model_id for curve in curves}) > 1
+    names = [
+        f"{curve.strategy} ({curve.model_id})" if several and curve.model_id else curve.strategy
+        for curve in curves
+    ]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InvalidDataError(
+            f"Several curves are called {twice[0]!r}: name them apart, as in "
+            "dataclasses.replace(curve, strategy='first try')."
+        )
+    return names
+
+
+def _read_curve(curve: DepthCurve, name: str) -> _Line:
+    chosen, held = {0: 0.0}, {}
+    for point in curve.points:
+        place = f"of {name!r} at {point['n_layers']} layers"
+        chosen[point["n_layers"]] = _percent(f"change {place}", point["change"])
+        if found := _held_out(point):
+            keys = ("change", "low", "high")
+            numbers = [_percent(f"held-out {key} {place}", found.get(key)) for key in keys]
+            held[point["n_layers"]] = (numbers[0], numbers[1], numbers[2])
+            if numbers[1] > numbers[2]:
+                raise InvalidDataError(f"held-out low {place} is above high: {found!r:.200}.")
+    return _Line(name, chosen, {0: (0.0, 0.0, 0.0), **held} if held else {})
+
+
+def _percent(place: str, share: Any) -> float:
+    if isinstance(share, bool) or not isinstance(share, Real):
+        raise InvalidDataError(f"{place} is {share!r:.60}: it must be a number; run sweep() again.")
+    if not math.isfinite(share):
+        raise NonFiniteError(f"{place} is {share}: run sweep() again.")
+    return 100 * float(share)
+
+
+def _draw_curves(axes: Any, lines: list[_Line], labels: list[str]) -> list[Any]:
+    """The curves; a handle for each for the legend."""
+    from matplotlib.lines import Line2D
+
+    keys = []
+    size = 3.2 if max(len(line.chosen) for line in lines) < 20 else 2.4
+    for line, label, *shape in zip(lines, labels, PALETTE, MARKERS, strict=False):
+        look: dict[str, Any] = {"color": shape[0], "marker": shape[1], "markersize": size}
+        hollow = {**look, "linestyle": "--", "linewidth": 0.7, "markerfacecolor": "white"}
+        depths = list(line.chosen)
+        alone = [i for i, depth in enumerate(depths) if depth and depth not in line.held_out]
+        axes.plot(depths, list(line.chosen.values()), **hollow, markevery=alone)
+        if line.held_out:
+            depths = list(line.held_out)
+            changes, low, high = zip(*line.held_out.values(), strict=True)
+            axes.fill_between(depths, low, high, color=shape[0], alpha=0.2, linewidth=0)
+            axes.plot(depths, changes, **look, markevery=list(range(1, len(depths))))
+        keys.append(Line2D([], [], **(look if line.held_out else hollow), label=label))
+    return keys
+
+
+def _line_keys(lines: list[_Line]) -> list[Any]:
+    """Handles for the legend that say what is measured on what."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    held = [
+        Line2D([], [], color="0.3", label="held-out data"),
+        Patch(fc="0.3", alpha=0.2, linewidth=0, label="95 % interval"),
+    ]
+    chosen = Line2D([], [], color="0.3", linestyle="--", linewidth=0.7, label="data of the choice")
+    return [*(held if any(line.held_out for line in lines) else []), chosen]
+
+
+def _scale_changes(axes: Any, lines: list[_Line]) -> str:
+    """A logarithmic axis beyond 1 % where changes differ too much in size; a note on that."""
+    seen = [change for line in lines for change in line.chosen.values()]
+    seen += [change for line in lines for held in line.held_out.values() for change in held]
+    sizes = [abs(change) for change in seen if change]
+    if not sizes or max(sizes) <= 10 * max(1.0, min(sizes)):
+        return ""
+    axes.set_yscale("symlog", linthresh=1.0)
+    bottom, top = axes.get_ylim()
+    steps = [base * 10**power for power in range(8) for base in (1, 3)]
+    steps = [-step for step in steps[::-1]] + [0, *steps]
+    steps = [tick for tick in steps if bottom <= tick <= top]
+    axes.set_yticks(steps, [f"{tick:g}".replace("-", "\u2212") for tick in steps])
+    axes.set_yticks([], minor=True)
+    return ", log scale beyond 1 %"
+
+
+def _check_tasks(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    """The tasks in the order of `before`, ``mean`` last."""
+    if not {*before, *after} - {"mean"}:
+        raise InvalidDataError("before and after name no task: pass what run_benchmark() returns.")
+    for name, side in (("before", before), ("after", after)):
+        missing = sorted({*before, *after} - {*side})
+        if missing:
+            raise InvalidDataError(
+                f"Tasks {missing} are missing in {name}: both sides need the same tasks."
+            )
+        for task, score in side.items():
+            _check_share(f"{name}[{task!r}]", score)
+    return sorted(before, key=lambda task: task == "mean")
+
+
+def _check_share(place: str, score: float) -> None:
+    if not math.isfinite(score):
+        raise NonFiniteError(f"{place} is {score}: scores are from 0 to 1; run the task again.")
+    if not 0 <= score <= 1:
+        raise InvalidDataError(f"{place} is {score}: scores are shares from 0 to 1, not percent.")
+
+
+def _check_count(task: str, n_samples: int | Mapping[str, int]) -> int:
+    count = n_samples.get(task) if isinstance(n_samples, Mapping) else n_samples
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+        raise InvalidDataError(
+            f"n_samples for task {task!r} is {count!r}: give a whole number of items, at least 1, "
+            "for all tasks or for each."
+        )
+    return int(count)
+
+
+def _error(task: str, scores: Mapping[str, float], counts: Mapping[str, int]) -> float:
+    """Standard error of a task's score, or of the mean over all tasks."""
+    if task in counts:
+        return math.sqrt(scores[task] * (1 - scores[task]) / counts[task])
+    return math.hypot(*(_error(other, scores, counts) for other in counts)) / len(counts)
+
+
+def _draw_chance(axes: Any, chance: Mapping[str, float], places: dict[str, float]) -> None:
+    unknown = sorted(chance.keys() - places.keys())
+    if unknown:
+        raise InvalidDataError(f"chance names tasks {unknown}; known: {', '.join(places)}.")
+    for task, share in chance.items():
+        _check_share(f"chance[{task!r}]", share)
+    rows = [places[task] for task in chance]
+    ends = [row - 0.45 for row in rows], [row + 0.45 for row in rows]
+    axes.vlines(
+        list(chance.values()), *ends, colors="black", linestyles="--", linewidth=0.8, label="chance"
+    )

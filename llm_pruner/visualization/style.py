@@ -1,0 +1,176 @@
+"""How every figure looks: size, fonts and colours; and how it is made, written and shown."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ..atomic_output import write_atomically
+from ..errors import OutputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+COLUMN, PAGE = 3.4, 7.0  # inches
+BLUE, ORANGE, GREEN = "#0173b2", "#de8f05", "#029e73"  # seaborn's palette "colorblind"
+PALETTE = (BLUE, ORANGE, GREEN, "#d55e00", "#cc78bc", "#404040")  # its first five, and grey
+METADATA = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+SMALL = ("xtick.labelsize", "ytick.labelsize", "legend.fontsize")
+MEDIUM = ("font.size", "axes.labelsize", "axes.titlesize")
+HIDDEN = ("axes.spines.top", "axes.spines.right", "legend.frameon")
+STYLE: dict[str, Any] = {
+    **dict.fromkeys(SMALL, 6.5),
+    **dict.fromkeys(MEDIUM, 7.0),
+    **dict.fromkeys(HIDDEN, False),
+    "figure.titlesize": 8,
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "axes.linewidth": 0.6,
+    "hatch.linewidth": 0.6,
+    "lines.linewidth": 1.0,
+    "text.parse_math": False,  # a prompt may contain "$"
+    "savefig.dpi": 300,
+    "svg.hashsalt": "llm_pruner",
+    "pdf.fonttype": 42,
+}
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Our look inside the block, whatever the caller's is; the caller's is back after it."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(cast(Any, STYLE))
+        yield
+
+
+def new_figure(
+    width: float, heights: list[float], columns: int = 1, widths: Sequence[float] | None = None
+) -> tuple[Figure, Any]:
+    """A figure outside pyplot, and its axes by row and column."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, sum(heights) + 0.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    ratios: dict[str, Any] = {"height_ratios": heights, "width_ratios": widths}
+    return figure, figure.subplots(len(heights), columns, squeeze=False, **ratios)
+
+
+def legend_below(figure: Figure, axes: Any) -> None:
+    """One row of legend under the figure."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+
+
+def legend_columns(figure: Figure, columns: list[list[Any]]) -> None:
+    """A legend under the figure that keeps the handles of each column together."""
+    from matplotlib.lines import Line2D
+
+    rows = max(map(len, columns))
+    gap = Line2D([], [], linestyle="", label=" ")
+    handles = [handle for column in columns for handle in column + [gap] * (rows - len(column))]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(columns))
+
+
+def printable(text: str) -> str:
+    """`text` with line ends, control characters and what the font lacks made visible."""
+    from matplotlib.font_manager import findfont, get_font
+
+    glyphs = get_font(findfont(STYLE["font.family"])).get_charmap()
+    return "".join(
+        c if c.isprintable() and ord(c) in glyphs else c.encode("unicode_escape").decode()
+        for c in text.replace("\n", "\u21b5")
+    )
+
+
+def wrap(text: str, inches: float, most: int | None = None) -> str:
+    """`text` in lines of that width, measured in the font; at most `most` of them."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    measured = text_to_path.get_text_width_height_descent(text, FontProperties(size=7), False)
+    room = int(0.9 * inches * 72 * len(text) / max(measured[0], 1.0))
+    return textwrap.fill(text, max(8, room), max_lines=most, placeholder=" \u2026")
+
+
+def ticks(first: int, last: int, most: int) -> list[int]:
+    """Round layer numbers from `first` to `last`, at most `most`."""
+    steps = sorted(base * 10**power for power in range(6) for base in (1, 2, 4, 5))
+    step = next(step for step in steps if last // step - (first - 1) // step <= most)
+    return list(range(-(-first // step) * step, last + 1, step))
+
+
+def paired_bars(
+    axes: Any,
+    places: Sequence[float],
+    names: list[str],
+    values: list[list[float]],
+    errors: list[list[float]] | None = None,
+    labels: tuple[str, str] = ("_", "_"),
+) -> None:
+    """Two horizontal bars for each name, the first name on top, with their values behind them."""
+    longest = 0.0
+    for side, (colour, label) in enumerate(zip((BLUE, ORANGE), labels, strict=True)):
+        rows = [place + (side - 0.5) * 0.4 for place in places]
+        bars = {"height": 0.4, "color": colour, "label": label}
+        spread = errors[side] if errors else [0.0] * len(rows)
+        look = {"elinewidth": 0.8, "capsize": 1.5, "capthick": 0.8}
+        axes.barh(rows, values[side], xerr=spread if errors else None, error_kw=look, **bars)
+        for row, value, error in zip(rows, values[side], spread, strict=True):
+            at, style = (value + error, row), {"textcoords": "offset points", "fontsize": 6.5}
+            axes.annotate(f"{value:.2f}", at, (3, 0), va="center", **style)
+            longest = max(longest, value + error)
+    axes.set_yticks(places, names)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(places[-1] + 0.6, -0.6)
+    limit = 1.2 * longest or 1.0
+    axes.set_xlim(0, limit)
+    axes.set_xticks([tick for tick in axes.get_xticks() if tick <= min(limit, 1.0)])
+
+
+def check_path(save_path: str | Path | None) -> Path | None:
+    """`save_path` as a path; OutputError if its suffix is not one of a figure."""
+    path = None if save_path is None else Path(save_path)
+    if path is not None and path.suffix.lower() not in METADATA:
+        raise OutputError(
+            f"Cannot write a figure to {str(path)!r}: the name must end in {', '.join(METADATA)}."
+        )
+    return path
+
+
+def finish(figure: Figure, title: str, path: Path | None, show: bool) -> Figure:
+    """Add the title, write the figure if there is a path, show it if asked for."""
+    figure.suptitle(wrap(title, 0.87 * figure.get_figwidth()))
+    if path is not None:
+        write_atomically(path, file_bytes(figure, path.suffix.lower()))
+    if show:
+        _show(figure)
+    return figure
+
+
+def file_bytes(figure: Figure, suffix: str) -> bytes:
+    """The figure as a file of that kind, a key of `METADATA`; the same for the same figure."""
+    buffer = io.BytesIO()
+    with house_style():
+        figure.savefig(buffer, format=suffix[1:], metadata=METADATA[suffix])
+    return buffer.getvalue()
+
+
+def _show(figure: Figure) -> None:
+    """Lend the figure to a pyplot window until that is closed."""
+    import matplotlib.pyplot as plt
+
+    own = figure.canvas
+    manager: Any = plt.figure(figsize=figure.get_size_inches()).canvas.manager
+    manager.canvas.figure = figure
+    figure.set_canvas(manager.canvas)
+    plt.show(block=True)
+    plt.close(manager.num)
+    figure.set_canvas(own)

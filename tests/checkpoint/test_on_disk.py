@@ -1,0 +1,593 @@
+"""Pruning on disk: the checkpoint that pruning in memory writes, from bytes alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from conftest import tiny_llama
+from fakehub import running_hub
+from safetensors.torch import load_file, save_file
+
+from llm_pruner import LayerStack, PruningPlan, SmartPruner
+from llm_pruner.checkpoint.on_disk import check_manifest, prune_checkpoint
+from llm_pruner.checkpoint.on_disk_config import NeedsMemoryError
+from llm_pruner.checkpoint.safetensors_files import (
+    INDEX_FILE,
+    header_bytes,
+    read_checkpoint,
+    read_json,
+    shard_names,
+)
+from llm_pruner.checkpoint.save import write_model
+from llm_pruner.checkpoint.sources import LocalFolder
+from llm_pruner.errors import (
+    InvalidPlanError,
+    LoadError,
+    OutputError,
+    UnsupportedModelError,
+    VerificationError,
+)
+from llm_pruner.model.config_rules import SPELLED_OUT, prune_config_file
+from llm_pruner.results import Manifest
+
+REMOVED = (1, 3)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def config(folder: Path) -> dict[str, object]:
+    found = json.loads((folder / "config.json").read_text())
+    return {key: value for key, value in found.items() if key != "transformers_version"}
+
+
+@pytest.fixture
+def source(tokenizer, tmp_path):
+    """A tiny Llama in several shards, with tokenizer and files of other kinds."""
+    folder = tmp_path / "source"
+    tiny_llama().save_pretrained(folder, max_shard_size="40KB")
+    tokenizer.save_pretrained(folder)
+    (folder / "LICENSE").write_text("do what you like")
+    (folder / "more").mkdir()
+    (folder / "more" / "notes.txt").write_text("notes")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle nobody reads")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    "llama gpt2 gemma3_text mixtral qwen3 deepseek_v3 jamba granitemoehybrid xlm bart".split(),
+)
+def test_the_result_is_that_of_pruning_in_memory(model_type, tmp_path):
+    model = zoo.build(model_type)
+    write_model(model, tmp_path / "source")
+    write_model(LayerStack(model).remove(REMOVED), tmp_path / "memory")
+    manifest = prune_checkpoint(tmp_path / "source", REMOVED, tmp_path / "disk")
+    want, got = tensors(tmp_path / "memory"), tensors(tmp_path / "disk")
+    assert want.keys() == got.keys() == manifest.tensors.keys()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    assert config(tmp_path / "memory") == config(tmp_path / "disk")
+
+
+@pytest.mark.parametrize("model_type", ["beam", "zamba2", "inkling2_text", "nemotron_h"])
+def test_what_needs_other_weights_is_left_to_memory(model_type, tmp_path):
+    write_model(zoo.build(model_type), tmp_path / "source")
+    with pytest.raises(NeedsMemoryError, match=r"prune_and_save, which loads the model"):
+        prune_checkpoint(tmp_path / "source", REMOVED, tmp_path / "disk")
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_what_no_config_can_express_is_refused(tmp_path):
+    write_model(zoo.build("gemma3n_text"), tmp_path / "source")
+    with pytest.raises(UnsupportedModelError):
+        prune_checkpoint(tmp_path / "source", (3,), tmp_path / "disk")
+
+
+@pytest.mark.parametrize("model_type", sorted(SPELLED_OUT))
+@pytest.mark.parametrize("removed", [(1, 3), (0, 4, 5)])
+def test_a_config_without_its_class_is_that_of_its_class(model_type, removed, tmp_path):
+    """The slow road builds the model from the pruned config and compares every attribute."""
+    model = zoo.build(model_type)
+    model.config.save_pretrained(tmp_path)
+    values = read_json(LocalFolder(tmp_path), "config.json")
+    kept = [index for index in range(zoo.N_LAYERS) if index not in removed]
+    got = prune_config_file(values, kept, zoo.N_LAYERS)
+    assert got is not None
+    want = LayerStack(model).remove(removed).config
+    found, wanted = type(want).from_dict(got).to_dict(), want.to_dict()
+    differing = {name for name in wanted if wanted[name] != found.get(name)}
+    assert differing <= {"transformers_version", "_name_or_path", "dtype"}
+
+
+def test_the_card_is_ours_with_the_metadata_of_the_sources(source, tmp_path):
+    """And no report of the source is taken for one of the output."""
+    folder = shutil.copytree(source, tmp_path / "carded")
+    (folder / "README.md").write_text("---\nlicense: mit\ntags: [chat]\n---\nThe whole model.\n")
+    for name in ("report.html", "pruning_report.json"):
+        (folder / name).write_text("old")
+    prune_checkpoint(folder, REMOVED, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: mit" in card
+    assert "- llm_pruner" in card
+    assert "- chat" in card
+    assert f"{len(REMOVED)} of" in card
+    assert "The whole model" not in card
+    assert not (tmp_path / "out" / "report.html").exists()
+    assert not (tmp_path / "out" / "pruning_report.json").exists()
+
+
+def test_lists_that_a_class_makes_up_are_left_to_the_class():
+    values = {"model_type": "qwen3", "num_hidden_layers": 4, "use_sliding_window": True}
+    assert prune_config_file(values, [0, 1], 4) is None
+    assert prune_config_file({**values, "use_sliding_window": False}, [0, 1], 4) == {
+        "model_type": "qwen3",
+        "num_hidden_layers": 2,
+        "use_sliding_window": False,
+    }
+    spelled = {**values, "layer_types": ["a", "b", "c", "d"]}
+    pruned = prune_config_file(spelled, [0, 3], 4)
+    assert pruned
+    assert pruned["layer_types"] == ["a", "d"]
+
+
+def test_the_output_is_complete(source, tmp_path):
+    manifest = prune_checkpoint(source, REMOVED, tmp_path / "out", verify=True)
+    there = {
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")
+    }
+    assert {"LICENSE", "more/notes.txt", "tokenizer.json", "generation_config.json"} <= set(there)
+    assert "pytorch_model.bin" not in there
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        source / "tokenizer.json"
+    ).read_bytes()
+    plan = PruningPlan.load(tmp_path / "out" / "pruning_plan.json")
+    assert plan.remove == REMOVED
+    assert plan.model == read_checkpoint(LocalFolder(source)).identity()
+    assert manifest == Manifest.load(tmp_path / "out" / "pruning_manifest.json")
+    assert manifest.bytes_before - manifest.bytes_after == sum(
+        tensor.nbytes
+        for name, tensor in tensors(source).items()
+        if name.startswith(("model.layers.1.", "model.layers.3."))
+    )
+    index = json.loads((tmp_path / "out" / INDEX_FILE).read_text())
+    assert index["metadata"]["total_size"] == manifest.bytes_after
+    assert set(index["weight_map"].values()) == {
+        path.name for path in (tmp_path / "out").glob("*.safetensors")
+    }
+
+
+def test_neither_torch_nor_the_model_is_loaded(source, tmp_path):
+    code = (
+        "import sys; from llm_pruner.checkpoint.on_disk import prune_checkpoint; "
+        f"prune_checkpoint({str(source)!r}, [1, 3], {str(tmp_path / 'out')!r}); "
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_files_that_stay_can_be_linked(source, tmp_path):
+    files = sorted(source.glob("*.safetensors"))
+    modes = [path.stat().st_mode for path in files]
+    prune_checkpoint(source, (7,), tmp_path / "linked", link=True)
+    prune_checkpoint(source, (7,), tmp_path / "copied")
+    assert all(
+        torch.equal(tensor, tensors(tmp_path / "copied")[name])
+        for name, tensor in tensors(tmp_path / "linked").items()
+    )
+    links = [path.stat().st_nlink for path in sorted((tmp_path / "linked").glob("*.safetensors"))]
+    assert links[0] == 2
+    assert links[-1] == 1
+    assert all(path.stat().st_nlink == 1 for path in (tmp_path / "copied").glob("*.safetensors"))
+    assert modes == [path.stat().st_mode for path in files], "a linked file is the user's own"
+
+
+def test_a_kernel_that_cannot_copy(source, tmp_path, monkeypatch):
+    def unable(*args):
+        raise OSError(95, "Operation not supported")
+
+    prune_checkpoint(source, REMOVED, tmp_path / "kernel")
+    monkeypatch.setattr(os, "copy_file_range", unable, raising=False)
+    prune_checkpoint(source, REMOVED, tmp_path / "sent")
+    monkeypatch.setattr(os, "sendfile", unable, raising=False)
+    prune_checkpoint(source, REMOVED, tmp_path / "written")
+    files = sorted(path.name for path in (tmp_path / "kernel").glob("*.safetensors"))
+    for file in files:
+        first = (tmp_path / "kernel" / file).read_bytes()
+        assert (tmp_path / "sent" / file).read_bytes() == first
+        assert (tmp_path / "written" / file).read_bytes() == first
+
+
+def test_names_of_modules_in_a_quantization_follow(source, tmp_path):
+    values = json.loads((source / "config.json").read_text())
+    values["quantization_config"] = {
+        "ignore": ["lm_head", "model.layers.1.mlp", "model.layers.2.mlp.up_proj", "re:.*gate"],
+        "by_name": {"model.layers.3.mlp": 4, "model.layers.4.mlp": 8},
+        "bits": 4,
+    }
+    (source / "config.json").write_text(json.dumps(values))
+    prune_checkpoint(source, REMOVED, tmp_path / "out")
+    assert config(tmp_path / "out")["quantization_config"] == {
+        "ignore": ["lm_head", "model.layers.1.mlp.up_proj", "re:.*gate"],
+        "by_name": {"model.layers.2.mlp": 8},
+        "bits": 4,
+    }
+
+
+def test_layers_past_the_last_go(source, tmp_path):
+    """Heads that predict further tokens are stored behind the last layer; nobody loads them."""
+    file = sorted(source.glob("*.safetensors"))[-1]
+    extra = {**load_file(file), "model.layers.8.shared_head.weight": torch.ones(3)}
+    save_file(extra, file)
+    index = json.loads((source / INDEX_FILE).read_text())
+    index["weight_map"]["model.layers.8.shared_head.weight"] = file.name
+    (source / INDEX_FILE).write_text(json.dumps(index))
+    prune_checkpoint(source, REMOVED, tmp_path / "out", verify=True)
+    assert not any("shared_head" in name for name in tensors(tmp_path / "out"))
+
+
+# Plans
+
+
+def test_a_plan_is_carried_out_on_the_model_it_was_made_for(source, tokenizer, eval_data, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source)
+    plan = SmartPruner(model, tokenizer).plan(eval_data, n_layers=2, model_id="here")
+    assert set(plan.model) == {"tensors", "weights"}
+    plan.save(tmp_path / "plan.json")
+    prune_checkpoint(source, PruningPlan.load(tmp_path / "plan.json"), tmp_path / "out")
+    found = PruningPlan.load(tmp_path / "out" / "pruning_plan.json")
+    assert found == plan
+    check = SmartPruner(model, tokenizer)
+    check.prune_and_save(plan.remove, tmp_path / "memory", "here", plan=plan)
+
+
+def test_a_plan_for_another_model_is_refused(source, tokenizer, eval_data, tmp_path):
+    torch.manual_seed(5)
+    other = tiny_llama()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.01)
+    other.save_pretrained(tmp_path / "other")
+    from transformers import AutoModelForCausalLM
+
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    plan = SmartPruner(other, tokenizer).plan(eval_data, n_layers=2, model_id="other")
+    with pytest.raises(InvalidPlanError, match=r"made for another model, 'other' \(weights"):
+        prune_checkpoint(source, plan, tmp_path / "out")
+    pruner = SmartPruner(AutoModelForCausalLM.from_pretrained(source), tokenizer)
+    with pytest.raises(InvalidPlanError, match=r"made for another model.*score this one, or name"):
+        pruner.prune_and_save(plan.remove, tmp_path / "out", "here", plan=plan)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_identity_does_not_depend_on_the_division_into_files(source, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "one")
+    first, second = (read_checkpoint(LocalFolder(f)) for f in (source, tmp_path / "one"))
+    assert len(shard_names(first.source)) > 1 == len(shard_names(second.source))
+    assert first.identity() == second.identity()
+
+
+def test_identities_compare_what_both_sides_know():
+    plan = PruningPlan("x", 8, (1,), model={"tensors": "t", "weights": "w", "revision": "r"})
+    plan.check_model(8, {})
+    plan.check_model(8, {"tensors": "t", "weights": "w", "revision": "another"})
+    with pytest.raises(InvalidPlanError, match=r"revision r\)"):
+        plan.check_model(8, {"tensors": "t", "revision": "another"})
+    with pytest.raises(InvalidPlanError, match="8 layers"):
+        plan.check_model(9, {})
+
+
+# Damage
+
+
+def rewrite_header(file: Path, change) -> None:
+    """Change the header of a safetensors file, and leave its bytes."""
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    text = change(header) or json.dumps(header)
+    file.write_bytes(len(text).to_bytes(8, "little") + text.encode() + raw[8 + length :])
+
+
+def entry(header):
+    return next(value for name, value in header.items() if name != "__metadata__")
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def lie_about_offsets(file):
+    def change(header):
+        entry(header)["data_offsets"][1] -= 4
+
+    rewrite_header(file, change)
+
+
+def overlap(file):
+    def change(header):
+        first, second = [v for n, v in header.items() if n != "__metadata__"][:2]
+        second["shape"], second["data_offsets"] = first["shape"], first["data_offsets"]
+
+    rewrite_header(file, change)
+
+
+def lie_about_shape(file):
+    def change(header):
+        entry(header)["shape"][0] += 1
+
+    rewrite_header(file, change)
+
+
+def negative_shape(file):
+    def change(header):
+        entry(header)["shape"] = [-1, -8]
+
+    rewrite_header(file, change)
+
+
+def unknown_dtype(file):
+    def change(header):
+        entry(header)["dtype"] = "F7"
+
+    rewrite_header(file, change)
+
+
+def twice(file):
+    def change(header):
+        text = json.dumps(header)
+        name = next(name for name in header if name != "__metadata__")
+        return text[:-1] + f', "{name}": {json.dumps(header[name])}}}'
+
+    rewrite_header(file, change)
+
+
+def huge_header(file):
+    file.write_bytes((2**63).to_bytes(8, "little") + file.read_bytes()[8:])
+
+
+def no_json(file):
+    raw = file.read_bytes()
+    file.write_bytes(raw[:8] + b"<html>" + raw[14:])
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, r"tensors end at byte [\d,]+ and the file at"),
+        (lie_about_offsets, r"needs [\d,]+ bytes, and its offsets give it"),
+        (overlap, r"begins at byte \d+, not at"),
+        (lie_about_shape, r"needs [\d,]+ bytes, and its offsets give it"),
+        (negative_shape, r"is damaged \(a negative or fractional number\)"),
+        (unknown_dtype, r"is damaged \('F7'\)"),
+        (twice, r"not valid JSON: '.*' is there twice"),
+        (huge_header, r"claims a header of"),
+        (no_json, r"not valid JSON"),
+        (empty, r"it has 0 bytes"),
+    ],
+)
+def test_a_damaged_shard_is_refused(source, tmp_path, damage, message):
+    file = sorted(source.glob("*.safetensors"))[1]
+    damage(file)
+    with pytest.raises(LoadError, match=message) as caught:
+        prune_checkpoint(source, REMOVED, tmp_path / "out")
+    assert file.name in str(caught.value)
+    assert "Fetch the checkpoint again" in str(caught.value)
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def first(index):
+    return next(iter(index["weight_map"]))
+
+
+def point(index, name):
+    index["weight_map"][first(index)] = name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: point(index, "../source/model.safetensors"), "not the name of a file"),
+        (lambda index: point(index, "/etc/passwd"), "not the name of a file"),
+        (lambda index: point(index, "sub\\x.safetensors"), "not the name of a file"),
+        (lambda index: point(index, "pytorch_model.bin"), "not the name of a file"),
+        (lambda index: point(index, 7), "not the name of a file"),
+        (
+            lambda index: point(index, "model-99.safetensors"),
+            "'model-99.safetensors', which is not",
+        ),
+        (
+            lambda index: index["weight_map"].pop(next(iter(index["weight_map"]))),
+            "index says 'none'",
+        ),
+        (lambda index: index["weight_map"].update(more=shard(index)), "'more' is in no file"),
+        (lambda index: index.pop("weight_map"), "no 'weight_map'"),
+    ],
+)
+def test_a_wrong_index_is_refused(source, tmp_path, change, message):
+    index = json.loads((source / INDEX_FILE).read_text())
+    change(index)
+    (source / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(LoadError, match=message):
+        prune_checkpoint(source, REMOVED, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def shard(index):
+    return next(iter(index["weight_map"].values()))
+
+
+def test_a_tensor_in_two_files_is_refused(source, tmp_path):
+    first, second = sorted(source.glob("*.safetensors"))[:2]
+    both = {**load_file(first), **load_file(second)}
+    save_file(both, second)
+    with pytest.raises(LoadError, match=rf"stands in '{first.name}' too"):
+        prune_checkpoint(source, REMOVED, tmp_path / "out")
+
+
+def test_a_file_that_shrinks_while_it_is_copied(source, tmp_path, monkeypatch):
+    checkpoint = read_checkpoint(LocalFolder(source))
+    tensor = next(iter(checkpoint.tensors.values()))
+    with open(source / tensor.file, "r+b") as file:
+        file.truncate(tensor.end - 1)
+    with (
+        (tmp_path / "copy").open("wb") as target,
+        pytest.raises(LoadError, match="it ends at byte"),
+    ):
+        checkpoint.source.copy(tensor.file, tensor.start, tensor.end, target)
+
+
+def test_pickles_are_not_read(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(LoadError, match=r"pickled weights \(pytorch_model.bin\).*save_pretrained"):
+        prune_checkpoint(tmp_path / "model", REMOVED, tmp_path / "out")
+
+
+def test_adapters_are_refused(source, tmp_path):
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(LoadError, match="merge it into the model first"):
+        prune_checkpoint(source, REMOVED, tmp_path / "out")
+
+
+@pytest.mark.parametrize("layers", [[8], [], [1, 1], range(8)])
+def test_layers_that_cannot_be(source, tmp_path, layers):
+    with pytest.raises(InvalidPlanError):
+        prune_checkpoint(source, layers, tmp_path / "out")
+
+
+def test_places_that_cannot_be(source, tmp_path):
+    with pytest.raises(LoadError, match="is not a folder"):
+        prune_checkpoint(tmp_path / "nothing", REMOVED, tmp_path / "out")
+    with pytest.raises(OutputError, match="is not empty"):
+        prune_checkpoint(source, REMOVED, source)
+
+
+def test_a_manifest_finds_a_flipped_bit(source, tmp_path):
+    prune_checkpoint(source, REMOVED, tmp_path / "out", verify=True)
+    manifest = check_manifest(tmp_path / "out")
+    name, entry = next(iter(manifest.tensors.items()))
+    file = tmp_path / "out" / entry["file"]
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(VerificationError, match="is not what its manifest says"):
+        check_manifest(tmp_path / "out")
+    assert name in manifest.tensors
+
+
+def test_verification_reloads(source, tmp_path):
+    """A checkpoint that lacks a tensor from the start is told with `verify`."""
+    file = sorted(source.glob("*.safetensors"))[-1]
+    index = json.loads((source / INDEX_FILE).read_text())
+    lost = next(name for name, where in index["weight_map"].items() if where == file.name)
+    save_file({k: v for k, v in load_file(file).items() if k != lost} or {"x": torch.ones(1)}, file)
+    del index["weight_map"][lost]
+    (source / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(VerificationError, match="missing_keys"):
+        prune_checkpoint(source, REMOVED, tmp_path / "out", verify=True)
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_headers_are_those_of_the_library(source):
+    """What is written here is what safetensors itself would read and write."""
+    checkpoint = read_checkpoint(LocalFolder(source))
+    for file in shard_names(checkpoint.source):
+        mine = [t for t in checkpoint.tensors.values() if t.file == file]
+        base = mine[0].start
+        header = header_bytes(
+            [replace(t, start=t.start - base, end=t.end - base) for t in mine],
+            checkpoint.metadata[file],
+        )
+        raw = (source / file).read_bytes()
+        assert len(header) % 8 == 0
+        aligned = header_bytes(mine, checkpoint.metadata[file], base)
+        assert (len(aligned) - base) % 4096 == 0
+        assert json.loads(aligned[8:]).keys() == json.loads(raw[8:base]).keys()
+        assert json.loads(header[8:]) == json.loads(raw[8:base])
+
+
+# The hub, played by a server of our own
+
+
+SHA = "5" * 40
+
+
+@pytest.fixture
+def hub(source, monkeypatch, tmp_path):
+    with running_hub(monkeypatch, tmp_path / "cache") as server:
+        server.add("me/model", source, SHA)
+        yield server
+
+
+def test_from_the_hub_only_what_stays_is_fetched(hub, source, tmp_path):
+    here = prune_checkpoint(source, REMOVED, tmp_path / "here")
+    there = prune_checkpoint("me/model", REMOVED, tmp_path / "there")
+    assert there.revision == SHA
+    assert there.tensors == here.tensors
+    want = tensors(tmp_path / "here")
+    assert all(torch.equal(t, want[name]) for name, t in tensors(tmp_path / "there").items())
+    listed = LocalFolder(source)
+    rest = sum(listed.size(f) for f in listed.files() if not f.endswith((".safetensors", ".bin")))
+    headers = read_checkpoint(listed)
+    begins = {t.file: t.start for t in reversed(list(headers.tensors.values()))}
+    again = listed.size("config.json") + 2 * listed.size(INDEX_FILE)
+    assert hub.sent <= there.bytes_after + rest + sum(begins.values()) + again
+    assert hub.sent < there.bytes_before
+
+
+def test_a_hub_that_stumbles_is_asked_again(hub, tmp_path):
+    hub.fail("resolve", 503, after=8, times=1)
+    prune_checkpoint("me/model", REMOVED, tmp_path / "out")
+    assert check_manifest(tmp_path / "out").revision == SHA
+
+
+def test_a_hub_that_refuses_leaves_nothing(hub, tmp_path):
+    hub.fail("resolve", 403, after=11, times=1)
+    with pytest.raises(LoadError, match="Cannot load model 'me/model'"):
+        prune_checkpoint("me/model", REMOVED, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_a_server_without_ranges_is_refused(hub, tmp_path):
+    hub.knows_ranges = False
+    with pytest.raises(LoadError, match="does not send parts of files"):
+        prune_checkpoint("me/model", REMOVED, tmp_path / "out")
+
+
+def test_a_plan_for_another_revision_is_refused(hub, tmp_path):
+    plan = PruningPlan("me/model", 8, (1,), model={"revision": "6" * 40})
+    with pytest.raises(InvalidPlanError, match="revision"):
+        prune_checkpoint("me/model", plan, tmp_path / "out")
+
+
+def test_the_cached_copy_is_used_if_it_is_complete(hub, source, tmp_path):
+    snapshot = tmp_path / "cache" / "models--me--model" / "snapshots" / SHA
+    shutil.copytree(source, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(SHA)
+    manifest = prune_checkpoint("me/model", REMOVED, tmp_path / "out")
+    assert hub.sent == 0
+    assert manifest.revision == SHA
+    sorted(snapshot.glob("*.safetensors"))[-1].unlink()
+    prune_checkpoint("me/model", REMOVED, tmp_path / "again")
+    assert hub.sent > 0

@@ -1,0 +1,340 @@
+"""Checkpoints: complete and plain, verified by reloading; MergeKit recipes."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections import namedtuple
+
+import pytest
+import torch
+import yaml
+from conftest import N_LAYERS, tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm_pruner import SmartPruner
+from llm_pruner.atomic_output import PLAN_FILE
+from llm_pruner.checkpoint import save, verify
+from llm_pruner.checkpoint.mergekit import write_mergekit_yaml
+from llm_pruner.checkpoint.verify import verify_checkpoint, verify_removal
+from llm_pruner.errors import InvalidPlanError, OutputError, VerificationError
+from llm_pruner.model.layer_stack import LayerStack
+from llm_pruner.results import PruningPlan
+from llm_pruner.utils import count_bytes
+
+IDS = torch.arange(3, 15).reshape(1, 12)
+
+
+@pytest.fixture
+def pruner(llama, tokenizer):
+    return SmartPruner(llama, tokenizer)
+
+
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_the_output_is_a_complete_plain_checkpoint(pruner, tokenizer, tmp_path):
+    pruned, same = pruner.prune_and_save([2, 5], tmp_path / "out", "some/model")
+    assert same is tokenizer
+    names = set(tree(tmp_path / "out"))
+    assert {"config.json", "generation_config.json", "model.safetensors"} <= names
+    assert {"tokenizer.json", "tokenizer_config.json", PLAN_FILE} <= names
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.inference_mode():
+        assert torch.equal(reloaded(IDS).logits, pruned(IDS).logits)
+    text = "the cat sat"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text) == tokenizer(text)
+    plan = PruningPlan.load(tmp_path / "out" / PLAN_FILE)
+    assert plan.remove == (2, 5)
+    assert plan.model_id == "some/model"
+    assert tree(tmp_path)[0] == "out", "no staging folder is left"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_and_tied_weights_are_kept(tokenizer, tmp_path, dtype):
+    model = tiny_llama(tie_word_embeddings=True).to(dtype)
+    pruned, _ = SmartPruner(model, tokenizer).prune_and_save([3], tmp_path / "out", "m")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert reloaded.dtype == dtype
+    assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+    assert pruned.lm_head.weight is model.lm_head.weight
+
+
+def test_an_earlier_output_is_replaced_when_asked(pruner, tmp_path):
+    out = tmp_path / "out"
+    pruner.prune_and_save([2], out, "m")
+    with pytest.raises(OutputError, match="not empty"):
+        pruner.prune_and_save([3, 4], out, "m")
+    assert PruningPlan.load(out / PLAN_FILE).remove == (2,)
+    pruner.prune_and_save([3, 4], out, "m", overwrite=True)
+    assert PruningPlan.load(out / PLAN_FILE).remove == (3, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("room", [1_500, 100_000], ids=["tokenizer", "weights"])
+def test_a_failure_in_the_middle_leaves_the_old_output(pruner, tmp_path, monkeypatch, room):
+    """tokenizers and safetensors have errors of their own for a write that is refused."""
+    out = tmp_path / "out"
+    pruner.prune_and_save([2], out, "m")
+    before = {path: (out / path).read_bytes() for path in tree(out)}
+    assert 1_500 < len(before["tokenizer.json"]) < 100_000
+    assert len(before["model.safetensors"]) > 100_000
+    if room == 1_500:  # which comes after the weights
+        monkeypatch.setattr(save, "write_model", lambda model, folder: None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(OutputError, match=r"Writing .*out' failed: .*too large.*Nothing was"):
+            pruner.prune_and_save([3], out, "m", overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path: (out / path).read_bytes() for path in tree(out)} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_room_on_the_disk_is_looked_at_before_anything_is_written(pruner, tmp_path, monkeypatch):
+    need = count_bytes(pruner.layers.remove([2]))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage(0, 0, need - 1))
+    monkeypatch.setattr(save, "write_model", lambda model, folder: pytest.fail("written"))
+    with pytest.raises(OutputError, match=f"needs {need:,} bytes, and {need - 1:,} are free"):
+        pruner.prune_and_save([2], tmp_path / "out", "m")
+    monkeypatch.undo()
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage(0, 0, need))
+    pruner.prune_and_save([2], tmp_path / "out", "m")
+
+
+def damage_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1.01
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def drop_tensor(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def one_layer_less(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_weights, "compute different logits"),
+        (drop_tensor, "1 missing_keys, such as model.layers.1.mlp.down_proj.weight"),
+        (one_layer_less, "unexpected_keys"),
+    ],
+)
+def test_verification_finds_damage(llama, tmp_path, damage, message):
+    llama.save_pretrained(tmp_path)
+    verify_checkpoint(tmp_path, llama)
+    damage(tmp_path)
+    with pytest.raises(VerificationError, match=message):
+        verify_checkpoint(tmp_path, llama)
+
+
+def test_a_failed_verification_leaves_no_output(pruner, tmp_path, monkeypatch):
+    write = type(pruner.model).save_pretrained
+
+    def write_and_damage(self, folder, **options):
+        write(self, folder, **options)
+        damage_weights(folder)
+
+    monkeypatch.setattr(type(pruner.model), "save_pretrained", write_and_damage)
+    with pytest.raises(VerificationError, match="compute different logits"):
+        pruner.prune_and_save([3], tmp_path / "out", "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verification_in_memory_finds_a_wrong_layer_and_a_wrong_slot(llama):
+    stack = LayerStack(llama)
+    verify_removal(stack, [3], stack.remove([3]))
+    with pytest.raises(VerificationError, match="bypassed original compute different"):
+        verify_removal(stack, [3], stack.remove([4]))
+    stale = stack.remove([3])
+    for layer in stale.model.layers[3:]:
+        layer.self_attn.layer_idx -= 1
+    with pytest.raises(VerificationError, match="with and without cache"):
+        verify_removal(stack, [3], stale)
+
+
+def test_nan_weights_do_not_pass(llama):
+    with torch.no_grad():
+        llama.model.layers[2].mlp.down_proj.weight[0, 0] = float("nan")
+    stack = LayerStack(llama)
+    with pytest.raises(VerificationError, match="relative difference nan"):
+        verify_removal(stack, [5], stack.remove([5]))
+
+
+@pytest.mark.parametrize(
+    ("removed", "ranges"),
+    [
+        ([3, 4], [[0, 3], [5, 8]]),
+        ([0], [[1, 8]]),
+        ([7], [[0, 7]]),
+        ([1, 3], [[0, 1], [2, 3], [4, 8]]),
+        ([0, 1, 6, 7], [[2, 6]]),
+    ],
+)
+def test_mergekit_recipe(llama, tmp_path, removed, ranges):
+    path = tmp_path / "deep" / "recipe.yaml"
+    write_mergekit_yaml(LayerStack(llama.half()), removed, path, "some/model")
+    recipe = yaml.safe_load(path.read_text())
+    found = [entry["sources"][0] for entry in recipe["slices"]]
+    assert [source["layer_range"] for source in found] == ranges
+    kept = [layer for start, end in ranges for layer in range(start, end)]
+    assert kept == [layer for layer in range(N_LAYERS) if layer not in removed]
+    assert {source["model"] for source in found} == {"some/model"}
+    assert (recipe["merge_method"], recipe["dtype"]) == ("passthrough", "float16")
+
+
+def test_mergekit_refusals(llama, tmp_path):
+    with pytest.raises(InvalidPlanError, match="removes nothing"):
+        write_mergekit_yaml(LayerStack(llama), [], tmp_path / "r.yaml", "m")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match=r"Cannot write .*File exists"):
+        write_mergekit_yaml(LayerStack(llama), [2], tmp_path / "file" / "r.yaml", "m")
+
+
+def test_tolerances_are_tight():
+    assert verify.TOLERANCE[torch.float32] <= 2e-5
+
+
+def test_a_wrapper_is_loaded_pruned_and_written_with_its_processor(tokenizer, tmp_path):
+    """A vision-language model: its text decoder is pruned, everything else carried along."""
+    import zoo
+    from transformers import AutoModelForImageTextToText
+
+    from llm_pruner import load_model
+
+    model = zoo.build_wrapper("llava")
+    model.save_pretrained(tmp_path / "in")
+    tokenizer.save_pretrained(tmp_path / "in")
+    (tmp_path / "in" / "preprocessor_config.json").write_text('{"image_processor_type": "X"}')
+    loaded, own = load_model(str(tmp_path / "in"), device="cpu")
+    pruned, _ = SmartPruner(loaded, own).prune_and_save([2, 3], tmp_path / "out", "m")
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text().endswith('"X"}')
+    reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    with torch.inference_mode():
+        assert torch.equal(reloaded(IDS).logits, pruned(IDS).logits)
+
+
+def test_mergekit_users_are_warned_of_configs_it_does_not_adapt(tmp_path, caplog):
+    import zoo
+
+    write_mergekit_yaml(LayerStack(zoo.build("qwen3")), [2], tmp_path / "r.yaml", "m")
+    assert "MergeKit will write a wrong config" in caplog.text
+    assert "layer_types must change too" in caplog.text
+    caplog.clear()
+    write_mergekit_yaml(LayerStack(zoo.build("llama")), [2], tmp_path / "r.yaml", "m")
+    assert not caplog.text
+
+
+CUSTOM_CONFIG = """
+from transformers import PretrainedConfig
+
+
+class TinyConfig(PretrainedConfig):
+    model_type = "tinycustom"
+
+    def __init__(self, num_hidden_layers=8, width=16, vocab_size=64, **options):
+        self.num_hidden_layers, self.width, self.vocab_size = num_hidden_layers, width, vocab_size
+        super().__init__(**options)
+"""
+CUSTOM_MODEL = """
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from .configuration_tiny import TinyConfig
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, hidden):
+        return hidden + self.mix(hidden).tanh()
+
+
+class TinyForCausalLM(PreTrainedModel):
+    config_class = TinyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config.width) for _ in range(config.num_hidden_layers))
+        self.head = nn.Linear(config.width, config.vocab_size)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        hidden = self.embed(input_ids)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return CausalLMOutput(logits=self.head(hidden))
+"""
+
+
+def test_custom_code_travels_with_the_checkpoint(tokenizer, tmp_path, monkeypatch):
+    """The output loads without the folder it was made from; code runs only when asked for."""
+    from safetensors.torch import save_file
+
+    from llm_pruner import load_model
+    from llm_pruner.errors import LoadError
+
+    source = tmp_path / "custom"
+    source.mkdir()
+    (source / "configuration_tiny.py").write_text(CUSTOM_CONFIG)
+    (source / "modeling_tiny.py").write_text(CUSTOM_MODEL)
+    names = {"AutoConfig": "configuration_tiny.TinyConfig"}
+    names["AutoModelForCausalLM"] = "modeling_tiny.TinyForCausalLM"
+    config = {"model_type": "tinycustom", "auto_map": names, "architectures": ["TinyForCausalLM"]}
+    (source / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    shapes = {"embed.weight": (64, 16), "head.weight": (64, 16), "head.bias": (64,)}
+    for index in range(8):
+        shapes |= {f"blocks.{index}.mix.weight": (16, 16), f"blocks.{index}.mix.bias": (16,)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    tokenizer.save_pretrained(source)
+
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(LoadError, match=r"code of its own.*--trust-remote-code"):
+        load_model(str(source), device="cpu")
+    model, own = load_model(str(source), device="cpu", trust_remote_code=True)
+    pruned, _ = SmartPruner(model, own).prune_and_save([2, 5], tmp_path / "out", "m")
+    source.rename(tmp_path / "away")
+    again, _ = load_model(str(tmp_path / "out"), device="cpu", trust_remote_code=True)
+    assert len(again.blocks) == 6
+    with torch.inference_mode():
+        assert torch.equal(again(IDS).logits, pruned(IDS).logits)
+
+
+def test_code_nobody_trusted_is_not_referred_to(pruner, tmp_path):
+    """The class of transformers was used, so the output must load as such, trusted or not."""
+    pruner.model.config.auto_map = {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    pruner.prune_and_save([3], tmp_path / "out", "m")
+    assert not json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+
+
+def test_a_checkpoint_that_does_not_load_is_named(llama, tmp_path):
+    llama.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "nothing-known"}')
+    with pytest.raises(VerificationError, match="does not load: ValueError"):
+        verify_checkpoint(tmp_path, llama)

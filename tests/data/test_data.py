@@ -1,0 +1,763 @@
+"""Rows, files and datasets become items of one format; every failure says where and why."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import subprocess
+import sys
+
+import datasets
+import pytest
+from fakehub import running_hub
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_pruner.data import row_formats, sampling
+from llm_pruner.data.hub_datasets import load_dataset_from_hub, upload_dataset_to_hub
+from llm_pruner.data.items import check_items
+from llm_pruner.data.row_formats import DATASETS, normalize_item
+from llm_pruner.data.sampling import load_eval_dataset, safe_sample, split_items
+from llm_pruner.errors import InvalidDataError, LoadError, OutputError, UnknownNameError
+
+# Rows in the layout of the hub, with texts of our own.
+LETTERS = {"label": ["A", "B", "C"], "text": ["ice", "steam ", "fog"]}
+HELLASWAG_ROW = {
+    "activity_label": "Baking bread",
+    "ctx": "[header] How to bake [title] Mix the flour. the baker",
+    "ctx_a": "[header] How to bake [title] Mix the flour.",
+    "ctx_b": "the baker",
+    "endings": ["kneads the dough.", "paints a wall. [step] It dries.", "sings", "runs off"],
+    "label": "0",
+}
+ROWS = {
+    "gsm8k": {"question": "How many nails?", "answer": "7*200=<<7*200=1400>>1400\n#### 1,400"},
+    "arc_easy": {"id": "1", "question": "Hot?", "choices": LETTERS, "answerKey": "B"},
+    "arc_challenge": {
+        "question": "Which is even?",
+        "choices": {"label": ["1", "2", "3", "4"], "text": ["3", "4", "5", "7"]},
+        "answerKey": "2",
+    },
+    "hellaswag": HELLASWAG_ROW,
+    "sciq": {
+        "question": "What do bees make?",
+        "correct_answer": "honey",
+        "distractor1": "milk",
+        "distractor2": "silk",
+        "distractor3": "salt",
+        "support": "Bees make honey.",
+    },
+    "truthfulqa": {
+        "question": "Do fish sleep?",
+        "mc1_targets": {"choices": ["Yes, they rest", "Never", "Only in May"], "labels": [1, 0, 0]},
+        "mc2_targets": {"choices": ["Yes"], "labels": [1]},
+    },
+    "truthfulqa_gen": {
+        "question": "Do fish sleep?",
+        "best_answer": "Yes, they rest",
+        "correct_answers": ["Fish rest", "Yes, they rest"],
+        "incorrect_answers": ["Never"],
+    },
+    "openbookqa": {"question_stem": "A kettle gives", "choices": LETTERS, "answerKey": "B"},
+    "triviaqa": {
+        "question": "Which river runs through Rome?",
+        "answer": {
+            "value": "Tiber",
+            "aliases": ["Tevere", "Tiber", " "],
+            "type": "WikipediaEntity",
+        },
+    },
+}
+EXPECTED = {
+    "gsm8k": {"prompt": "How many nails?", "reference": "1400"},
+    "arc_easy": {"prompt": "Hot?", "reference": "steam", "choices": ["ice", "steam", "fog"]},
+    "arc_challenge": {
+        "prompt": "Which is even?",
+        "reference": "4",
+        "choices": ["3", "4", "5", "7"],
+    },
+    "hellaswag": {
+        "prompt": "Baking bread: How to bake. Mix the flour. The baker",
+        "reference": "kneads the dough.",
+        "choices": ["kneads the dough.", "paints a wall. It dries.", "sings", "runs off"],
+    },
+    "sciq": {
+        "prompt": "What do bees make?",
+        "reference": "honey",
+        "choices": ["honey", "milk", "salt", "silk"],
+    },
+    "truthfulqa": {
+        "prompt": "Do fish sleep?",
+        "reference": "Yes, they rest",
+        "choices": ["Never", "Only in May", "Yes, they rest"],
+    },
+    "truthfulqa_gen": {
+        "prompt": "Do fish sleep?",
+        "reference": "Yes, they rest",
+        "aliases": ["Yes, they rest", "Fish rest"],
+    },
+    "openbookqa": {
+        "prompt": "A kettle gives",
+        "reference": "steam",
+        "choices": ["ice", "steam", "fog"],
+    },
+    "triviaqa": {
+        "prompt": "Which river runs through Rome?",
+        "reference": "Tiber",
+        "aliases": ["Tiber", "Tevere"],
+    },
+}
+SHUFFLED = ("sciq", "truthfulqa")  # their right answer always comes first in the dataset
+
+
+def in_any_order(item):
+    return {**item, "choices": sorted(item["choices"])} if "choices" in item else item
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def qa(n, start=0):
+    return [{"prompt": f"q{i}", "reference": f"a{i}"} for i in range(start, start + n)]
+
+
+# --- Rows ------------------------------------------------------------------------------------
+
+
+def test_every_benchmark_has_a_row_here():
+    assert set(ROWS) == set(EXPECTED) == set(DATASETS)
+
+
+@pytest.mark.parametrize("name", sorted(DATASETS))
+def test_a_hub_row_becomes_an_item(name):
+    item = normalize_item(ROWS[name], name)
+    assert in_any_order(item) == in_any_order({"task": name, **EXPECTED[name]})
+    if name not in SHUFFLED:
+        assert item == {"task": name, **EXPECTED[name]}
+    check_items([item])
+    assert item["reference"] in item.get("choices", [item["reference"]])
+
+
+@pytest.mark.parametrize("name", sorted(DATASETS))
+def test_the_fields_alone_are_enough(name):
+    item = normalize_item(ROWS[name], "somebody/copy")
+    assert in_any_order(item) == in_any_order({"task": "copy", **EXPECTED[name]})
+
+
+@pytest.mark.parametrize(
+    ("alias", "row", "task"),
+    [
+        ("openai/gsm8k", "gsm8k", "gsm8k"),
+        ("ARC-Easy", "arc_easy", "arc_easy"),
+        ("trivia_qa", "triviaqa", "triviaqa"),
+        ("hellaswag", "hellaswag", "hellaswag"),
+        ("rowan/HellaSwag", "hellaswag", "hellaswag"),
+        ("truthful_qa", "truthfulqa", "truthfulqa"),
+        ("truthfulqa/truthful_qa", "truthfulqa_gen", "truthfulqa_gen"),
+        ("allenai/ai2_arc", "arc_easy", "ai2_arc"),
+    ],
+)
+def test_ids_of_today_and_before(alias, row, task):
+    assert normalize_item(ROWS[row], alias)["task"] == task
+
+
+@pytest.mark.parametrize("gold", [1, "1", "B", "water"])
+@pytest.mark.parametrize("field", ["query", "question"])
+def test_choices_with_an_index_a_letter_or_a_text(gold, field):
+    row = {field: "Question: What is wet?\nAnswer:", "choices": ["sand", "water"], "gold": gold}
+    expected = {"prompt": "What is wet?", "reference": "water", "choices": ["sand", "water"]}
+    assert normalize_item(row, "mine") == {"task": "mine", **expected}
+
+
+def test_an_ambiguous_answer_is_refused():
+    row = {"question": "1+1?", "choices": ["1", "3", "2", "0"], "answer": "2"}
+    assert normalize_item(row, "sums")["reference"] == "2"  # position and text agree
+    row["choices"] = ["2", "3", "1"]
+    with pytest.raises(InvalidDataError, match=r"answer '2' names 2 of the choices"):
+        normalize_item(row, "sums")
+    assert normalize_item({**row, "answer": 2}, "sums")["reference"] == "1"
+
+
+@pytest.mark.parametrize("gold", [3, "3", "D", -2, "maybe", True, None, [1]])
+def test_an_answer_outside_the_choices_is_refused(gold):
+    with pytest.raises(InvalidDataError, match=r"mine: (answer .* names 0 of|fields)"):
+        normalize_item({"question": "q", "choices": ["a", "b", "c"], "gold": gold}, "mine")
+
+
+@pytest.mark.parametrize("label", ["", -1, "-1"])
+def test_a_row_without_label_is_refused(label):
+    with pytest.raises(InvalidDataError, match=r"hellaswag: the row has no answer"):
+        normalize_item({**HELLASWAG_ROW, "label": label}, "hellaswag")
+    with pytest.raises(InvalidDataError, match=r"value '<unk>'"):
+        normalize_item({"question": "q", "answer": {"value": "<unk>", "aliases": []}}, "triviaqa")
+
+
+def test_truthfulqa_in_its_other_layouts():
+    row = {"question": "Do fish sleep?", "mc1_targets": {"Never": 0, "Yes, they rest": 1}}
+    item = normalize_item(row, "truthfulqa")
+    assert item["reference"] == "Yes, they rest"
+    assert sorted(item["choices"]) == ["Never", "Yes, they rest"]
+    row["mc1_targets"] = {"Never": 0, "No": 0}
+    with pytest.raises(InvalidDataError, match="marks 0 answers as true"):
+        normalize_item(row, "truthfulqa")
+    table = {"Question": "Do fish sleep?", "Best Answer": "Yes", "Correct Answers": "Yes; They do"}
+    assert normalize_item(table, "x")["aliases"] == ["Yes", "They do"]
+
+
+def test_shuffled_choices_are_reproducible_and_spread():
+    places = []
+    for i in range(80):
+        row = {**ROWS["sciq"], "question": f"Question {i}?"}
+        first = normalize_item(row, "sciq")
+        turned = {**row, "distractor1": row["distractor3"], "distractor3": row["distractor1"]}
+        assert first == normalize_item(turned, "sciq")
+        places.append(first["choices"].index("honey"))
+    assert all(places.count(place) >= 8 for place in range(4))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"),
+    [
+        ("so 5 - 8\n#### -3", "-3"),
+        ("\n#### 1,234.50", "1234.50"),
+        ("\n#### $2,000,000.", "2000000"),
+    ],
+)
+def test_final_number_of_gsm8k(answer, reference):
+    for name in ("gsm8k", "word_problems"):
+        item = normalize_item({"question": "q", "answer": answer}, name)
+        assert item["reference"] == reference
+
+
+def test_gsm8k_without_a_number_is_refused():
+    with pytest.raises(InvalidDataError, match=r"gsm8k: no number after '####'.*'many'"):
+        normalize_item({"question": "q", "answer": "many"}, "gsm8k")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"question": "q", "answer": 42}, {"prompt": "q", "reference": "42"}),
+        ({"question": "q", "answer": ["a"]}, {"prompt": "q", "reference": "a"}),
+        (
+            {"question": "q", "answer": ["a", "b", "a"]},
+            {"prompt": "q", "reference": "a", "aliases": ["a", "b"]},
+        ),
+        (
+            {"context": "Question: q\nAnswer:", "answer": "a", "aliases": ["b"]},
+            {"prompt": "q", "reference": "a", "aliases": ["a", "b"]},
+        ),
+        (
+            {"context": "Rome is old.", "question": "Is Rome old?", "answer": "yes"},
+            {"prompt": "Rome is old.\nIs Rome old?", "reference": "yes"},
+        ),
+        (
+            {"context": "The sky is", "continuation": " blue"},
+            {"prompt": "The sky is", "reference": "blue"},
+        ),
+        (
+            {"prompt": "q", "reference": "a", "choices": None, "aliases": [], "id": 7},
+            {"prompt": "q", "reference": "a"},
+        ),
+    ],
+)  # fmt: skip
+def test_open_questions(row, expected):
+    assert normalize_item(row, "org/mine") == {"task": "mine", **expected}
+
+
+def test_an_item_stays_as_it_is():
+    for name in DATASETS:
+        item = normalize_item(ROWS[name], name)
+        assert normalize_item(item, "elsewhere") == item
+
+
+def test_a_few_shot_prompt_is_left_alone():
+    prompt = "Question: 1?\nAnswer: one\n\nQuestion: 2?\nAnswer:"
+    assert normalize_item({"prompt": prompt, "reference": "two"}, "x")["prompt"] == prompt
+
+
+def test_running_text():
+    assert normalize_item({"text": " Once. ", "title": "T"}, "x") == "Once."
+    assert normalize_item("Once.", "x") == "Once."
+
+
+def test_unknown_fields_are_shown_with_those_accepted():
+    with pytest.raises(InvalidDataError) as caught:
+        normalize_item({"sentence1": "a", "Label": 0, "empty": None}, "glue")
+    message = str(caught.value)
+    assert "glue: fields with a value: ['label', 'sentence1']" in message
+    assert "prompt, reference; question, correct_answer" in message
+    assert "Rename the fields to 'prompt' and 'reference'" in message
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": " ", "reference": "a"}, "the question is empty"),
+        ({"prompt": "Question:\nAnswer:", "reference": "a"}, "the question is empty"),
+        ({"prompt": "q", "reference": ""}, "the reference is empty"),
+        ({"prompt": "q", "reference": True}, "the reference is a bool, not text: True"),
+        ({"prompt": "q", "reference": float("nan")}, "the reference is a float, not text: nan"),
+        ({"prompt": "q\ud800", "reference": "a"}, "the question is not valid Unicode"),
+        ({"prompt": "q", "reference": "c", "choices": ["a", "b"]}, "'c' is not one of the choices"),
+        ({"prompt": "q", "reference": "a", "choices": ["a"]}, "must be two or more texts: .'a'"),
+        ({"prompt": "q", "reference": "a", "aliases": "b"}, "aliases must be a list of texts: 'b'"),
+        ({"question": "q", "answer": []}, "the reference is a list"),
+        ({"text": ""}, "text is empty"),
+        (7, "a row must be an object or a text: 7"),
+    ],
+)
+def test_unusable_values_are_shown(row, message):
+    with pytest.raises(InvalidDataError, match=f"mine: .*{message}"):
+        normalize_item(row, "mine")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+FIELDS = sorted({field for row in ROWS.values() for field in row} | {"prompt", "reference", "text"})
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(sorted(ROWS)), st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3))
+def test_any_row_gives_an_item_or_the_one_error(name, changes):
+    try:
+        item = normalize_item({**ROWS[name], **changes}, name)
+    except InvalidDataError:
+        return
+    check_items([item])
+
+
+# --- Files -----------------------------------------------------------------------------------
+
+
+def test_file_types_agree(tmp_path):
+    rows = [{"prompt": "a, b?", "reference": "x", "choices": ["x", "[y]"]}, *qa(2)]
+    write(tmp_path / "mine.jsonl", rows)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "mine.json").write_text(json.dumps({"data": rows}, indent=1))
+    (tmp_path / "lines").mkdir()
+    write(tmp_path / "lines" / "mine.json", rows)
+    table = 'prompt,reference,choices\r\n"a, b?",x,"[""x"", ""[y]""]"\r\nq0,a0,\r\nq1,a1,\r\n'
+    (tmp_path / "mine.csv").write_bytes(b"\xef\xbb\xbf" + table.encode())
+    loaded = [
+        load_eval_dataset(3, tmp_path / name)
+        for name in ("mine.jsonl", "sub/mine.json", "lines/mine.json", "mine.csv")
+    ]
+    assert loaded[0] == [{"task": "mine", **row} for row in rows]
+    assert loaded.count(loaded[0]) == 4
+
+
+def test_text_file_has_an_item_per_paragraph(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("\ufeffOne\nline.\n \n\n\nTwo.\n\n", encoding="utf-8")
+    assert load_eval_dataset(2, path) == ["One\nline.", "Two."]
+
+
+def test_folder_is_its_files_in_order(tmp_path):
+    write(tmp_path / "b.jsonl", qa(1, 1))
+    write(tmp_path / "a.jsonl", qa(1))
+    (tmp_path / "README.md").write_text("not data")
+    assert [item["task"] for item in load_eval_dataset(2, tmp_path)] == ["a", "b"]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(LoadError, match=r"none: it has no file of type \.jsonl, \.json"):
+        load_eval_dataset(1, tmp_path / "none")
+
+
+def test_line_separators_inside_a_text_do_not_cut_it(tmp_path):
+    row = {"prompt": "a\u2028b\x85c", "reference": "r"}
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert load_eval_dataset(1, path)[0]["prompt"] == row["prompt"]
+
+
+GOOD = b'{"prompt": "q", "reference": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", GOOD + b'\n{"prompt": "q",\n', r"x\.jsonl:3: not JSON"),
+        ("x.jsonl", GOOD + b"[" * 100_000, r"x\.jsonl:2: not JSON"),
+        ("x.jsonl", GOOD + b'{"prompt": "q"}\n', r"x\.jsonl:2: fields with a value: \['prompt'\]"),
+        ("x.jsonl", GOOD + b'{"prompt": 1, "reference": [2]}', r"x\.jsonl:2: the reference is a l"),
+        ("x.jsonl", GOOD + b"17\n", r"x\.jsonl:2: a row must be an object or a text: 17"),
+        ("x.jsonl", GOOD + b'{"prompt": "caf\xe9"}', r"x\.jsonl:2: not UTF-8 \(byte 0xe9\)"),
+        ("x.jsonl", b"", r"x\.jsonl is empty"),
+        ("x.json", b'[\n{"prompt": "q",}\n]', r"x\.json:2: not JSON"),
+        ("x.json", b'[{"prompt": "q"}]', r"x\.json: row 1: fields with a value: \['prompt'\]"),
+        ("x.json", b"3", r"x\.json: must hold a list of rows, not 3"),
+        ("x.csv", b"prompt,reference\nq,a\nq,a,b\n", r"x\.csv:3: not the 2 cells"),
+        ("x.csv", b"prompt,reference\nq\n", r"x\.csv:2: not the 2 cells"),
+        ("x.csv", b'prompt,reference\n"q,a\nb,c\n', r"x\.csv:2: not CSV: unexpected end"),
+        ("x.csv", b"prompt,reference\nq,\n", r"x\.csv:2: the reference is empty"),
+        ("x.csv", b"prompt,reference\n", r"x\.csv is empty"),
+        ("x.txt", b" \n\n", r"x\.txt is empty"),
+        ("x.xlsx", b"PK", r"x\.xlsx: file types are \.jsonl"),
+    ],
+)
+def test_broken_files_are_located(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InvalidDataError, match=message):
+        load_eval_dataset(5, path)
+
+
+def test_missing_file_and_unknown_name(tmp_path):
+    with pytest.raises(LoadError, match=r"gone\.jsonl: No such file"):
+        load_eval_dataset(1, tmp_path / "gone.jsonl")
+    with pytest.raises(UnknownNameError, match=r"'gms8k'\. Did you mean 'gsm8k'.*demo-eval"):
+        load_eval_dataset(1, "gms8k")
+
+
+def test_demo_sets_are_the_packages_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "DEMO_DIR", tmp_path)
+    write(tmp_path / "calibration.jsonl", qa(3))
+    write(tmp_path / "evaluation.jsonl", qa(3, 10))
+    assert [item["prompt"] for item in load_eval_dataset(3, "demo")] == ["q0", "q1", "q2"]
+    assert [item["prompt"] for item in load_eval_dataset(3, "demo-eval")] == ["q10", "q11", "q12"]
+
+
+def test_sampling_is_by_seed_and_shortage_is_said(tmp_path, caplog):
+    path = write(tmp_path / "x.jsonl", qa(20))
+    one, same, other = (load_eval_dataset(5, path, seed=seed) for seed in (1, 1, 2))
+    assert one == same != other
+    assert len({item["prompt"] for item in one}) == 5
+    assert not caplog.records
+    assert len(load_eval_dataset(30, path)) == 20
+    assert "30 items asked for, only 20 available" in caplog.text
+
+
+@pytest.mark.parametrize("n", [0, -1, True, 2.0, "3"])
+def test_impossible_counts(n):
+    with pytest.raises(InvalidDataError, match=rf"n={n!r} must be an integer of at least 1"):
+        load_eval_dataset(n)
+    with pytest.raises(InvalidDataError, match=rf"k={n!r} must be an integer"):
+        safe_sample("gsm8k", None, None, n)
+
+
+# --- The hub, by a stand-in for load_dataset -------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub of rows: {(id, subset): {split: rows}}; an exception in a place of rows is raised."""
+    repos = {}
+
+    def load_dataset(repo_id, subset=None, split=None):
+        if (repo_id, subset) not in repos:
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset {repo_id!r} doesn't exist")
+        splits = repos[repo_id, subset]
+        if isinstance(splits, BaseException):
+            raise splits
+        if split is None:
+            return splits
+        if split not in splits:
+            raise ValueError(f"Unknown split {split!r}. Should be one of {list(splits)}.")
+        return splits[split]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return repos
+
+
+def fill(hub, names=tuple(DATASETS), n=30):
+    """Rows of `names` on the hub, told apart by a number."""
+    for name in names:
+        row = DATASETS[name]
+        field = next(f for f in ("question", "question_stem", "ctx_a") if f in ROWS[name])
+        rows = [{**ROWS[name], field: f"{ROWS[name][field]} {i}"} for i in range(n)]
+        hub[row.repo_id, row.subset] = {row.split: rows}
+
+
+def tasks(items):
+    return [item["task"] for item in items]
+
+
+@pytest.mark.parametrize("name", sorted(DATASETS))
+def test_each_benchmark_is_read_from_its_place(hub, name):
+    fill(hub, [name])
+    items = load_dataset_from_hub(name)
+    assert len(items) == 30
+    assert set(tasks(items)) == {name}
+    assert len({item["prompt"] for item in items}) == 30
+    assert load_eval_dataset(7, name, seed=3) == safe_sample(name, None, None, 7, seed=3)
+
+
+def test_default_is_an_even_mixture(hub):
+    fill(hub)
+    items = load_eval_dataset(20, seed=1)
+    assert [tasks(items).count(name) for name in row_formats.DEFAULT_SOURCES] == [4, 4, 3, 3, 3, 3]
+    assert items == load_eval_dataset(20, seed=1) != load_eval_dataset(20, seed=2)
+    assert items[:8] == load_eval_dataset(8, seed=1)
+
+
+def test_the_share_of_a_failing_source_is_filled(hub, caplog):
+    fill(hub, ["sciq", "triviaqa"])
+    hub["openai/gsm8k", "main"] = datasets.exceptions.DatasetGenerationError("disk full")
+    items = load_eval_dataset(20)
+    assert sorted(tasks(items)) == ["sciq"] * 10 + ["triviaqa"] * 10
+    assert "No items from gsm8k: Cannot load dataset 'openai/gsm8k': DatasetGen" in caplog.text
+    assert "disk full" in caplog.text
+
+
+def test_short_sources_give_what_they_have(hub, caplog):
+    fill(hub, ["sciq"], n=2)
+    fill(hub, ["gsm8k"], n=9)
+    assert sorted(tasks(load_eval_dataset(10))) == ["gsm8k"] * 8 + ["sciq"] * 2
+    assert len(load_eval_dataset(99)) == 11
+    assert "99 items asked for, only 11 available" in caplog.text
+
+
+def test_when_all_sources_fail_each_reason_is_listed(hub):
+    hub["allenai/sciq", None] = OSError("cable cut")
+    with pytest.raises(LoadError, match="or the source 'demo'") as caught:
+        load_eval_dataset(5)
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0].strip() for line in lines[1:]] == list(row_formats.DEFAULT_SOURCES)
+    assert "cable cut" in lines[3]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ConnectionError("offline"),
+        ValueError("bad config"),
+        RuntimeError("Dataset scripts are no longer supported"),
+        StopIteration(),
+        UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid"),
+        datasets.exceptions.DatasetGenerationError("broken"),
+        KeyError("feature"),
+    ],
+)
+def test_safe_sample_reports_and_goes_on(hub, caplog, failure):
+    hub["openai/gsm8k", "main"] = failure
+    with caplog.at_level(logging.WARNING, "llm_pruner"):
+        assert safe_sample("gsm8k", "main", "test", 3) == []
+    assert type(failure).__name__ in caplog.text
+    with pytest.raises(LoadError, match=type(failure).__name__):
+        load_dataset_from_hub("gsm8k")
+
+
+def test_safe_sample_does_not_hide_an_interrupt(hub):
+    hub["openai/gsm8k", "main"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        safe_sample("gsm8k", "main", "test", 3)
+
+
+def test_safe_sample_of_a_file(tmp_path, caplog):
+    path = write(tmp_path / "mine.jsonl", qa(9))
+    assert len(safe_sample(path, None, None, 4)) == 4
+    assert safe_sample(str(tmp_path / "gone.csv"), None, None, 4) == []
+    assert "gone.csv: No such file" in caplog.text
+
+
+def test_larger_samples_contain_the_smaller(hub):
+    fill(hub, ["gsm8k"])
+    assert safe_sample("gsm8k", None, None, 9)[:4] == safe_sample("gsm8k", None, None, 4)
+
+
+def test_subset_and_split_can_be_chosen(hub):
+    hub["openai/gsm8k", "socratic"] = {"train": [ROWS["gsm8k"]]}
+    assert len(safe_sample("gsm8k", "socratic", "train", 5)) == 1
+    fill(hub, ["truthfulqa", "truthfulqa_gen"])
+    generation = load_dataset_from_hub("truthfulqa/truthful_qa", subset="generation")
+    assert set(tasks(generation)) == {"truthfulqa_gen"}
+    with pytest.raises(LoadError, match="benchmarks: choose truthfulqa or truthfulqa_gen"):
+        load_dataset_from_hub("truthfulqa/truthful_qa")
+
+
+def test_splits_without_labels_are_passed_over(hub):
+    blank = {**HELLASWAG_ROW, "label": ""}
+    hub["me/tales", None] = {"train": [HELLASWAG_ROW] * 2, "test": [blank] * 200}
+    assert len(load_dataset_from_hub("me/tales")) == 2
+    with pytest.raises(LoadError, match=r"no usable split\. split 'test': row 0: the row has no a"):
+        load_dataset_from_hub("me/tales", split="test")
+    hub["me/tales", None] = {"extra": [HELLASWAG_ROW], "train": []}
+    assert tasks(load_dataset_from_hub("me/tales")) == ["tales"]
+
+
+def test_order_of_splits(hub):
+    hub["me/x", None] = {name: qa(1, i) for i, name in enumerate(["train", "validation", "test"])}
+    assert load_dataset_from_hub("me/x")[0]["prompt"] == "q2"
+    del hub["me/x", None]["test"]
+    assert load_dataset_from_hub("me/x")[0]["prompt"] == "q1"
+    assert load_dataset_from_hub("me/x", split="train")[0]["prompt"] == "q0"
+    with pytest.raises(LoadError, match=r"Unknown split 'dev'.*'validation'"):
+        load_dataset_from_hub("me/x", split="dev")
+
+
+def test_unusable_rows_are_passed_over_and_counted(hub, caplog):
+    rows = [{"prompt": "", "reference": "a"} if i % 3 else qa(1, i)[0] for i in range(30)]
+    hub["me/x", None] = {"test": rows}
+    assert len(load_eval_dataset(10, "me/x")) == 10
+    assert "passed over" in caplog.text
+    assert len(load_dataset_from_hub("me/x")) == 10
+    assert "passed over 20 unusable rows; the first is row 1: the question is empty" in caplog.text
+
+
+def test_missing_subset_says_what_to_do(hub):
+    hub["me/x", None] = ValueError("Config name is missing. Pick one among ['a', 'b']")
+    with pytest.raises(LoadError, match=r"'a', 'b'.*Choose one with subset="):
+        load_dataset_from_hub("me/x")
+
+
+def test_without_a_network():
+    with pytest.raises(LoadError, match=r"'openai/gsm8k': ConnectionError.*local paths"):
+        load_dataset_from_hub("gsm8k")
+    assert safe_sample("gsm8k", "main", "test", 2) == []
+
+
+# --- Splitting -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("first", "size"), [(4, 4), (0.25, 5), (0.01, 1), (19, 19)])
+def test_split_sizes_and_order(first, size):
+    items = qa(10) + [f"text {i}" for i in range(10)]
+    left, right = split_items(items, first, seed=3)
+    assert (len(left), len(right)) == (size, 20 - size)
+    assert sorted(left + right, key=str) == sorted(items, key=str)
+    assert left == [item for item in items if item in left]
+    assert (left, right) == split_items(items, first, seed=3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 8), min_size=2, max_size=30), st.integers(1, 29), st.integers(0, 3))
+def test_a_prompt_is_never_on_both_sides(numbers, first, seed):
+    items = [{"prompt": f" q  {i}" if p % 2 else f"q {i}", "reference": "a"}
+             for p, i in enumerate(numbers)]  # fmt: skip
+    try:
+        left, right = split_items(items, first, seed=seed)
+    except InvalidDataError:
+        return
+    keys = [{" ".join(item["prompt"].split()) for item in side} for side in (left, right)]
+    assert not keys[0] & keys[1]
+    assert len(left) <= first
+    assert len(left) + len(right) == len(items)
+
+
+def test_split_does_not_depend_on_the_order():
+    items = qa(30)
+    mixed = random.Random(0).sample(items, 30)
+    assert sorted(split_items(items)[0], key=str) == sorted(split_items(mixed)[0], key=str)
+    assert split_items(items, seed=0) != split_items(items, seed=1)
+
+
+@pytest.mark.parametrize("first", [0, 3, 9, -1])
+def test_impossible_splits(first):
+    with pytest.raises(InvalidDataError, match=f"put {first} of 3 items with 3 different prompts"):
+        split_items(qa(3), first)
+    with pytest.raises(InvalidDataError, match="5 items with 1 different prompts"):
+        split_items(qa(1) * 5)
+    with pytest.raises(InvalidDataError, match="is empty"):
+        split_items([])
+
+
+@pytest.mark.parametrize("first", [1.5, 0.0, True, "half", float("nan")])
+def test_impossible_shares(first):
+    with pytest.raises(InvalidDataError, match=r"first=.* must be a share between 0 and 1"):
+        split_items(qa(3), first)
+
+
+# --- Upload, against a server of our own -----------------------------------------------------
+
+TOKEN = "hf_secretsecret"
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llm_pruner.hub.WAITS", (0.01,))
+    with running_hub(monkeypatch, tmp_path / "cache") as server:
+        server.token = TOKEN
+        yield server
+    assert not list(tmp_path.iterdir())  # nothing was left in the working directory
+
+
+def committed(server):
+    """The files of the commit that the server received."""
+    files = server.repos["datasets/me/items"].files
+    return {name: content.decode() for name, content in files.items() if name[0] != "."}
+
+
+def test_upload_and_read_back(server, tmp_path_factory, caplog):
+    items = [normalize_item(ROWS[name], name) for name in DATASETS]
+    items += ["running é text", {"task": "<b>|\n", "prompt": "q", "reference": "a"}]
+    assert upload_dataset_to_hub(items, "me/items", f"{TOKEN}\n").endswith("/datasets/me/items")
+    assert server.repos["datasets/me/items"].private
+    assert TOKEN not in caplog.text
+    files = committed(server)
+    assert sorted(files) == ["README.md", "data.jsonl"]
+    assert "| gsm8k | 1 |" in files["README.md"]
+    assert "| _b___ | 1 |" in files["README.md"]
+    folder = tmp_path_factory.mktemp("items")
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    cache = str(tmp_path_factory.mktemp("cache"))
+    splits = datasets.load_dataset(str(folder), cache_dir=cache)
+    assert list(splits) == ["test"]
+    assert [normalize_item(row, "x") for row in splits["test"]] == [
+        *items[:-1],
+        {"task": "<b>|\n", "prompt": "q", "reference": "a"},
+    ]
+
+
+def test_bad_items_are_never_sent(server):
+    for bad in ([], [{"prompt": "q"}], [{"prompt": "q", "reference": "a", "extra": {1}}]):
+        with pytest.raises(InvalidDataError, match=r"eval_data|data\[0\] cannot be written"):
+            upload_dataset_to_hub(bad, "me/items", TOKEN)
+    assert not server.asked
+
+
+@pytest.mark.parametrize(
+    ("place", "status", "advice"),
+    [
+        ("create", 401, None),  # the client goes on if it can see the repository
+        ("commit", 401, "hf auth login"),
+        ("commit", 403, "hf auth login"),
+        ("commit", 404, "organisation/name"),
+        ("create", 500, "retry in a few minutes"),
+        ("commit", 429, "retry in a few minutes"),
+        ("commit", 503, "retry in a few minutes"),
+    ],
+)
+def test_refused_uploads_say_what_to_do(server, place, status, advice):
+    if advice is None:
+        upload_dataset_to_hub(qa(2), "me/items", TOKEN)
+    server.fail(place, status, body={"error": f"no ({TOKEN})"})
+    if advice is None:
+        assert upload_dataset_to_hub(qa(1), "me/items", TOKEN)
+        return
+    with pytest.raises(OutputError, match=advice) as caught:
+        upload_dataset_to_hub(qa(1), "me/items", TOKEN)
+    assert "'me/items'" in str(caught.value)
+    assert TOKEN not in f"{caught.value}{caught.value.__cause__}"
+
+
+def test_upload_to_an_impossible_name(server):
+    with pytest.raises(OutputError, match=r"'a/b/c': HFValidationError.*organisation/name"):
+        upload_dataset_to_hub(qa(1), "a/b/c", TOKEN)
+    assert not server.asked
+
+
+def test_upload_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_pruner.hub.WAITS", (0.01,))
+    with pytest.raises(OutputError, match=r"OfflineModeIsEnabled.*Check the network"):
+        upload_dataset_to_hub(qa(1), "me/items", TOKEN)
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(OutputError, match=r"ConnectError.*Check the network"):
+        upload_dataset_to_hub(qa(1), "me/items", TOKEN)
+
+
+def test_import_is_light():
+    heavy = "torch transformers datasets pandas huggingface_hub numpy".split()
+    code = f"import sys, llm_pruner.data; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

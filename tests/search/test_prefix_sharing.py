@@ -1,0 +1,354 @@
+"""Prefix sharing: the same results as whole passes, at the cost of a tree that is counted here."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+import weakref
+from contextlib import contextmanager
+from itertools import combinations
+from types import SimpleNamespace
+
+import pytest
+import torch
+import zoo
+from conftest import tiny_llama
+from torch import nn
+
+from llm_pruner.errors import UnsupportedModelError
+from llm_pruner.model.layer_stack import LayerStack
+from llm_pruner.search.prefix_sharing import executions, in_tree_order, replayed
+
+REPLAYABLE = (
+    "bloom deepseek_v3 falcon gemma2 gemma3n_text gpt2 jamba llama mamba2 minimax mixtral opt "
+    "qwen3 recurrent_gemma rwkv xlnet"
+).split()
+USED = {  # layers whose keys and values others use: no pass goes without them
+    "gemma3n_text-shared-kv": {2, 3},
+    "gemma4_text-shared-kv": {2, 3},
+}
+WHOLE = ["zaya", "mllama", "xlm", "hrm_text", *USED]
+IDS = torch.randint(3, 64, (3, 8), generator=torch.Generator().manual_seed(3))
+PADDED = torch.tensor([[1] * 8, [1] * 6 + [0] * 2, [1] * 3 + [0] * 5])
+
+
+def build(name: str) -> LayerStack:
+    variant = zoo.VARIANTS.get(name, zoo.Variant(name, {}))
+    return LayerStack(zoo.build(variant.model_type, **variant.overrides))
+
+
+def run(model: nn.Module) -> torch.Tensor:
+    """The logits of a padded batch."""
+    given = {"input_ids": IDS, "attention_mask": PADDED, "use_cache": False}
+    accepted = inspect.signature(model.forward).parameters
+    with torch.no_grad():
+        return model(**{key: value for key, value in given.items() if key in accepted}).logits
+
+
+def random_masks(depth: int, number: int, seed: int) -> list[tuple[int, ...]]:
+    """Sets of any size from none to all but one, in any order, some of them twice."""
+    draw = random.Random(seed)
+    sizes = [draw.randint(0, depth - 1) for _ in range(number)]
+    masks = [tuple(sorted(draw.sample(range(depth), size))) for size in sizes]
+    return [*masks, *draw.sample(masks, number // 4)]
+
+
+def tree_nodes(masks: list[tuple[int, ...]], depth: int) -> int:
+    """Different non-empty beginnings of the lists of kept layers."""
+    beginnings = set()
+    for mask in masks:
+        kept = [layer for layer in range(depth) if layer not in mask]
+        beginnings |= {tuple(kept[:size]) for size in range(1, len(kept) + 1)}
+    return len(beginnings)
+
+
+@contextmanager
+def counted(stack: LayerStack):
+    """Tokens that each layer is run on; nothing that the stack only learns once is counted."""
+    assert stack.can_replay in (True, False)
+    list(replayed(stack, [(0,)] if len(stack) > 1 else [()], run))
+    tokens = dict.fromkeys(range(len(stack)), 0)
+
+    def hook(index):
+        def call(module, args, kwargs, output):
+            tokens[index] += IDS.numel()
+
+        return call
+
+    handles = [
+        layer.register_forward_hook(hook(index), with_kwargs=True)
+        for index, layer in enumerate(stack)
+    ]
+    yield tokens
+    for handle in handles:
+        handle.remove()
+
+
+def check_untouched(stack: LayerStack, layers: list[nn.Module]) -> None:
+    assert list(stack) == layers
+    hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in stack.model.modules()]
+    assert not any(after or before for after, before in hooks)
+
+
+# --- results ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*REPLAYABLE, *WHOLE])
+def test_every_mask_computes_what_a_whole_pass_computes(name):
+    stack = build(name)
+    layers = list(stack)
+    assert stack.can_replay == (name in REPLAYABLE)
+    masks = random_masks(len(stack), 24, seed=len(name))
+    masks = [mask for mask in masks if not USED.get(name, set()) & set(mask)]
+    want = {}
+    for mask in set(masks):
+        with stack.bypass(mask):
+            want[mask] = run(stack.model)
+    found = list(replayed(stack, masks, run))
+    assert sorted(mask for mask, _ in found) == sorted(want), "every mask, and none twice"
+    for mask, logits in found:
+        assert torch.equal(logits, want[mask]), mask
+    different = len({float(logits.sum()) for logits in want.values()})
+    assert len(want) > 4
+    assert different == len(want) or name == "mllama", "its layers for images do nothing here"
+    check_untouched(stack, layers)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3n_text"])
+def test_a_replayed_mask_is_the_model_without_the_layers(name):
+    """By another road than the stand-ins: the pruned model itself."""
+    stack = build(name)
+    for mask, logits in replayed(stack, random_masks(len(stack), 6, seed=1), run):
+        pruned = stack.remove(mask) if mask else stack.model
+        torch.testing.assert_close(logits, run(pruned), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("can_replay", [True, False])
+def test_both_roads_visit_the_masks_in_the_same_order(can_replay):
+    stack = LayerStack(tiny_llama(5))
+    masks = random_masks(5, 12, seed=2)
+    want = [(mask, logits) for mask, logits in replayed(stack, masks, run)]
+    stack.can_replay = can_replay
+    again = list(replayed(stack, iter(masks), run))
+    assert [mask for mask, _ in again] == [mask for mask, _ in want]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(again, want, strict=True))
+
+
+def test_the_full_model_comes_first():
+    """Measures that compare with the full model rely on it."""
+    stack = LayerStack(tiny_llama(5))
+    for seed in range(5):
+        masks = [*random_masks(5, 6, seed), ()]
+        assert next(replayed(stack, masks, run))[0] == ()
+
+
+def test_no_mask_no_pass():
+    assert list(replayed(LayerStack(tiny_llama(2)), [], lambda model: 1 / 0)) == []
+
+
+# --- cost -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mamba2", "gemma3n_text"])
+@pytest.mark.parametrize("seed", range(3))
+def test_layers_run_once_for_every_node_of_the_tree(name, seed):
+    stack = build(name)
+    masks = random_masks(len(stack), 4 * 4**seed, seed)
+    with counted(stack) as tokens:
+        list(replayed(stack, masks, run))
+    assert sum(tokens.values()) == tree_nodes(masks, len(stack)) * IDS.numel()
+
+
+@pytest.mark.parametrize("name", ["llama", "zaya"])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_every_mask_will_cost_is_known(name, seed):
+    stack = build(name)
+    ordered = in_tree_order(random_masks(len(stack), 12, seed), len(stack))
+    with counted(stack) as tokens:
+        told, before = [], 0
+        for mask, _ in replayed(stack, ordered, run):
+            told.append((mask, (sum(tokens.values()) - before) // IDS.numel()))
+            before = sum(tokens.values())
+    assert list(zip(ordered, executions(stack, ordered), strict=True)) == told
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 9])
+def test_ablating_every_layer_costs_half_of_whole_passes(depth):
+    stack = LayerStack(tiny_llama(depth))
+    masks = [(), *((layer,) for layer in range(depth) if depth > 1)]
+    with counted(stack) as tokens:
+        list(replayed(stack, masks, run))
+    assert sum(tokens.values()) == (depth + depth * (depth - 1) // 2) * IDS.numel()
+    runs = [count // IDS.numel() for count in tokens.values()]
+    assert runs == [layer + 1 for layer in range(depth)], "once as it is, once for every one below"
+
+
+def test_all_sets_of_layers_cost_two_layers_each():
+    stack = LayerStack(tiny_llama(6))
+    masks = [mask for size in range(6) for mask in combinations(range(6), size)]
+    with counted(stack) as tokens:
+        list(replayed(stack, masks, run))
+    assert sum(tokens.values()) == (2**6 - 1) * IDS.numel()
+
+
+def test_without_replay_every_mask_is_a_whole_pass():
+    stack = build("zaya")
+    masks = random_masks(len(stack), 10, seed=4)
+    with counted(stack) as tokens:
+        list(replayed(stack, masks, run))
+    kept = sum(len(stack) - len(mask) for mask in set(masks))
+    assert sum(tokens.values()) == kept * IDS.numel() > tree_nodes(masks, len(stack))
+
+
+@pytest.mark.parametrize("shape", ["single", "pairs", "random"])
+def test_never_more_states_are_kept_than_layers(shape, monkeypatch):
+    depth = 7
+    stack = LayerStack(tiny_llama(depth))
+    masks = {
+        "single": [(), *((layer,) for layer in range(depth))],
+        "pairs": list(combinations(range(depth), 2)),
+        "random": random_masks(depth, 60, seed=5),
+    }[shape]
+    seen: list[weakref.ref] = []
+    entering = stack.entering
+
+    def watched(places, observer):
+        def keep(index, hidden):
+            seen.append(weakref.ref(hidden))
+            observer(index, hidden)
+
+        return entering(places, keep)
+
+    monkeypatch.setattr(stack, "entering", watched)
+    alive: list[int] = []
+
+    def count(model):
+        alive.append(sum(state() is not None for state in seen))
+        return run(model)
+
+    for _ in replayed(stack, masks, count):
+        alive.append(sum(state() is not None for state in seen))
+    most, last = max(alive), alive[-1]
+    assert 1 < most <= depth
+    assert most == depth or shape != "single"
+    assert last <= 1, "the last mask leaves none behind but its own"
+
+
+# --- afterwards -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "zaya"])
+@pytest.mark.parametrize("place", [0, 1, 4])
+def test_an_error_in_a_pass_leaves_the_model_as_it_was(name, place):
+    stack = build(name)
+    layers, before = list(stack), run(stack.model)
+    passes = iter(range(100))
+
+    def fail(model):
+        run(model)
+        if next(passes) == place:
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        list(replayed(stack, random_masks(len(stack), 9, seed=6), fail))
+    check_untouched(stack, layers)
+    assert torch.equal(run(stack.model), before)
+
+
+@pytest.mark.parametrize("name", ["llama", "zaya"])
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_between_results_and_after_giving_up_the_model_is_whole(name, taken):
+    stack = build(name)
+    layers, before = list(stack), run(stack.model)
+    results = replayed(stack, [(1,), (2, 3), (0,), (0, 4)], run)
+    for _ in range(taken):
+        next(results)
+        check_untouched(stack, layers)
+        assert torch.equal(run(stack.model), before)
+    results.close()
+    check_untouched(stack, layers)
+
+
+# --- what layers hand on in secret --------------------------------------------------------------
+
+
+class Note(nn.Module):
+    """A layer that may leave a note where other layers find it, and may read one."""
+
+    def __init__(self, place: int, notes: dict, writes: object = None, reads: object = None):
+        super().__init__()
+        self.mix = nn.Linear(16, 16)
+        self.layer_idx, self.notes, self.writes, self.reads = place, notes, writes, reads
+
+    def forward(self, hidden_states):
+        if self.reads is not None:
+            hidden_states = hidden_states + self.notes[self.reads]
+        hidden_states = hidden_states + self.mix(hidden_states).tanh()
+        if self.writes is not None:
+            self.notes[self.writes] = 2 * hidden_states
+        return hidden_states
+
+
+class Notes(nn.Module):
+    def __init__(self, writes: dict, reads: dict, forgets: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head, self.notes = nn.Embedding(80, 16), nn.Linear(16, 80), {}
+        self.layers = nn.ModuleList(
+            Note(place, self.notes, writes.get(place), reads.get(place)) for place in range(6)
+        )
+        self.forgets = forgets
+
+    def forward(self, input_ids, use_cache=False):
+        if self.forgets:
+            self.notes.clear()
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return SimpleNamespace(logits=self.head(hidden))
+
+
+SECRETS = {
+    "none": ({}, {}, False),
+    "overwritten by every layer": (
+        dict.fromkeys(range(6), "last"),
+        dict.fromkeys(range(1, 6), "last"),
+        False,
+    ),
+    "of this pass alone": ({1: "kv"}, {4: "kv"}, True),
+    "used by the last layer": ({4: "kv"}, {5: "kv"}, True),
+}
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_what_a_layer_leaves_elsewhere_is_found_out(secret):
+    stack = LayerStack(Notes(*SECRETS[secret]), path="layers")
+    assert stack.can_replay == (secret == "none")
+    masks = [(), (2,), (3,), (5,), (2, 3), (3, 5), (2, 3, 5)]
+    for mask, logits in replayed(stack, masks, run):
+        with stack.bypass(mask):
+            assert torch.equal(logits, run(stack.model)), mask
+
+
+def test_notes_that_outlast_a_pass_are_those_of_the_same_layers():
+    """Depth first, what the layers below left last is what they would leave again."""
+    stack = LayerStack(Notes({1: "kv"}, {4: "kv"}), path="layers")
+    masks = [mask for mask in random_masks(6, 40, seed=7) if 1 not in mask]
+    found = dict(replayed(stack, masks, run))
+    assert len(found) > 8
+    for mask, logits in found.items():
+        with stack.bypass(mask):
+            assert torch.equal(logits, run(stack.model)), mask
+
+
+def test_a_refused_replay_changes_nothing():
+    stack = build("zaya")
+    layers = list(stack)
+    with (
+        pytest.raises(UnsupportedModelError, match="more than the hidden state"),
+        stack.replay(1, torch.zeros(1, 2, 32)),
+    ):
+        pass
+    check_untouched(stack, layers)
+    assert math.isfinite(float(run(stack.model).sum()))

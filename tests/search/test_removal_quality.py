@@ -1,0 +1,174 @@
+"""Comparison of cuts on shares of the samples, intervals, and the journal, by plain arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import resource
+import statistics
+import subprocess
+import sys
+
+import pytest
+from conftest import items, tiny_llama
+from test_objectives import choice_items
+
+from llm_pruner.errors import OutputError
+from llm_pruner.model.layer_stack import LayerStack
+from llm_pruner.search.journal import Journal
+from llm_pruner.search.removal_quality import RemovalQuality
+
+MASKS = [(2, 5), (1, 3, 4)]
+
+
+@pytest.fixture(scope="module")
+def right(tokenizer):
+    """A quality of 48 items, and for each mask which items are right, asked one by one."""
+    stack, data = LayerStack(tiny_llama()), choice_items(48)
+    quality = RemovalQuality(stack, tokenizer, data, objective="accuracy", batch_size=4)
+    alone = [RemovalQuality(stack, tokenizer, [item], objective="accuracy") for item in data]
+    return quality, {mask: [one(mask) for one in alone] for mask in [(), *MASKS]}
+
+
+def test_the_error_of_a_comparison_is_that_of_a_paired_difference(right):
+    """Of a mean without replacement; on all items there is none."""
+    quality, found = right
+    left, other = MASKS
+    full = statistics.fmean(found[()])
+    for share in quality.ladder(1):
+        asked = [quality._items[place] for place in quality._columns(share).tolist()]
+        pairs = [(found[left][item] - found[other][item]) / full for item in asked]
+        rest = 1 - len(asked) / 48
+        gap, error = quality.gap(left, other, share)
+        assert gap == pytest.approx(statistics.fmean(pairs))
+        assert error == pytest.approx(math.sqrt(statistics.variance(pairs) / len(asked) * rest))
+    assert len(asked) == 48
+    assert error == 0
+
+
+def test_every_turn_looks_at_other_samples_first(right):
+    quality, _ = right
+    firsts = [quality.ladder(turn)[0] for turn in range(3)]
+    assert sorted(sum(firsts, ())) == sorted(quality.ladder()[-1])
+    assert quality.ladder(3) == quality.ladder(0)
+
+
+@pytest.mark.parametrize("level", [0.95, 0.5])
+def test_the_interval_is_that_of_items_drawn_again(right, level):
+    quality, found = right
+    draw, full = random.Random(0), statistics.fmean(found[()])
+    pairs = list(zip(found[(2, 5)], found[()], strict=True))
+    changes = sorted(
+        statistics.fmean(a - b for a, b in draw.choices(pairs, k=48)) / full for _ in range(4000)
+    )
+    want = [changes[int(4000 * tail)] for tail in ((1 - level) / 2, (1 + level) / 2)]
+    assert want[0] < want[1]
+    assert quality.interval((2, 5), level, draws=4000) == pytest.approx(want, abs=0.05)
+
+
+def test_a_line_cut_short_costs_that_line_alone(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append("a", (1,), 0, [[0.1, 0.2]])
+    whole = journal.path.read_bytes()
+    journal.path.write_bytes(whole + whole[:-9])
+    journal.append("a", (2,), 1, [[1 / 3]])
+    journal.append("b", (2,), 2, [[0.5]])
+    assert journal.read("a") == [((1,), 0, [[0.1, 0.2]]), ((2,), 1, [[1 / 3]])]
+    assert Journal(tmp_path / "none").read("a") == []
+    with pytest.raises(OutputError, match="Cannot read the journal"):
+        Journal(tmp_path).read("a")
+
+
+def test_a_line_that_finds_no_room_is_an_error_and_costs_that_line_alone(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append("a", (1,), 0, [[0.5]])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (journal.path.stat().st_size + 20, hard))
+    try:
+        with pytest.raises(OutputError, match=r"Cannot write the journal .*No space left"):
+            journal.append("a", (2,), 0, [[0.5]])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    journal.append("a", (3,), 0, [[0.5]])
+    assert journal.read("a") == [((1,), 0, [[0.5]]), ((3,), 0, [[0.5]])]
+
+
+APPEND = """
+import os, sys
+from llm_pruner.search.journal import Journal
+for key in "abc":
+    if os.fork() == 0:
+        for number in range(200):
+            values = [[1 / 3] * (number % 30 * 40)]
+            Journal(sys.argv[1]).append(key, (number,), 0, values)
+        os._exit(0)
+sys.exit(any(os.wait()[1] for _ in "abc"))
+"""
+
+
+def test_several_processes_write_to_one_journal(tmp_path, caplog):
+    journal = Journal(tmp_path / "journal.jsonl")
+    subprocess.run([sys.executable, "-c", APPEND, journal.path], check=True, timeout=60)
+    want = [((number,), 0, [[1 / 3] * (number % 30 * 40)]) for number in range(200)]
+    assert [journal.read(key) for key in "abc"] == [want] * 3
+    assert not caplog.text
+    lines = filter(None, journal.path.read_text().splitlines())
+    order = [json.loads(line)["key"] for line in lines]
+    assert order != sorted(order), "they wrote at the same time"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 3}, {"seed": 1}, {"objective": "kl"}, {"eval_data": items(5)}],
+    ids=str,
+)
+def test_a_journal_is_used_for_the_same_question_alone(tokenizer, tmp_path, options):
+    path, stack = tmp_path / "journal.jsonl", LayerStack(tiny_llama())
+    given = {"eval_data": items(), "journal": path, "batch_size": 4}
+    first = RemovalQuality(stack, tokenizer, **given)
+    want = first.change((2, 5))
+    again = RemovalQuality(stack, tokenizer, **given)
+    assert (again.change((2, 5)), again.measured) == (want, 0)
+    other = RemovalQuality(stack, tokenizer, **{**given, **options})
+    fresh = RemovalQuality(stack, tokenizer, **{**given, **options, "journal": None})
+    assert other.change((2, 5)) == fresh.change((2, 5))
+    assert other.measured == fresh.measured > 0
+    assert all(json.loads(line)["values"] for line in path.read_text().splitlines())
+
+
+def test_a_damaged_reading_is_measured_again(tokenizer, tmp_path):
+    """Another shape, another chunk, no number: none of it reaches a score."""
+    path, stack = tmp_path / "journal.jsonl", LayerStack(tiny_llama())
+
+    def measured():
+        quality = RemovalQuality(stack, tokenizer, items(20), journal=path)
+        return quality.change((3,)), quality.measured
+
+    want, count = measured()
+    assert measured() == (want, 0)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["values"] = [[1.0]]
+    lines[1]["chunk"] = 99
+    lines[2]["values"][0][0] = math.nan
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert measured() == (want, 3)
+    assert count == len(lines)
+
+
+def test_sets_that_agree_on_few_samples_are_not_told_apart(tokenizer):
+    """A measure that counts: the error is at least what one item makes."""
+    stack, data = LayerStack(tiny_llama()), choice_items(48)
+    quality = RemovalQuality(stack, tokenizer, data, objective="accuracy", batch_size=4)
+    share = quality.ladder()[0]
+    gap, error = quality.gap((3,), (3,), share)
+    count, full = quality.samples(share), quality(())
+    assert gap == 0
+    assert error == pytest.approx(math.sqrt(count / (count - 1) * (1 - count / 48)) / count / full)
+    assert quality.gap((3,), (3,), quality.ladder()[-1]) == (0, 0)
+
+
+def test_a_measure_that_needs_the_pruned_model_asks_the_architecture_first(tokenizer, monkeypatch):
+    stack = LayerStack(tiny_llama())
+    assert RemovalQuality(stack, tokenizer, items(4)).can_bypass
+    assert not RemovalQuality(stack, tokenizer, items(4), objective="similarity").can_bypass

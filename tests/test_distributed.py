@@ -1,0 +1,349 @@
+"""Two real processes give what one gives; and when one of them stops, the other says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import worker
+from conftest import WORDS, items, tiny_llama, word_tokenizer
+
+from llm_pruner import AblationPruner, SmartPruner, cli, distributed, get_device, load_model
+from llm_pruner.errors import InvalidPlanError, LoadError, NonFiniteError, ProcessGroupError
+from llm_pruner.search.journal import Journal
+
+HERE = Path(__file__).parent
+
+
+class Done(NamedTuple):
+    """What a run of two processes left: exit code, and for each process its streams and file."""
+
+    code: int
+    out: list[str]
+    err: list[str]
+    found: list[Any]
+    seconds: float
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Run a task of worker.py in two processes, each with a log of its own."""
+
+    def run(task: str, *words: str, limit: float = 100) -> Done:
+        folder = tmp_path / f"{task}.found"
+        folder.mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", "2", "--redirects", "3", "--log-dir", str(folder / "log")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
+        start = time.monotonic()
+        done = subprocess.run(
+            [*command, str(HERE / "worker.py"), task, str(folder), *map(str, words)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=limit,
+        )
+        seconds = time.monotonic() - start
+        logs = [
+            [next(folder.glob(f"log/*/*/{rank}/{stream}.log")).read_text() for rank in (0, 1)]
+            for stream in ("stdout", "stderr")
+        ]
+        files = [folder / f"{rank}.json" for rank in (0, 1)]
+        found = [json.loads(path.read_text()) if path.exists() else None for path in files]
+        return Done(done.returncode, *logs, found, seconds)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny model on disk, and texts."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama().save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    texts = [" ".join(WORDS[i * step % len(WORDS)] for i in range(12)) for step in range(1, 17)]
+    more = [" ".join(WORDS[i % 17 : i % 17 + 2] * (2 + i // 17)) for i in range(17 * 8)]
+    rows = [{"text": text} for text in (*texts, *more)]
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def words(saved: Path, *more: str) -> list[str]:
+    base = ["--model", str(saved / "model"), "--device", "cpu", "--n-samples", "24"]
+    base += ["--eval-dataset", str(saved / "texts.jsonl"), "--batch-size", "4"]
+    return [*base, *map(str, more)]
+
+
+def readings(journal: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in journal.read_text().splitlines() if line]
+
+
+SEARCH = ["--strategy", "smart", "--n-layers", "3", "--output", "out"]
+
+
+def numbers(scores: dict[str, list[str]]) -> dict[str, list[float]]:
+    return {key: [float.fromhex(value) for value in values] for key, values in scores.items()}
+
+
+def test_two_processes_find_what_one_finds(two, tmp_path):
+    done = two("library")
+    assert done.code == 0, done.err
+    first, second = done.found
+    one = worker.found()
+    assert first["scores"] == second["scores"]  # to the last bit
+    for key, values in numbers(one["scores"]).items():
+        assert numbers(first["scores"])[key] == pytest.approx(values, rel=1e-9), key
+    assert first["plan"] == second["plan"]
+    assert first["plan"] == one["plan"]
+    for key, measured in one["measured"].items():
+        shares = first["measured"][key], second["measured"][key]
+        assert sum(shares) == measured, key
+        assert min(shares) > 0, key
+    assert first["search"] + second["search"] == one["search"]
+    lines = readings(tmp_path / "library.found" / "journal.jsonl")
+    assert len(lines) > one["search"]  # the held-out measurements too
+    known = [(line["key"], tuple(line["removed"]), line["chunk"]) for line in lines]
+    assert len(set(known)) == len(known)  # nothing was measured twice
+    assert first["alone"] == second["alone"] == ["0", ["x"], [0, 1, 2]]
+    told = "InvalidPlanError: only the first knows"
+    for found in (first, second):
+        assert "measure different sets of layers" in found["errors"].pop()
+    assert first["errors"] == [told, "ZeroDivisionError: a fault"]
+    assert second["errors"] == [told, "ProcessGroupError: Rank 0: ZeroDivisionError: a fault"]
+    assert (first["portion"], second["portion"]) == ([0], [1, 2, 3, 4, 5])
+    assert first["after"] == second["after"] == [0, 1]
+
+
+def comparable(report: dict[str, Any]) -> dict[str, Any]:
+    """A report without what is another in every run."""
+    rows = [row for row in report["comparisons"] if row["group"] != "speed"]
+    assert len(report["comparisons"]) == len(rows) + 5
+    heal = {
+        **report["heal"],
+        "stages": [{**stage, "seconds": 0} for stage in report["heal"]["stages"]],
+    }
+    own = ("seconds", "output_dir", "command")
+    rest = {name: value for name, value in report.items() if name not in own}
+    plan = {**report["plan"], "options": {**report["plan"]["options"], "heal": heal}}
+    return {**rest, "comparisons": rows, "heal": heal, "plan": plan}
+
+
+def test_the_whole_command_does_what_one_process_does(two, saved, tmp_path, monkeypatch, capsys):
+    more = ["--heal", "linear", "--visualize", "--export-yaml"]
+    done = two("command", *words(saved, *SEARCH, *more, tmp_path / "two.yaml"))
+    assert done.code == 0, done.err
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words(saved, *SEARCH[:-1], "alone", *more, "alone.yaml")) == 0
+    capsys.readouterr()
+    first, second = done.found
+    assert first["model"] == second["model"]
+    assert comparable(first["report"]) == comparable(second["report"])
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    reports = [json.loads((place / "pruning_report.json").read_text()) for place in (out, alone)]
+    assert comparable(reports[0]) == comparable(reports[1])
+    assert sorted(p.relative_to(out) for p in out.rglob("*")) == sorted(
+        p.relative_to(alone) for p in alone.rglob("*")
+    )
+    for name in ("model.safetensors", "config.json"):
+        assert (out / name).read_bytes() == (alone / name).read_bytes()
+    assert (tmp_path / "two.yaml").read_text() == (tmp_path / "alone.yaml").read_text()
+    assert "Removed 3 of 8 layers" in done.out[0]
+    assert done.out[1] == ""
+    assert "Cut 3 of 3" in done.err[0]
+    assert done.err[1] == ""
+
+
+def test_trained_adapters_are_the_same_in_all_processes(two, saved, tmp_path):
+    training = ["--layers", "3,5", "--heal", "lora", "--heal-steps", "4", "--output", "out"]
+    done = two("command", *words(saved, *training))
+    assert done.code == 0, done.err
+    first, second = done.found
+    assert first["model"] == second["model"]
+    assert [stage["method"] for stage in first["report"]["heal"]["stages"]] == ["linear", "lora"]
+    assert (tmp_path / "out" / "pruning_report.json").exists()
+    assert not (tmp_path / "out.healing").exists()
+
+
+def test_a_killed_process_stops_the_others_and_its_work_is_kept(
+    two, saved, tmp_path, monkeypatch, capsys
+):
+    done = two("killed", *words(saved, *SEARCH))
+    assert done.code != 0
+    assert "another process has ended" in done.err[0].lower()
+    assert "--resume" in done.err[0]
+    assert "Traceback" not in done.err[0]
+    assert {path.name for path in tmp_path.iterdir()} - {"killed.found"} <= {
+        "out.journal.jsonl",
+        "out.partial_plan.json",
+    }
+    kept = len(readings(tmp_path / "out.journal.jsonl"))
+    assert kept > 25
+    monkeypatch.chdir(tmp_path)
+    appended = []
+    append = Journal.append
+
+    def counting(*args: Any) -> None:
+        appended.append(args)
+        append(*args)
+
+    monkeypatch.setattr(Journal, "append", counting)
+    assert cli.main(words(saved, *SEARCH, "--resume")) == 0
+    resumed = json.loads((tmp_path / "out" / "pruning_plan.json").read_text())
+    rest = len(appended)
+    appended.clear()
+    assert cli.main(words(saved, *SEARCH[:-1], "alone")) == 0
+    alone = json.loads((tmp_path / "alone" / "pruning_plan.json").read_text())
+    assert resumed == alone
+    assert rest == len(appended) - kept  # nothing was measured again
+    capsys.readouterr()
+
+
+def test_a_hung_process_is_waited_for_so_long_and_no_longer(two, saved, tmp_path):
+    done = two("hung", *words(saved, *SEARCH, "--timeout", "4"))
+    assert done.code != 0
+    assert "error: Another process has ended, or does not answer within 4 seconds" in done.err[0]
+    assert done.err[1].startswith("error: rank 1: stopped by the launcher: another process has")
+    assert done.found[0]["code"] == 4
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_the_first_cannot_write_ends_all(two, saved, tmp_path):
+    done = two("full", *words(saved, "--layers", "3", "--output", "out"))
+    assert done.code != 0
+    assert "error: Writing 'out' failed: [Errno 28] No space left" in done.err[0]
+    assert done.err[1] == ""  # one error, told once
+    assert [found["code"] for found in done.found if found] == [4] * sum(map(bool, done.found))
+    assert {path.name for path in tmp_path.iterdir()} == {"full.found"}
+
+
+def test_one_process_needs_no_group(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.distributed", None)
+    with distributed.group():
+        assert distributed.gather(3) == [3]
+        assert distributed.on_first(lambda: 4) == 4
+        assert distributed.portion([1.0, 2.0]) == range(2)
+    assert (distributed.launched(), distributed.rank(), distributed.local_rank()) == (1, 0, 0)
+    assert not distributed.told_by_first("an error")
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("inf"), float("nan")])
+def test_a_timeout_is_a_number_of_seconds(timeout):
+    message = "must be a number of seconds above 0"
+    with pytest.raises(InvalidPlanError, match=message), distributed.group(timeout):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("[/src/gloo/pair.cc:1] Connection closed by peer. And so on"), True),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted"), True),
+        (RuntimeError("another thing"), False),
+        (NonFiniteError("a loss"), False),
+    ],
+    ids=str,
+)
+def test_a_lost_process_is_told_plainly(monkeypatch, error, told):
+    monkeypatch.setattr(distributed, "_group", distributed._Group(None, 7.0))
+    message = "Another process has ended, or does not answer within 7 seconds"
+    kind, text = (ProcessGroupError, message) if told else (type(error), str(error))
+    with pytest.raises(kind, match=text) as raised, distributed.told_plainly():
+        raise error
+    assert told == ("--resume" in str(raised.value))
+
+
+def launch(monkeypatch, **more: int) -> None:
+    for name, value in {"WORLD_SIZE": 3, "RANK": 1, "LOCAL_RANK": 1, **more}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize(
+    "costs", [[], [1], [0, 0, 0], [9, 1, 1, 1], [1, 1, 1, 9], [1] * 12, [5, 0, 3, 8, 2, 2, 7]]
+)
+def test_portions_are_everything_once(monkeypatch, costs):
+    monkeypatch.setattr(distributed, "_group", distributed._Group(None, 1.0))
+    portions = []
+    for rank in range(3):
+        launch(monkeypatch, RANK=rank)
+        portions.append(distributed.portion(costs))
+    assert [place for portion in portions for place in portion] == list(range(len(costs)))
+    shares = [sum(costs[place] for place in portion) for portion in portions]
+    assert max(shares) <= sum(costs) / 3 + max(costs, default=0)
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert get_device() == torch.device("cuda")
+    launch(monkeypatch)
+    assert get_device() == torch.device("cuda:1")
+    launch(monkeypatch, LOCAL_RANK=2)
+    with pytest.raises(LoadError, match=r"no GPU, of which there are 2: start 2 processes"):
+        get_device()
+
+
+def test_a_model_is_spread_by_one_process_alone(monkeypatch):
+    launch(monkeypatch, LOCAL_WORLD_SIZE=2)
+    with pytest.raises(LoadError, match=r"2 processes are on this one: start one"):
+        load_model("demo", device="auto")
+
+
+def test_accelerate_that_starts_one_process_is_told(monkeypatch, saved, caplog, capsys):
+    assert not distributed.one_only()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert cli.main(words(saved, "--layers", "3", "--dry-run")) == 0
+    assert "for several use torchrun" in caplog.text
+    launch(monkeypatch)
+    assert not distributed.one_only()
+
+
+def test_what_the_launcher_ends_says_why(monkeypatch, saved, capsys):
+    """A signal from the launcher; the group itself is not needed for that."""
+    monkeypatch.setattr(cli, "launched", lambda: 2)
+    monkeypatch.setattr(cli, "_run", lambda args: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words(saved, "--layers", "3", "--dry-run"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 143
+    assert "another process has ended. Go on with --resume" in capsys.readouterr().err
+
+
+def test_a_model_partly_on_the_disk_scores_the_same(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = tiny_llama(), word_tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    places = {f"model.layers.{i}": "disk" if i in (0, 3, 4, 7) else "cpu" for i in range(8)}
+    rest = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    for away in ("cpu", "disk"):
+        spread = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model",
+            device_map={**places, **dict.fromkeys(rest, away)},
+            offload_folder=tmp_path / away,
+        ).eval()
+        assert any(parameter.is_meta for parameter in spread.parameters())
+        for name, options in worker.VARIANTS:
+            here, there = (
+                worker.get_strategy(name)(m, tokenizer, batch_size=2, **options)
+                for m in (model, spread)
+            )
+            assert there.compute_layer_scores(items()) == here.compute_layer_scores(items())
+        there, here = SmartPruner(spread, tokenizer), SmartPruner(model, tokenizer)
+        plans = [pruner.plan(items(), n_layers=3) for pruner in (there, here)]
+        assert plans[0] == replace(plans[1], model=plans[0].model)  # one came from a checkpoint
+        quality = AblationPruner(spread, tokenizer).quality(items())
+        assert quality._key == AblationPruner(model, tokenizer).quality(items())._key
