@@ -26,7 +26,11 @@ from typing import Any
 
 from .errors import LLMPrunerError, OutputError
 
-PLAN_FILE = "pruning_plan.json"  # what marks a folder as written by this package
+# What an output holds beside the checkpoint; the plan marks a folder as written by this package.
+PLAN_FILE = "pruning_plan.json"
+REPORT_FILE = "pruning_report.json"
+PAGE_FILE = "report.html"
+FIGURES = "figures"
 KEY_FILE = "healing.json"  # what marks a folder of a training's checkpoints as ours
 CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 

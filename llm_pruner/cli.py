@@ -1,39 +1,37 @@
-"""The ``llm-pruner`` command: reads arguments, calls the library, prints.
+"""The ``llm-pruner`` command: reads a request, calls the library, prints.
 
-Knows nothing a script could not call. Everything heavy is imported after the arguments have
-been checked, so that help and mistakes answer at once.
+Knows nothing a script could not call. Everything heavy is imported after the request has been
+checked, so that help and mistakes answer at once.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .atomic_output import PLAN_FILE, clear_checkpoints, hold_output
-from .cli_arguments import build_parser, check_arguments, needs_model
+from .atomic_output import FIGURES, PAGE_FILE, PLAN_FILE, clear_checkpoints, hold_output
+from .cli_arguments import Request, check_request, parse_request
 from .distributed import group, launched, on_first, one_only, rank, told_by_first
 from .errors import InvalidPlanError, LLMPrunerError, UnknownNameError
 from .hub import how_to_repeat, push_to_hub
 from .pruners.registry import get_strategy, option_names
 from .report.console import curve_text, manifest_text, plan_text, report_text, saved_text
 from .results import PruningPlan
-from .utils import DEMO_MODEL, logger, package_versions
+from .utils import DEMO_MODEL, logger
 
 if TYPE_CHECKING:
     from .data.sampling import DataSplit
     from .pruners.base import BasePruner
-
 
 INTERRUPTED = 130
 
@@ -43,324 +41,330 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Of several processes the first alone prints, but for errors that it does not have.
     """
-    with redirect_stdout(StringIO()) if rank() > 0 else nullcontext():
-        with redirect_stderr(StringIO()) if rank() > 0 else nullcontext():
-            args = build_parser().parse_args(argv)
-        args.words = list(sys.argv[1:] if argv is None else argv)
-        return _main(args)
-
-
-def _main(args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logger.setLevel(logging.ERROR if args.quiet or rank() > 0 else logging.INFO)
+    request = None
     try:
-        signal.signal(signal.SIGTERM, _stop)
-        if one_only():
-            logger.warning("accelerate launch --cpu starts one process; for several use torchrun.")
-        with group(args.timeout), ExitStack() as held:
-            check_arguments(args)
-            if not args.dry_run:
-                on_first(lambda: held.enter_context(hold_output(args.output)))
-            _run(args)
-        if args.push_to_hub is not None and rank() == 0:  # the others need not wait for it
-            _push(args)
+        with redirect_stdout(StringIO()) if rank() > 0 else nullcontext():
+            request = parse_request(sys.argv[1:] if argv is None else argv)
+        _run(request)
     except LLMPrunerError as error:
         if os.environ.get("LLM_PRUNER_DEBUG"):
             raise
-        _tell(str(error))
+        if request is not None or rank() == 0:  # all processes have the same words
+            _print_error(str(error))
         return error.exit_code
-    except SystemExit:
-        if launched() > 1:  # a launcher ends all processes when one of them has ended
-            _tell("stopped by the launcher: another process has ended. Go on with --resume.")
-        raise
     except KeyboardInterrupt:
-        left = [_beside(args, ending) for ending in ("journal.jsonl", "healing")]
-        hint = ""
-        if any(path.exists() for path in left):
-            again = shlex.join(["llm-pruner", *args.words, *([] if args.resume else ["--resume"])])
-            hint = f" Resume with: {again}"
-            if launched() > 1:
-                hint = " Go on with the same command and --resume."
-        if rank() == 0:
-            print(f"\ninterrupted; nothing half-written.{hint}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
 
-def _tell(message: str) -> None:
+def _run(request: Request) -> None:
+    logger.setLevel(logging.ERROR if request.quiet or rank() > 0 else logging.INFO)
+    signal.signal(signal.SIGTERM, _exit)
+    if one_only():
+        logger.warning("accelerate launch --cpu starts one process; for several use torchrun.")
+    try:
+        with group(request.timeout), ExitStack() as held:
+            check_request(request)
+            if not request.dry_run:
+                on_first(lambda: held.enter_context(hold_output(request.output)))
+            if request.needs_model:
+                _run_in_memory(request)
+            else:
+                _prune_on_disk(request)
+        if request.push_to_hub is not None and rank() == 0:  # the others need not wait for it
+            _push(request, request.push_to_hub)
+    except SystemExit:
+        if launched() > 1:  # a launcher ends all processes when one of them has ended
+            _print_error("stopped by the launcher: another process has ended. Use --resume.")
+        raise
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print(f"\ninterrupted; nothing half-written.{_how_to_resume(request)}", file=sys.stderr)
+        raise
+
+
+def _how_to_resume(request: Request) -> str:
+    """A hint, if something was left to resume from."""
+    left = [request.beside(ending) for ending in ("journal.jsonl", "healing")]
+    if not any(path.exists() for path in left):
+        return ""
+    if launched() > 1:
+        return " Go on with the same command and --resume."
+    words = [*request.words, *([] if request.resume else ["--resume"])]
+    return f" Resume with: {shlex.join(['llm-pruner', *words])}"
+
+
+def _print_error(message: str) -> None:
     """Print an error; of several processes that have the same one the first alone does."""
-    if launched() > 1:  # ended by the launcher now, it could not say why
+    if launched() > 1:  # the launcher would end this process before it has said why
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not told_by_first(message):
-        who = f"rank {rank()}: " if rank() > 0 else ""
-        print(f"error: {who}{message}", file=sys.stderr, flush=True)
+        process = f"rank {rank()}: " if rank() > 0 else ""
+        print(f"error: {process}{message}", file=sys.stderr, flush=True)
 
 
-def _stop(number: int, frame: object) -> None:
+def _exit(number: int, frame: object) -> None:
     """End by an exception, so that what was begun is cleaned up."""
     raise SystemExit(128 + number)
 
 
-def _push(args: argparse.Namespace) -> None:
+def _push(request: Request, repo_id: str) -> None:
     """Upload the output, which is complete, and print where it is."""
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-    if args.quiet or not sys.stderr.isatty():
+    if request.quiet or not sys.stderr.isatty():
         disable_progress_bars()
-    logger.info("Uploading %s to %s", args.output, args.push_to_hub)
+    logger.info("Uploading %s to %s", request.output, repo_id)
     try:
-        with hold_output(args.output):
-            url = push_to_hub(args.output, args.push_to_hub)
+        with hold_output(request.output):
+            url = push_to_hub(request.output, repo_id)
     except KeyboardInterrupt:
-        print(f"\n{how_to_repeat(args.output, args.push_to_hub)}", file=sys.stderr)
+        print(f"\n{how_to_repeat(request.output, repo_id)}", file=sys.stderr)
         raise
-    print(f"Uploaded: {url}", file=sys.stderr if args.json else sys.stdout)
+    print(f"Uploaded: {url}", file=sys.stderr if request.json else sys.stdout)
 
 
-def _run(args: argparse.Namespace) -> None:
-    """Prune on disk where nothing needs the model in memory, else load it."""
-    if needs_model(args):
-        _run_in_memory(args)
-    else:
-        _prune_on_disk(args)
-
-
-def _prune_on_disk(args: argparse.Namespace) -> None:
+def _prune_on_disk(request: Request) -> None:
     """Remove layers that are given; the model is loaded only if bytes alone do not do it."""
     from .checkpoint.on_disk_config import NeedsMemoryError
 
-    plan = on_first(lambda: args.layers if args.plan is None else PruningPlan.load(args.plan))
+    plan = _given_plan(request)
     try:
-        _slice(args, plan)
+        _copy_on_disk(request, request.layers or () if plan is None else plan)
         return
     except NeedsMemoryError as error:
         logger.info("%s\nLoading the model instead.", error)
-    pruner = _make_pruner(args, *_load(args))
-    given = plan if isinstance(plan, PruningPlan) else _manual_plan(args, pruner)
-    where = args.output, args.model
-    pruner.prune_and_save(given.remove, *where, overwrite=args.overwrite, plan=given)
-    _tell_saved(args, lambda saved: saved_text(saved, args.output))
+    pruner = _make_pruner(request)
+    plan = plan or pruner.manual_plan(request.layers or (), request.model)
+    pruner.prune_and_save(
+        plan.remove, request.output, request.model, overwrite=request.overwrite, plan=plan
+    )
+    _print_saved(request, lambda saved: saved_text(saved, request.output))
 
 
-def _slice(args: argparse.Namespace, plan: PruningPlan | list[int]) -> None:
-    """Prune the checkpoint on disk, and tell."""
+def _copy_on_disk(request: Request, plan: PruningPlan | Sequence[int]) -> None:
+    """Prune the checkpoint on disk, and print what was written."""
     from .checkpoint.on_disk import prune_checkpoint
 
-    if args.verify:
-        _hush_transformers(args)
+    if request.verify:
+        _silence_transformers(request)
     manifest = on_first(
         lambda: prune_checkpoint(
-            args.model,
+            request.model,
             plan,
-            args.output,
-            overwrite=args.overwrite,
-            link=args.link,
-            verify=args.verify,
-            trust_remote_code=args.trust_remote_code,
+            request.output,
+            overwrite=request.overwrite,
+            link=request.link,
+            verify=request.verify,
+            trust_remote_code=request.trust_remote_code,
         )
     )
-    _tell_saved(args, lambda saved: manifest_text(manifest, saved, args.output))
+    _print_saved(request, lambda saved: manifest_text(manifest, saved, request.output))
 
 
-def _tell_saved(args: argparse.Namespace, text: Callable[[PruningPlan], str]) -> None:
-    saved = on_first(lambda: PruningPlan.load(Path(args.output) / PLAN_FILE))
-    print(saved.to_json() if args.json else text(saved), end="")
+def _print_saved(request: Request, text: Callable[[PruningPlan], str]) -> None:
+    saved = on_first(lambda: PruningPlan.load(Path(request.output) / PLAN_FILE))
+    print(saved.to_json() if request.json else text(saved), end="")
 
 
-def _hush_transformers(args: argparse.Namespace) -> None:
+def _silence_transformers(request: Request) -> None:
     from transformers.utils import logging as transformers_logging
 
     from .utils import disable_progress_bars
 
     transformers_logging.set_verbosity(logging.ERROR)
-    if args.quiet or rank() > 0 or not sys.stderr.isatty():
+    if request.quiet or rank() > 0 or not sys.stderr.isatty():
         disable_progress_bars()
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+def _load(request: Request) -> tuple[Any, Any]:
     from transformers import set_seed
 
     from .model.loading import load_model
 
-    _hush_transformers(args)
-    set_seed(args.seed)
-    logger.info("Loading %s", args.model)
-    if args.max_memory is not None:
+    _silence_transformers(request)
+    set_seed(request.seed)
+    logger.info("Loading %s", request.model)
+    load: Callable[..., tuple[Any, Any]] = load_model
+    if request.max_memory is not None:
         from .offload.offloaded_stack import load_within
-    load = load_model if args.max_memory is None else partial(load_within, args.max_memory)
+
+        load = partial(load_within, request.max_memory)
     return load(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
+        request.model,
+        device=request.device,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
     )
 
 
-def _run_in_memory(args: argparse.Namespace) -> None:
-    from .data.sampling import load_data
-    from .healing.lora_settings import LoraSettings
-    from .pruners.healing_search import Repairs
-    from .pruners.measured import SmartPruner
-    from .workflow import PAGE_FILE, carry_out, draw_figures
-
-    pruner = _make_pruner(args, *_load(args))
-    if args.heal != "none" or args.visualize:
-        pruner.layers.require_weights("healing" if args.heal != "none" else "drawing figures")
-    source = args.eval_dataset or (DEMO_MODEL if args.model == DEMO_MODEL else None)
-    given = on_first(lambda: None if args.plan is None else PruningPlan.load(args.plan))
-    data = on_first(
-        lambda: load_data(
-            source,
-            args.n_samples,
-            heal_source=args.heal_data,
-            healing=args.heal != "none",
-            taken=given.data.get("prompts", ()) if given else (),
-            seed=args.seed,
-        )
-    )
-    checkpoints = _beside(args, "healing")
-    if not args.resume and not args.dry_run:
-        on_first(lambda: _clear(args))
-    lora = LoraSettings(
-        steps=args.heal_steps,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        checkpoints=None if args.dry_run else checkpoints,
-    )
-    if args.heal_every is not None:
-        assert isinstance(pruner, SmartPruner)
-        in_between = replace(lora, checkpoints=None)
-        pruner.repairs = Repairs(data.healing, args.heal_every, args.heal, in_between)
-    if args.sweep is not None:
-        _sweep(args, pruner, data)
-        return
-    plan = _make_plan(args, pruner, data, given)
-    if args.dry_run:
-        print(plan.to_json() if args.json else plan_text(plan), end="")
-        return
-    if args.export_yaml and pruner.layers.streamed:
-        pruner.export_mergekit_yaml(plan.remove, args.export_yaml, args.model)
-    if pruner.layers.streamed:
-        held_out = plan.held_out or pruner.measure_choice(plan.remove, data.judging)
-        _slice(args, replace(plan, held_out=held_out))
-        return
-    logger.info("Removing layers %s", list(plan.remove))
-    report, pruned = carry_out(
-        pruner,
-        plan,
-        args.output,
-        data.judging,
-        heal=args.heal,
-        heal_data=data.healing,
-        lora=lora,
-        overwrite=args.overwrite,
-        seed=args.seed,
-        command=shlex.join(["llm-pruner", *args.words]),
-    )
-    on_first(lambda: clear_checkpoints(checkpoints))
-    figures = draw_figures(pruner, pruned, report, data) if args.visualize else []
-    if args.export_yaml:
-        pruner.export_mergekit_yaml(plan.remove, args.export_yaml, args.model)
-    if args.json:
-        print(report.to_json(), end="")
-    else:
-        print(report_text(report), end="")
-        for path in [
-            Path(args.output) / PAGE_FILE,
-            *figures,
-            *([Path(args.export_yaml)] if args.export_yaml else []),
-        ]:
-            print(f"Wrote {path}")
-
-
-def _make_pruner(args: argparse.Namespace, model: Any, tokenizer: Any) -> BasePruner:
-    """The strategy, with those options that were given and that it has."""
+def _make_pruner(request: Request) -> BasePruner:
+    """The strategy on the loaded model, with those options that were given and that it has."""
     from .pruners.measured import MeasuredPruner
 
-    cls = get_strategy(args.strategy)
-    for name in args.option:
+    model, tokenizer = _load(request)
+    cls = get_strategy(request.strategy)
+    for name in request.option:
         if name not in option_names(cls):
-            raise UnknownNameError.of(f"option of {args.strategy!r}", name, option_names(cls))
-    options: dict[str, Any] = {"batch_size": args.batch_size, "layers_path": args.layers_path}
-    if args.protect is not None:
-        options["protect"] = tuple(args.protect)
-    measured = issubclass(cls, MeasuredPruner)
-    if measured:
-        options["seed"] = args.seed
-    if args.objective is not None:
-        if not measured:
-            raise InvalidPlanError(
-                f"--objective has no meaning for {args.strategy!r}, which reads activations: leave "
-                "it out, or use ablation or smart."
-            )
-        options["objective"] = args.objective
-    writes = args.resume or not args.dry_run  # a dry run leaves nothing that was not there
-    if measured and writes and args.layers is None and args.plan is None:
-        options["journal"] = _beside(args, "journal.jsonl")
-    return cls(model, tokenizer, **{**options, **args.option})
+            raise UnknownNameError.of(f"option of {request.strategy!r}", name, option_names(cls))
+    options: dict[str, Any] = {
+        "batch_size": request.batch_size,
+        "layers_path": request.layers_path,
+        "protect": request.protect,
+    }
+    if issubclass(cls, MeasuredPruner):
+        options["seed"] = request.seed
+        keeps_journal = request.resume or not request.dry_run  # a dry run leaves nothing new
+        if keeps_journal and request.layers is None and request.plan is None:
+            options["journal"] = request.beside("journal.jsonl")
+        if request.objective is not None:
+            options["objective"] = request.objective
+    elif request.objective is not None:
+        raise InvalidPlanError(
+            f"--objective has no meaning for {request.strategy!r}, which reads activations: leave "
+            "it out, or use ablation or smart."
+        )
+    return cls(model, tokenizer, **{**options, **request.option})
 
 
-def _beside(args: argparse.Namespace, ending: str) -> Path:
-    """A file beside the output folder, named after it."""
-    return Path(f"{args.output.rstrip('/')}.{ending}")
+def _given_plan(request: Request) -> PruningPlan | None:
+    path = request.plan
+    return None if path is None else on_first(lambda: PruningPlan.load(path))
 
 
-def _clear(args: argparse.Namespace) -> None:
-    """Remove what an earlier run with this output has left to be taken up again."""
-    _beside(args, "journal.jsonl").unlink(missing_ok=True)
-    clear_checkpoints(_beside(args, "healing"))
+def _run_in_memory(request: Request) -> None:
+    from .healing.lora_settings import LoraSettings
+
+    pruner = _make_pruner(request)
+    if request.heal != "none" or request.visualize:
+        purpose = "healing" if request.heal != "none" else "drawing figures"
+        pruner.layers.require_weights(purpose)
+    given = _given_plan(request)
+    data = on_first(lambda: _load_data(request, given))
+    if not request.resume and not request.dry_run:
+        on_first(lambda: _clear(request))
+    lora = LoraSettings(steps=request.heal_steps, seed=request.seed, batch_size=request.batch_size)
+    if request.heal_every is not None:
+        _heal_as_it_goes(request, pruner, data, lora)
+    if request.sweep is not None:
+        _sweep(request, request.sweep, pruner, data)
+        return
+    plan = _make_plan(request, pruner, data, given)
+    if request.dry_run:
+        print(plan.to_json() if request.json else plan_text(plan), end="")
+    elif pruner.layers.streamed:
+        _export_yaml(request, pruner, plan)
+        held_out = plan.held_out or pruner.measure_choice(plan.remove, data.judging)
+        _copy_on_disk(request, replace(plan, held_out=held_out))
+    else:
+        _carry_out(request, pruner, plan, data, lora)
 
 
-def _sweep(args: argparse.Namespace, pruner: BasePruner, data: DataSplit) -> None:
-    curve = pruner.sweep(data.scoring, args.sweep, model_id=args.model, held_out=data.judging)
-    written = []
-    if not args.dry_run:
-        written.append(_beside(args, "curve.json"))
-        on_first(lambda: curve.save(written[0]))
-    if args.visualize and not args.dry_run:
-        from .visualization import plot_depth_curve
+def _load_data(request: Request, given: PruningPlan | None) -> DataSplit:
+    from .data.sampling import load_data
 
-        written.append(_beside(args, "curve.png"))
-        on_first(lambda: plot_depth_curve(curve, save_path=written[1]) and None)
-    print(curve.to_json() if args.json else curve_text(curve), end="")
-    if not args.json:
-        print("".join(f"Wrote {path}\n" for path in written), end="")
-
-
-def _manual_plan(args: argparse.Namespace, pruner: BasePruner) -> PruningPlan:
-    return PruningPlan(
-        model_id=args.model,
-        num_layers=pruner.num_layers,
-        remove=tuple(args.layers),
-        versions=package_versions(),
-        model=pruner.identity,
+    source = request.eval_dataset or (DEMO_MODEL if request.model == DEMO_MODEL else None)
+    return load_data(
+        source,
+        request.n_samples,
+        heal_source=request.heal_data,
+        healing=request.heal != "none",
+        taken=given.data.get("prompts", ()) if given else (),
+        seed=request.seed,
     )
+
+
+def _heal_as_it_goes(request: Request, pruner: BasePruner, data: DataSplit, lora: Any) -> None:
+    from .pruners.healing_search import Repairs
+    from .pruners.measured import SmartPruner
+
+    assert isinstance(pruner, SmartPruner)
+    assert request.heal_every is not None
+    pruner.repairs = Repairs(data.healing, request.heal_every, request.heal, lora)
+
+
+def _carry_out(
+    request: Request, pruner: BasePruner, plan: PruningPlan, data: DataSplit, lora: Any
+) -> None:
+    """Prune, heal, compare and write; print the report and what was written."""
+    from .workflow import carry_out, with_scores
+
+    logger.info("Removing layers %s", list(plan.remove))
+    if request.visualize:
+        plan = with_scores(pruner, plan, data.scoring)
+    checkpoints = request.beside("healing")
+    report, _ = carry_out(
+        pruner,
+        plan,
+        request.output,
+        data.judging,
+        heal=request.heal,
+        heal_data=data.healing,
+        lora=replace(lora, checkpoints=checkpoints),
+        overwrite=request.overwrite,
+        figures=request.visualize,
+        seed=request.seed,
+        command=shlex.join(["llm-pruner", *request.words]),
+    )
+    on_first(lambda: clear_checkpoints(checkpoints))
+    _export_yaml(request, pruner, plan)
+    if request.json:
+        print(report.to_json(), end="")
+        return
+    folder = Path(request.output)
+    written = [folder / PAGE_FILE]
+    written += sorted((folder / FIGURES).iterdir()) if request.visualize else []
+    written += [Path(request.export_yaml)] if request.export_yaml else []
+    print(report_text(report) + "".join(f"Wrote {path}\n" for path in written), end="")
+
+
+def _export_yaml(request: Request, pruner: BasePruner, plan: PruningPlan) -> None:
+    if request.export_yaml:
+        pruner.export_mergekit_yaml(plan.remove, request.export_yaml, request.model)
+
+
+def _clear(request: Request) -> None:
+    """Remove what an earlier run with this output has left to be resumed."""
+    request.beside("journal.jsonl").unlink(missing_ok=True)
+    clear_checkpoints(request.beside("healing"))
+
+
+def _sweep(request: Request, n_layers: int, pruner: BasePruner, data: DataSplit) -> None:
+    curve = pruner.sweep(data.scoring, n_layers, model_id=request.model, held_out=data.judging)
+    written = []
+    if not request.dry_run:
+        written.append(request.beside("curve.json"))
+        on_first(lambda: curve.save(written[0]))
+    if request.visualize and not request.dry_run:
+        from .visualization.quality import plot_depth_curve
+
+        written.append(request.beside("curve.png"))
+        on_first(lambda: plot_depth_curve(curve, save_path=written[1]) and None)
+    if request.json:
+        print(curve.to_json(), end="")
+    else:
+        print(curve_text(curve) + "".join(f"Wrote {path}\n" for path in written), end="")
 
 
 def _make_plan(
-    args: argparse.Namespace, pruner: BasePruner, data: DataSplit, given: PruningPlan | None
+    request: Request, pruner: BasePruner, data: DataSplit, given: PruningPlan | None
 ) -> PruningPlan:
-    if args.layers is not None:
-        return _manual_plan(args, pruner)
+    if request.layers is not None:
+        return pruner.manual_plan(request.layers, request.model)
     if given is not None:
         given.check_model(pruner.num_layers, pruner.identity)
         return given
     logger.info("Scoring %d layers: %s", pruner.num_layers, pruner.description())
     try:
         plan = pruner.plan(
-            data.scoring,
-            model_id=args.model,
-            ratio=args.ratio,
-            threshold=args.threshold,
-            tolerance=args.tolerance,
-            n_layers=args.n_layers,
-            held_out=data.judging,
+            data.scoring, model_id=request.model, budget=request.budget, held_out=data.judging
         )
-        source = args.eval_dataset or "default"
-        return replace(plan, data={**plan.data, "source": source, "seed": args.seed})
+        source = request.eval_dataset or "default"
+        return replace(plan, data={**plan.data, "source": source, "seed": request.seed})
     except BaseException:
-        if pruner.partial_plan and not args.dry_run and rank() == 0:
-            path = _beside(args, "partial_plan.json")
+        if pruner.partial_plan and not request.dry_run and rank() == 0:
+            path = request.beside("partial_plan.json")
             pruner.partial_plan.save(path)
             print(
                 f"\nThe search had come to {len(pruner.partial_plan.remove)} layers: use them with "

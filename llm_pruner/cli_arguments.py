@@ -1,4 +1,4 @@
-"""The options of the ``llm-pruner`` command: what they are, and what cannot be.
+"""The options of the ``llm-pruner`` command, parsed into a `Request` that is checked as a whole.
 
 Nothing heavy is imported here, so that help and mistakes answer at once.
 """
@@ -8,15 +8,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 from . import __version__
 from .atomic_output import check_output
 from .distributed import TIMEOUT, on_first
 from .errors import InvalidPlanError, MissingDependencyError, OutputError
 from .hub import check_upload
+from .pruners.budget import Budget
 from .pruners.registry import BUILTIN, check_strategy_name
 from .utils import parse_bytes
 
@@ -33,7 +35,7 @@ exit codes: 0 done; 2 usage; 3 unusable model or data; 4 output or environment; 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line, one flat list of options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="llm-pruner",
         description="Remove whole decoder layers from a Hugging Face language model, and measure "
         "what it costs. Layer numbers are 0-based everywhere.",
@@ -53,6 +55,7 @@ def _add_input(group: Any) -> None:
     add("--device", help="cpu, cuda, cuda:1, mps, or auto to spread over devices (default: best)")
     add(
         "--max-memory",
+        type=_size,
         metavar="SIZE",
         help="e.g. 4GiB: a model that does not fit is scored layer by layer from the disk",
     )
@@ -71,13 +74,15 @@ def _add_input(group: Any) -> None:
     )
     add(
         "--n-samples",
-        type=int,
+        type=_count,
         default=80,
         metavar="N",
         help="items to choose layers on; as many others judge the result (default: 80)",
     )
-    add("--batch-size", type=int, default=8, metavar="N", help="sequences at a time (default: 8)")
-    add("--seed", type=int, default=0, help="random seed of sampling and healing (default: 0)")
+    add(
+        "--batch-size", type=_count, default=8, metavar="N", help="sequences at a time (default: 8)"
+    )
+    add("--seed", type=_seed, default=0, help="random seed of sampling and healing (default: 0)")
     add(
         "--timeout",
         type=float,
@@ -96,7 +101,7 @@ def _add_choice(group: Any) -> None:
         help=f"{', '.join(BUILTIN)}, a plug-in's name, or FILE.py:CLASS (default: smart)",
     )
     add("--ratio", type=float, help="share of all layers to remove, e.g. 0.25")
-    add("--n-layers", type=int, metavar="K", help="exactly K layers")
+    add("--n-layers", type=_count, metavar="K", help="exactly K layers")
     add(
         "--threshold",
         type=float,
@@ -110,18 +115,24 @@ def _add_choice(group: Any) -> None:
     )
     add(
         "--sweep",
-        type=int,
+        type=_count,
         metavar="K",
         help="what removing 1 to K layers costs: written to DIR.curve.json; no model is written",
     )
     add(
         "--layers",
+        type=_numbers,
         metavar="3,7,11",
         help="remove these layers; nothing is scored. Alone, this copies bytes on disk and loads "
         "no model; with --eval-dataset, --heal, --visualize or --export-yaml it does",
     )
     add("--plan", metavar="FILE", help="the same with the layers of a plan (--dry-run --json)")
-    add("--protect", metavar="A,B", help="never remove the first A and last B layers (2,2)")
+    add(
+        "--protect",
+        type=_pair,
+        metavar="A,B",
+        help="never remove the first A and last B layers (2,2)",
+    )
     add(
         "--objective",
         metavar="O",
@@ -131,6 +142,7 @@ def _add_choice(group: Any) -> None:
     )
     add(
         "--option",
+        type=_option,
         action="append",
         default=[],
         metavar="NAME=VALUE",
@@ -138,7 +150,7 @@ def _add_choice(group: Any) -> None:
     )
     add(
         "--heal-every",
-        type=int,
+        type=_count,
         metavar="K",
         help="smart: repair (--heal) after every K cuts, and choose the next on the repaired model",
     )
@@ -157,7 +169,7 @@ def _add_output(group: Any) -> None:
         "that (default: none)",
     )
     add("--heal-data", metavar="D", help="what to repair with (default: more of --eval-dataset)")
-    add("--heal-steps", type=int, metavar="N", help="lora: steps of training at most (1000)")
+    add("--heal-steps", type=_count, metavar="N", help="lora: steps of training at most (1000)")
     add("--export-yaml", metavar="PATH", help="also write a MergeKit recipe")
     add(
         "--push-to-hub",
@@ -179,117 +191,214 @@ def _add_output(group: Any) -> None:
     add("--quiet", action="store_true", help="no progress, no notes")
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what is wrong in the arguments themselves, before anything is loaded."""
-    check_strategy_name(args.strategy)
-    args.layers = _integers("--layers", args.layers)
-    args.protect = _integers("--protect", args.protect)
-    if args.protect is not None and len(args.protect) != 2:
-        raise InvalidPlanError(f"--protect takes two numbers, A,B; got {len(args.protect)}.")
-    amounts = {
-        name: getattr(args, name.replace("-", "_"))
-        for name in ("layers", "plan", "ratio", "n-layers", "threshold", "sweep")
-    }
-    given = [f"--{name}" for name, value in amounts.items() if value is not None]
-    if len(given) > 1:
-        raise InvalidPlanError(f"{' and '.join(given)} exclude each other: give one.")
-    if args.ratio is not None and not 0 < args.ratio < 1:
-        raise InvalidPlanError(f"--ratio {args.ratio} must lie between 0 and 1, e.g. 0.25.")
-    for name in ("threshold", "tolerance"):
-        value = getattr(args, name)
-        if value is not None and not math.isfinite(value):
-            raise InvalidPlanError(f"--{name} {value} must be a number, e.g. 0.015.")
-    if args.tolerance is not None and args.tolerance < 0:
-        raise InvalidPlanError(f"--tolerance {args.tolerance} must not be negative, e.g. 0.015.")
-    if not 0 <= args.seed < 2**32:
-        raise InvalidPlanError(f"--seed {args.seed} must be from 0 to {2**32 - 1}.")
-    _check_healing(args)
-    _check_use(args)
-    if args.heal == "lora" and importlib.util.find_spec("peft") is None:
-        raise MissingDependencyError("--heal lora needs peft: pip install 'llm_pruner[heal]'.")
-    if Path(args.output).resolve() == Path(args.model).resolve():
-        raise OutputError(f"--output {args.output} is the model itself: choose another folder.")
-    args.option = dict(map(_option, args.option))
-    if args.max_memory is not None:
-        args.max_memory = parse_bytes(args.max_memory)
-        if args.device == "auto":
-            raise InvalidPlanError("--max-memory and --device auto exclude each other: give one.")
-    for name in ("n_samples", "n_layers", "batch_size", "sweep", "heal_steps", "heal_every"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InvalidPlanError(f"--{name.replace('_', '-')} {value} must be at least 1.")
-    if args.push_to_hub is not None:
-        on_first(lambda: check_upload(args.push_to_hub))
-    if not args.dry_run and args.sweep is None:
-        on_first(lambda: check_output(args.output, overwrite=args.overwrite))
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake as every other error is reported, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("argument "):
+            raise InvalidPlanError(f"{message.removeprefix('argument ')}.")
+        raise InvalidPlanError(f"{message}; see {self.prog} --help.")
 
 
-def _check_use(args: argparse.Namespace) -> None:
-    """Refuse options that would have no effect beside others."""
-    idle = {"sweep": ("tolerance", "export_yaml"), "layers": ("tolerance", "objective")}
-    idle["plan"] = idle["layers"]
-    for option, others in idle.items():
-        for other in others:
-            if getattr(args, option) is not None and getattr(args, other) is not None:
-                name = other.replace("_", "-")
-                raise InvalidPlanError(f"--{name} has no effect with --{option}: leave it out.")
-    if args.sweep is not None and args.heal != "none":
-        raise InvalidPlanError("--heal has no effect with --sweep: leave it out.")
-    if args.push_to_hub is not None and (args.dry_run or args.sweep is not None):
-        other = "--dry-run" if args.dry_run else "--sweep"
-        raise InvalidPlanError(f"--push-to-hub has no effect with {other}: leave it out.")
-    for option in ("verify", "link"):
-        if getattr(args, option) and needs_model(args):
-            raise InvalidPlanError(
-                f"--{option} is for pruning on disk, by --layers or --plan without anything that "
-                "needs the model in memory: leave it out."
-            )
+def _value(what: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A type of argument: `read`, whose ValueError means that the text is not `what`."""
+
+    def convert(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} must be {what}") from None
+
+    return convert
 
 
-def needs_model(args: argparse.Namespace) -> bool:
-    """Whether something is asked for that needs the model in memory."""
-    chooses = args.layers is None and args.plan is None
-    loads = args.dtype != "auto" or args.layers_path is not None or args.dry_run
-    measures = args.eval_dataset is not None or args.visualize or args.export_yaml is not None
-    return chooses or loads or measures or args.heal != "none"
+def _at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
-def _check_healing(args: argparse.Namespace) -> None:
-    """Refuse options of a repair that is not asked for."""
-    given = {
-        "--heal-data": args.heal_data is not None and args.heal == "none",
-        "--heal-every": args.heal_every is not None and args.heal == "none",
-        "--heal-steps": args.heal_steps is not None and args.heal != "lora",
-    }
-    for option, idle in given.items():
-        if idle:
-            wanted = "--heal lora" if option == "--heal-steps" else "--heal linear or --heal lora"
-            raise InvalidPlanError(f"{option} has no effect without {wanted}.")
-    if args.heal_every is None:
-        return
-    if args.strategy != "smart" or args.layers is not None or args.plan is not None:
-        raise InvalidPlanError("--heal-every is for layers that --strategy smart chooses.")
-    if args.sweep is not None:
-        raise InvalidPlanError("--heal-every and --sweep exclude each other: give one.")
+def _random_seed(text: str) -> int:
+    if not 0 <= (number := int(text)) < 2**32:
+        raise ValueError
+    return number
 
 
-def _option(text: str) -> tuple[str, Any]:
-    """Name and value of ``NAME=VALUE``; the value is read as JSON, or is a text."""
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _two_integers(text: str) -> tuple[int, int]:
+    first, last = _integers(text)
+    return first, last
+
+
+def _name_and_value(text: str) -> tuple[str, Any]:
+    """The value is read as JSON, or is a text."""
     name, equals, value = text.partition("=")
     if not (name and equals):
-        raise InvalidPlanError(f"--option {text!r} must be NAME=VALUE, e.g. contiguous=false.")
+        raise ValueError
     try:
         return name, json.loads(value)
     except ValueError:
         return name, value
 
 
-def _integers(option: str, text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InvalidPlanError(
-            f"{option} {text!r} must be whole numbers separated by commas, e.g. 3,7,11."
-        ) from None
+_count = _value("a whole number of at least 1", _at_least_one)
+_seed = _value(f"a whole number from 0 to {2**32 - 1}", _random_seed)
+_numbers = _value("whole numbers separated by commas, e.g. 3,7,11", _integers)
+_pair = _value("two whole numbers, A,B", _two_integers)
+_size = _value("a size of memory, e.g. 4GiB, 500MB", parse_bytes)
+_option = _value("NAME=VALUE, e.g. contiguous=false", _name_and_value)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line; the fields are its options.
+
+    Attributes:
+        budget: ``--ratio``, ``--n-layers``, ``--threshold`` and ``--tolerance``.
+        option: options of the strategy's class, by name.
+        words: the command line itself.
+
+    Raises:
+        InvalidPlanError: options that exclude each other, or that would have no effect.
+    """
+
+    model: str
+    device: str | None
+    max_memory: int | None
+    dtype: str
+    trust_remote_code: bool
+    layers_path: str | None
+    eval_dataset: str | None
+    n_samples: int
+    batch_size: int
+    seed: int
+    timeout: float
+    strategy: str
+    budget: Budget
+    sweep: int | None
+    layers: tuple[int, ...] | None
+    plan: str | None
+    protect: tuple[int, int] | None
+    objective: str | None
+    option: dict[str, Any]
+    heal_every: int | None
+    resume: bool
+    output: str
+    overwrite: bool
+    heal: Literal["none", "linear", "lora"]
+    heal_data: str | None
+    heal_steps: int | None
+    export_yaml: str | None
+    push_to_hub: str | None
+    visualize: bool
+    verify: bool
+    link: bool
+    dry_run: bool
+    json: bool
+    quiet: bool
+    words: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        named: dict[str, Any] = {
+            "--layers": self.layers,
+            "--plan": self.plan,
+            "--sweep": self.sweep,
+        }
+        for name, amount in self.budget.given.items():
+            if name != "tolerance":
+                named[f"--{name.replace('_', '-')}"] = amount
+        _exclusive(named)
+        _exclusive({"--heal-every": self.heal_every, "--sweep": self.sweep})
+        _exclusive(
+            {"--max-memory": self.max_memory, "--device auto": self.device == "auto" or None}
+        )
+        no_healing = "without --heal linear or --heal lora"
+        given = "--layers" if self.layers is not None else "--plan"
+        is_given = self.layers is not None or self.plan is not None
+        sweeps, tolerance = self.sweep is not None, self.budget.tolerance
+        for name, value, has_none, reason in (
+            ("--heal-data", self.heal_data, self.heal == "none", no_healing),
+            ("--heal-every", self.heal_every, self.heal == "none", no_healing),
+            ("--heal-steps", self.heal_steps, self.heal != "lora", "without --heal lora"),
+            ("--tolerance", tolerance, is_given, f"with {given}"),
+            ("--objective", self.objective, is_given, f"with {given}"),
+            ("--tolerance", tolerance, sweeps, "with --sweep"),
+            ("--export-yaml", self.export_yaml, sweeps, "with --sweep"),
+            ("--heal", None if self.heal == "none" else self.heal, sweeps, "with --sweep"),
+            ("--push-to-hub", self.push_to_hub, self.dry_run, "with --dry-run"),
+            ("--push-to-hub", self.push_to_hub, sweeps, "with --sweep"),
+        ):
+            if value is not None and has_none:
+                raise InvalidPlanError(f"{name} has no effect {reason}: leave it out.")
+        if self.heal_every is not None and (self.strategy != "smart" or is_given):
+            raise InvalidPlanError("--heal-every is for layers that --strategy smart chooses.")
+        for name in ("verify", "link"):
+            if getattr(self, name) and self.needs_model:
+                raise InvalidPlanError(
+                    f"--{name} is for pruning on disk, by --layers or --plan without anything "
+                    "that needs the model in memory: leave it out."
+                )
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether something is asked for that needs the model in memory."""
+        chooses = self.layers is None and self.plan is None
+        loads = self.dtype != "auto" or self.layers_path is not None or self.dry_run
+        measures = self.eval_dataset is not None or self.visualize or self.export_yaml is not None
+        return chooses or loads or measures or self.heal != "none"
+
+    @property
+    def writes_model(self) -> bool:
+        """Whether the output folder is written."""
+        return not self.dry_run and self.sweep is None
+
+    def beside(self, ending: str) -> Path:
+        """A file beside the output folder, named after it."""
+        return Path(f"{self.output.rstrip('/')}.{ending}")
+
+
+def _exclusive(options: dict[str, Any]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise InvalidPlanError(f"{' and '.join(given)} exclude each other: give one.")
+
+
+def parse_request(words: Sequence[str]) -> Request:
+    """What the words of a command line ask for.
+
+    Raises:
+        InvalidPlanError: unknown options, values that cannot be, or options that do not go
+            together.
+        SystemExit: after ``--help`` and ``--version``.
+    """
+    values = vars(build_parser().parse_args(words))
+    budget = Budget(
+        ratio=values.pop("ratio"),
+        n_layers=values.pop("n_layers"),
+        threshold=values.pop("threshold"),
+        tolerance=values.pop("tolerance"),
+    )
+    values["option"] = dict(values["option"])
+    return Request(**values, budget=budget, words=tuple(words))
+
+
+def check_request(request: Request) -> None:
+    """Refuse what this machine cannot do, before anything is loaded.
+
+    Raises:
+        UnknownNameError, LoadError: no such strategy.
+        MissingDependencyError: an optional package is needed.
+        OutputError, HubError: the output cannot be written or uploaded.
+    """
+    check_strategy_name(request.strategy)
+    if request.heal == "lora" and importlib.util.find_spec("peft") is None:
+        raise MissingDependencyError("--heal lora needs peft: pip install 'llm_pruner[heal]'.")
+    if Path(request.output).resolve() == Path(request.model).resolve():
+        raise OutputError(f"--output {request.output} is the model itself: choose another folder.")
+    if (repo_id := request.push_to_hub) is not None:
+        on_first(lambda: check_upload(repo_id))
+    if request.writes_model:
+        on_first(lambda: check_output(request.output, overwrite=request.overwrite) and None)

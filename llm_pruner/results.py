@@ -7,10 +7,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from .atomic_output import write_atomically
 from .errors import InvalidPlanError, LLMPrunerError, NonFiniteError, UnknownNameError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Removes = Literal["lowest", "highest"]
 
@@ -61,6 +64,12 @@ class LayerScores(dict[int, float]):
         sign = 1.0 if self.removes == "lowest" else -1.0
         return sorted(self, key=lambda layer: (sign * self[layer], -layer))
 
+    def to_frame(self) -> pd.DataFrame:
+        """A table with one row per layer, ``layer`` its index, and the column ``score``."""
+        import pandas as pd
+
+        return pd.DataFrame({"score": self}).rename_axis("layer")
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; `from_dict` is its inverse."""
         return {
@@ -80,9 +89,15 @@ class LayerScores(dict[int, float]):
 
 
 class _JsonFile:
-    """Saving and loading of the dataclasses below, with a format tag that is checked."""
+    """Saving and loading of the dataclasses below, with a format tag that is checked.
 
-    FORMAT: str
+    Attributes:
+        FORMAT: the tag that is written.
+        EARLIER: tags of earlier formats that are read too, see `_convert`.
+    """
+
+    FORMAT: ClassVar[str]
+    EARLIER: ClassVar[tuple[str, ...]] = ()
 
     def to_json(self) -> str:
         """The value as indented JSON text."""
@@ -100,9 +115,9 @@ class _JsonFile:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise InvalidPlanError(f"Not valid JSON: {error}.") from error
-        found = data.pop("format", None) if isinstance(data, dict) else None
-        if found != cls.FORMAT:
-            raise InvalidPlanError(f"Expected a file of format {cls.FORMAT!r}, found {found!r}.")
+        tag = data.pop("format", None) if isinstance(data, dict) else None
+        if tag not in (cls.FORMAT, *cls.EARLIER):
+            raise InvalidPlanError(f"Expected a file of format {cls.FORMAT!r}, found {tag!r}.")
         known = {entry.name for entry in fields(cls)}  # type: ignore[arg-type]
         if set(data) - known:
             raise InvalidPlanError(
@@ -110,7 +125,7 @@ class _JsonFile:
                 f"known: {sorted(known)}."
             )
         try:
-            return cls._build(data)
+            return cls._build(data if tag == cls.FORMAT else cls._convert(data))
         except (LLMPrunerError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise InvalidPlanError(f"Damaged {cls.FORMAT!r} file: {error}") from error
 
@@ -143,6 +158,11 @@ class _JsonFile:
     def _build(cls, data: dict[str, Any]) -> Self:
         return cls(**data)
 
+    @classmethod
+    def _convert(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a file in an earlier format as fields of the present one."""
+        return data
+
 
 def _plain(value: Any) -> Any:
     if isinstance(value, LayerScores):
@@ -172,14 +192,17 @@ class PruningPlan(_JsonFile):
             ``low`` and ``high`` (95 % paired bootstrap interval), ``unit``, ``items``,
             ``fingerprint``; empty if that was not measured.
         versions: of the packages that made it.
-        model: what tells the model's checkpoint from others (`shards.Checkpoint.identity`); empty
-            for a model that was not loaded from one.
+        model: what tells the model's checkpoint from others (`Checkpoint.identity`); empty for a
+            model that was not loaded from one.
+        healing: how the weights were healed when the plan was carried out, as `heal_model`
+            records it; empty before that.
 
     Raises:
         InvalidPlanError: indices out of range, repeated, or nothing left.
     """
 
-    FORMAT = "llm_pruner.plan/1"
+    FORMAT = "llm_pruner.plan/2"
+    EARLIER = ("llm_pruner.plan/1",)
 
     model_id: str
     num_layers: int
@@ -192,6 +215,7 @@ class PruningPlan(_JsonFile):
     held_out: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     model: dict[str, str] = field(default_factory=dict)
+    healing: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if type(self.num_layers) is not int or self.num_layers < 1:
@@ -201,8 +225,7 @@ class PruningPlan(_JsonFile):
     @property
     def keep(self) -> tuple[int, ...]:
         """The 0-based indices that stay, ascending."""
-        gone = set(self.remove)
-        return tuple(index for index in range(self.num_layers) if index not in gone)
+        return tuple(index for index in range(self.num_layers) if index not in self.remove)
 
     def check_fits(self, num_layers: int) -> None:
         """Raise InvalidPlanError if the plan was made for a model of another depth."""
@@ -239,6 +262,12 @@ class PruningPlan(_JsonFile):
         if data.get("scores") is not None:
             data["scores"] = LayerScores.from_dict(data["scores"])
         return cls(**data)
+
+    @classmethod
+    def _convert(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """In plan/1 the record of the healing was an option."""
+        options = dict(data.get("options", {}))
+        return {**data, "healing": options.pop("heal", {}), "options": options}
 
 
 @dataclass(frozen=True)
@@ -370,8 +399,8 @@ class PruningReport(_JsonFile):
         plan: the plan.
         output_dir: where the checkpoint lies.
         comparisons: every quantity of the original and of the pruned (and healed) model.
-        heal: the method, what the repair did to the held-out loss, and under ``cut_quality`` what
-            the cut costs without it on the evaluation data.
+        heal: the plan's ``healing``, and under ``cut_quality`` what the removal costs without it
+            on the evaluation data.
         evaluation_data: fingerprint and size of the data behind the comparisons.
         samples: questions of that data with ``prompt``, ``reference``, ``before``, ``after``.
         command: the command line; empty for a script.
@@ -410,13 +439,19 @@ class PruningReport(_JsonFile):
         Raises:
             UnknownNameError: there is none.
         """
-        for entry in self.comparisons:
-            if entry.name == name:
-                return entry
-        raise UnknownNameError.of("comparison", name, [entry.name for entry in self.comparisons])
+        for row in self.comparisons:
+            if row.name == name:
+                return row
+        raise UnknownNameError.of("comparison", name, [row.name for row in self.comparisons])
 
     def __contains__(self, name: object) -> bool:
         return any(entry.name == name for entry in self.comparisons)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The comparisons as a table, one row each, ``name`` its index."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(row) for row in self.comparisons]).set_index("name")
 
     def _items(self) -> Iterator[tuple[str, Any]]:
         for name, value in super()._items():

@@ -254,7 +254,7 @@ def test_plan_is_well_formed(strategy, model, tokenizer, eval_data, amount, tmp_
     assert again.scores.blocks == plan.scores.blocks
     plan.save(tmp_path / "plan.json")
     assert PruningPlan.load(tmp_path / "plan.json").to_json() == plan.to_json()
-    assert json.loads(plan.to_json())["format"] == "llm_pruner.plan/1"
+    assert json.loads(plan.to_json())["format"] == "llm_pruner.plan/2"
 
 
 @pytest.mark.parametrize("n_layers", [1, 4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -239,8 +240,28 @@ def test_a_saved_plan_is_loaded(plan, tmp_path):
 
 
 def test_a_plan_without_optional_fields_is_loaded():
-    text = '{"format": "llm_pruner.plan/1", "model_id": "m", "num_layers": 4, "remove": [1]}'
+    text = '{"format": "llm_pruner.plan/2", "model_id": "m", "num_layers": 4, "remove": [1]}'
     assert PruningPlan.from_json(text) == PruningPlan("m", 4, (1,))
+
+
+def test_a_plan_of_the_first_format_is_read(plan):
+    """There the record of the healing was an option, and nothing else was different."""
+    healing = {"method": "linear", "full": 1.0, "cut": 2.0, "healed": 1.5}
+    fields = json.loads(plan.to_json())
+    del fields["healing"]
+    fields |= {"format": "llm_pruner.plan/1", "options": {**plan.options, "heal": healing}}
+    assert PruningPlan.from_json(json.dumps(fields)) == replace(plan, healing=healing)
+    fields["options"] = ["heal"]
+    with pytest.raises(InvalidPlanError, match="Damaged"):
+        PruningPlan.from_json(json.dumps(fields))
+
+
+def test_tables(plan):
+    scores = LayerScores({1: 0.5, 0: 2.0}).to_frame()
+    assert list(scores.itertuples()) == [(0, 2.0), (1, 0.5)]
+    report = PruningReport(plan, "out", [Comparison("perplexity", "text", "", 2.0, 3.0, False)])
+    row = report.to_frame().loc["perplexity"]
+    assert (row["before"], row["after"], row["group"]) == (2.0, 3.0, "text")
 
 
 def test_a_plan_fits_one_depth(plan):
@@ -254,10 +275,10 @@ def test_a_plan_fits_one_depth(plan):
     [
         ("layers: 3", "Not valid JSON: Expecting value"),
         ("", "Not valid JSON"),
-        ("[1, 2]", "Expected a file of format 'llm_pruner.plan/1', found None"),
-        ("7", "Expected a file of format 'llm_pruner.plan/1', found None"),
-        ("{}", "Expected a file of format 'llm_pruner.plan/1', found None"),
-        ('{"format": "llm_pruner.plan/2"}', "found 'llm_pruner.plan/2'"),
+        ("[1, 2]", "Expected a file of format 'llm_pruner.plan/2', found None"),
+        ("7", "Expected a file of format 'llm_pruner.plan/2', found None"),
+        ("{}", "Expected a file of format 'llm_pruner.plan/2', found None"),
+        ('{"format": "llm_pruner.plan/3"}', "found 'llm_pruner.plan/3'"),
         ('{"format": "llm_pruner.report/1"}', "found 'llm_pruner.report/1'"),
     ],
 )
@@ -274,12 +295,12 @@ def test_a_file_of_another_kind_is_refused(text, message):
         ({"remove": [2, 2]}, r"Layers \[2\] are listed more than once"),
         ({"remove": ["2"]}, "Layer '2' is not an index"),
         ({"remove": [1.5]}, "Layer 1.5 is not an index"),
-        ({"remove": 3}, "Damaged 'llm_pruner.plan/1' file"),
-        ({"remove": None}, "Damaged 'llm_pruner.plan/1' file"),
-        ({"num_layers": "8"}, "Damaged 'llm_pruner.plan/1' file"),
-        ({"scores": {"unit": "x"}}, "Damaged 'llm_pruner.plan/1' file: 'scores'"),
+        ({"remove": 3}, "Damaged 'llm_pruner.plan/2' file"),
+        ({"remove": None}, "Damaged 'llm_pruner.plan/2' file"),
+        ({"num_layers": "8"}, "Damaged 'llm_pruner.plan/2' file"),
+        ({"scores": {"unit": "x"}}, "Damaged 'llm_pruner.plan/2' file: 'scores'"),
         ({"scores": {"scores": {}, "colour": 1}}, "Damaged .*unexpected keyword.*'colour'"),
-        ({"scores": [1, 2]}, "Damaged 'llm_pruner.plan/1' file"),
+        ({"scores": [1, 2]}, "Damaged 'llm_pruner.plan/2' file"),
     ],
     ids=str,
 )
@@ -301,12 +322,12 @@ def test_a_plan_with_impossible_fields_is_refused(plan, fields, message):
 def test_a_plan_with_fields_of_another_type_is_refused(plan, fields):
     with pytest.raises(InvalidPlanError) as caught:
         PruningPlan.from_json(changed(plan, **fields))
-    assert "llm_pruner.plan/1" in str(caught.value)
+    assert "llm_pruner.plan/2" in str(caught.value)
 
 
 @pytest.mark.parametrize("field", ["model_id", "num_layers", "remove"])
 def test_a_plan_that_lacks_a_field_is_refused(plan, field):
-    with pytest.raises(InvalidPlanError, match=f"Damaged 'llm_pruner.plan/1' file: .*{field}"):
+    with pytest.raises(InvalidPlanError, match=f"Damaged 'llm_pruner.plan/2' file: .*{field}"):
         PruningPlan.from_json(lacking(plan, field))
 
 

@@ -10,11 +10,9 @@ from conftest import WORDS
 
 from llm_pruner import PruneMePruner, carry_out, load_data
 from llm_pruner.data.items import prompt_keys
-from llm_pruner.data.sampling import DataSplit
 from llm_pruner.errors import InvalidDataError, InvalidPlanError
 from llm_pruner.evaluation.likelihood import perplexity
 from llm_pruner.results import PruningPlan, PruningReport
-from llm_pruner.workflow import draw_figures
 
 TEXTS = [f"{a} {b} on the {c}" for a in WORDS for b in WORDS for c in WORDS[:3]]
 
@@ -75,6 +73,13 @@ def test_the_same_seed_gives_the_same_split(source):
     assert load_data(source, 10, seed=3) != load_data(source, 10, seed=4)
 
 
+def test_healing_does_not_change_what_layers_are_chosen_on(source):
+    for n in (4, 5):
+        plain, healing = (load_data(source, n, healing=h) for h in (False, True))
+        assert plain.scoring == healing.scoring
+        assert plain.judging == healing.judging
+
+
 def test_too_little_data_is_an_error(tmp_path):
     (tmp_path / "one.jsonl").write_text('{"text": "the cat sat"}')
     with pytest.raises(InvalidDataError, match="items"):
@@ -84,7 +89,7 @@ def test_too_little_data_is_an_error(tmp_path):
 def test_a_plan_is_carried_out(llama, tokenizer, tmp_path):
     pruner = PruneMePruner(llama, tokenizer)
     plan = pruner.plan(TEXTS[:10], model_id="tiny", ratio=0.25)
-    report, pruned = carry_out(pruner, plan, tmp_path / "out", TEXTS[50:60], seed=5)
+    report, pruned = carry_out(pruner, plan, tmp_path / "out", TEXTS[50:60], seed=5, figures=True)
     assert PruningReport.load(tmp_path / "out" / "pruning_report.json") == report
     assert report.plan.remove == plan.remove
     found = report["perplexity"]
@@ -102,16 +107,15 @@ def test_a_plan_is_carried_out(llama, tokenizer, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "pruning_report.json" in card
     assert "- llm_pruner" in card
-    data = DataSplit(TEXTS[:10], [], TEXTS[50:60])
-    written = draw_figures(pruner, pruned, report, data)
-    assert all(path.stat().st_size > 1000 for path in written)
-    assert [path.stem for path in written] == [
+    figures = {path.stem: path for path in (tmp_path / "out" / "figures").iterdir()}
+    assert all(path.stat().st_size > 1000 for path in figures.values())
+    assert figures.keys() == {
         "activation_comparison",
         "semantic_comparison",
         "layer_importance",
         "block_distances",
         "similarity_matrix",
-    ]
+    }
 
 
 def test_the_page_shows_the_curve_of_the_same_model_alone(llama, tokenizer, tmp_path):

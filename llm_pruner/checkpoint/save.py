@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +23,19 @@ if TYPE_CHECKING:
 SIDE_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
-def save_checkpoint(
+@contextmanager
+def new_checkpoint(
     pruned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     plan: PruningPlan,
     output_dir: str | Path,
     *,
     overwrite: bool = False,
-) -> None:
-    """Write a complete plain checkpoint with its plan, reload it, and only then publish it.
+) -> Iterator[Path]:
+    """Write and verify a checkpoint; publish it, with what the block adds, when the block ends.
+
+    Yields:
+        The folder that becomes `output_dir`; it holds everything but the model card.
 
     Raises:
         OutputError: it cannot be written.
@@ -41,9 +47,22 @@ def save_checkpoint(
         tokenizer.save_pretrained(stage)
         _carry_along(pruned, stage)
         plan.save(stage / PLAN_FILE)
+        verify_checkpoint(stage, pruned)
+        yield stage
+
+
+def save_checkpoint(
+    pruned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: PruningPlan,
+    output_dir: str | Path,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a complete plain checkpoint with its plan and card; see `new_checkpoint`."""
+    with new_checkpoint(pruned, tokenizer, plan, output_dir, overwrite=overwrite) as stage:
         card = card_text(plan, original_card(plan.model_id))
         (stage / CARD_FILE).write_text(card, encoding="utf-8")
-        verify_checkpoint(stage, pruned)
 
 
 def _carry_along(model: Any, stage: Path) -> None:

@@ -6,21 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
-
 from ..data.items import EvalItem
-from ..distributed import gather
 from ..errors import InvalidPlanError
 from ..results import LayerScores
 from ..stats import RunningMean, RunningVariance, merged, real_tokens, sequence_means
-from .base import DEFAULT_PROTECT, BasePruner
+from .base import BasePruner
 from .registry import register_strategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-Pool = Literal["sequence", "none", "neuron"]
+Pool = Literal["sequence", "none"]
 
 
 @register_strategy("avss")
@@ -29,32 +26,30 @@ class AVSSPruner(BasePruner):
 
     Variant ``published`` (Song et al., "AVSS", arXiv:2411.02117): of the N activations of a
     layer, its outputs, AV is the variance, AS the share below `epsilon` in size, and the score
-    AV / AS. What the activations are, `pool` says; paper and code disagree:
+    AV / AS. Paper and code disagree on what the activations are; `pool` chooses:
 
     - ``sequence``, the authors' code: AV is the sample variance over the hidden dimension of the
       mean over a sequence, averaged over sequences; AS counts all elements.
     - ``none``, the formula to the letter: every element of every token is an activation.
-    - ``neuron``: an activation is the mean of one neuron over all tokens of all sequences, for AV
-      and for AS.
 
     Departures: padding is left out; where no activation is below `epsilon`, as in nearly every
     residual stream, AS would be 0, and half an activation is counted instead; the lowest scores
-    are selected (the authors' cumulative sum before sorting takes the first layers, see
-    `cumulative_avss`).
+    are selected (the authors add up scores in the order of depth before they sort, which removes
+    the first layers whatever they score).
 
-    Variant ``repaired`` (default): an AS that is nearly always 0 tells nothing, and raw variance
-    grows with depth in pre-norm models and so condemns the first layers. Here AV is the variance
-    of what the layer adds to its input, divided by the variance of the input, and an element
-    counts as sparse below a tenth of the root mean square of the addition.
+    Variant ``repaired`` (default): an AS that is nearly always 0 carries no signal, and raw
+    variance grows with depth in pre-norm models and so condemns the first layers. Here AV is the
+    variance of what the layer adds to its input, divided by the variance of the input, and an
+    element counts as sparse below a tenth of the root mean square of the addition.
 
     Args:
         variant: ``repaired`` or ``published``.
-        pool: what an activation is, of the published variant.
-        epsilon: size below which an activation is sparse, of the published variant; the authors'
+        pool: what an activation is, for the published variant.
+        epsilon: size below which an activation is sparse, for the published variant; the authors'
             1e-5 by default.
 
     Raises:
-        InvalidPlanError: an option that cannot be, or one of the published variant for the other.
+        InvalidPlanError: an unknown option, or one of the published variant for the other.
     """
 
     unit = "activation variance / activation sparsity"
@@ -64,13 +59,12 @@ class AVSSPruner(BasePruner):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        protect: tuple[int, int] = DEFAULT_PROTECT,
         variant: Literal["repaired", "published"] = "repaired",
         pool: Pool = "sequence",
         epsilon: float = 1e-5,
         **options: Any,
     ) -> None:
-        super().__init__(model, tokenizer, protect=protect, **options)
+        super().__init__(model, tokenizer, **options)
         if variant not in ("repaired", "published"):
             raise InvalidPlanError(f"variant={variant!r} must be 'repaired' or 'published'.")
         if pool not in get_args(Pool):
@@ -97,28 +91,17 @@ class AVSSPruner(BasePruner):
         per_sequence = [RunningMean() for _ in layers]
         pooled = [RunningVariance() for _ in layers]
         sparse = [RunningMean() for _ in layers]
-        neurons = torch.zeros(self.num_layers, 1, dtype=torch.float64)  # sums over tokens
-        tokens = 0
         for states, real in self.hidden_states(eval_data, shared=True):
             outputs = states[1:]
             if self.pool == "sequence":
                 for index, means in enumerate(sequence_means(outputs, real)):
                     per_sequence[index].update(means.var(dim=-1))
-            for chunk in real_tokens(outputs, real):  # (layers, tokens, hidden)
-                if self.pool == "neuron":
-                    neurons = neurons + chunk.sum(dim=1).cpu()  # (layers, hidden)
-                    tokens += chunk.shape[1]
-                    continue
+            for tokens in real_tokens(outputs, real):  # (layers, tokens, hidden)
                 for index in layers:
-                    sparse[index].update(chunk[index].abs() < self.epsilon)
+                    sparse[index].update(tokens[index].abs() < self.epsilon)
                     if self.pool == "none":
-                        pooled[index].update(chunk[index])
+                        pooled[index].update(tokens[index])
         per_sequence, pooled, sparse = merged(per_sequence), merged(pooled), merged(sparse)
-        if self.pool == "neuron":
-            total = sum(gather(neurons), neurons.new_zeros(1))
-            for index, means in enumerate(total / sum(gather(tokens))):
-                pooled[index].update(means)
-                sparse[index].update(means.abs() < self.epsilon)
         variance = [
             per_sequence[index].mean if self.pool == "sequence" else pooled[index].variance
             for index in layers
@@ -159,28 +142,3 @@ class AVSSPruner(BasePruner):
 def _share(sparse: RunningMean) -> float:
     """Share of activations that are sparse; if none is, that of half an activation."""
     return max(sparse.total, 0.5) / sparse.count if sparse.count else math.nan
-
-
-def cumulative_avss(scores: Mapping[int, float]) -> dict[int, float]:
-    """CAVSS: for each layer the share of all AVSS that it and the layers below its score hold.
-
-    The normalised scores AVSS_i / (sum of AVSS), added up in ascending order of the score, in
-    which the layers are returned too; of equal scores the deeper layer first. The authors' code
-    removes the layers up to a share of 0.25, but adds up in the order of depth and sorts
-    afterwards, so that the first layers go, whatever they score.
-
-    Raises:
-        InvalidPlanError: the scores add up to nothing.
-
-    Example:
-        >>> shares = cumulative_avss({0: 5, 1: 1, 2: 2, 3: 8, 4: 4})
-        >>> [layer for layer, share in shares.items() if share <= 0.25]
-        [1, 2]
-    """
-    total, running, shares = math.fsum(scores.values()), 0.0, {}
-    if not total > 0:
-        raise InvalidPlanError(f"The scores add up to {total}: AVSS is above 0 for some layer.")
-    for layer in sorted(scores, key=lambda layer: (scores[layer], -layer)):
-        running += scores[layer]
-        shares[layer] = running / total
-    return shares

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
@@ -31,16 +31,32 @@ from ..offload.offloaded_stack import layers_of
 from ..results import DepthCurve, LayerScores, PruningPlan, Removes, check_layers
 from ..search.removal_quality import RemovalQuality
 from ..utils import package_versions, progress
+from .budget import Budget, Removable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-DEFAULT_PROTECT = (2, 2)
-
-
 class _LastState(Exception):
-    """Ends a forward pass of which only the states between the layers are wanted."""
+    """Ends a forward pass once the states between the layers are known."""
+
+
+class _HealedModel:
+    """The model that was healed last: a search that heals as it goes has made what is saved."""
+
+    def __init__(self) -> None:
+        self._key: tuple[str, ...] = ()
+        self._model: Any = None
+        self._record: dict[str, Any] = {}
+
+    def get(
+        self, key: tuple[str, ...], make: Callable[[], tuple[Any, dict[str, Any]]]
+    ) -> tuple[Any, dict[str, Any]]:
+        """A copy of the model under `key`, which shares its weights, and its healing record."""
+        if key != self._key:
+            self._model, self._record = make()
+            self._key = key
+        return share_copy(self._model), self._record
 
 
 class BasePruner(ABC):
@@ -49,9 +65,9 @@ class BasePruner(ABC):
     Args:
         model: a causal language model; never changed.
         tokenizer: its tokenizer; never changed.
-        protect: how many layers at the start and at the end are never selected. On a model of
-            fewer than 8 layers the default shrinks to a quarter of the depth at each end
-            (rounded down); a value that you give is taken as it is.
+        protect: how many layers at the start and at the end are never selected. None means
+            (2, 2), or a quarter of the depth at each end (rounded down) on a model of fewer than
+            8 layers; a value that is given is used as it is.
         batch_size: sequences per forward pass; does not change a result.
         layers_path: dotted name of the layer list, for models in which it is not found.
 
@@ -59,9 +75,9 @@ class BasePruner(ABC):
         model, tokenizer: as given.
         layers: the decoder layers, a `LayerStack`.
         num_layers: how many there are.
-        protect: the protection in force.
+        removable: which of them may be removed.
         steps: what the last search tried and kept; empty for strategies that do not search.
-        partial_plan: where `plan` was interrupted in a search, the cut it had come to; else None.
+        partial_plan: the best plan so far where `plan` was interrupted in a search; else None.
 
     Raises:
         UnsupportedModelError: the model's layers cannot be found.
@@ -77,7 +93,7 @@ class BasePruner(ABC):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        protect: tuple[int, int] = DEFAULT_PROTECT,
+        protect: tuple[int, int] | None = None,
         batch_size: int = 8,
         layers_path: str | None = None,
     ) -> None:
@@ -86,13 +102,10 @@ class BasePruner(ABC):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.steps: list[dict[str, Any]] = []
         self.partial_plan: PruningPlan | None = None
-        self._last_repair: tuple[str, tuple[PreTrainedModel, dict[str, Any]]] | None = None
         self.layers = layers_of(model, layers_path)
         self.num_layers = len(self.layers)
-        if protect is DEFAULT_PROTECT:  # the default itself, not an equal pair somebody gave
-            shallow = self.num_layers // 4
-            protect = (min(protect[0], shallow), min(protect[1], shallow))
-        self.protect = _checked_protection(protect, self.num_layers)
+        self.removable = Removable.of(self.num_layers, protect)
+        self._healed = _HealedModel()
 
     @abstractmethod
     def description(self) -> str:
@@ -118,35 +131,29 @@ class BasePruner(ABC):
         """
         order = [layer for layer in self._scored(scores).ranked() if layer in self.candidates]
         if threshold is None:
-            return sorted(order[: self.count_for(ratio)])
+            return sorted(order[: Budget(ratio=ratio).count(self.removable)])
         if self.removes == "highest":
             return sorted(layer for layer in order if scores[layer] > threshold)
         return sorted(layer for layer in order if scores[layer] < threshold)
 
     def choose_layers(
-        self,
-        scores: Mapping[int, float],
-        eval_data: Sequence[EvalItem],
-        *,
-        ratio: float | None = None,
-        threshold: float | None = None,
-        tolerance: float | None = None,
-        n_layers: int | None = None,
+        self, scores: Mapping[int, float], eval_data: Sequence[EvalItem], budget: Budget
     ) -> list[int]:
-        """The strategy's final choice, by at most one of ratio, threshold and n_layers.
+        """The strategy's final choice within a budget.
 
-        Strategies whose choice is their selection need not know this method.
+        Strategies whose choice is their selection need not override this method.
+
+        Raises:
+            InvalidPlanError: the budget does not fit the strategy or the model.
         """
-        if tolerance is not None:
+        if budget.tolerance is not None:
             raise InvalidPlanError(
-                f"tolerance={tolerance} has no meaning for {self.name!r}, which does not measure "
-                "a choice as a whole: leave it out, or use smart."
+                f"tolerance={budget.tolerance} has no meaning for {self.name!r}, which does not "
+                "measure a choice as a whole: leave it out, or use smart."
             )
-        if n_layers is not None:
-            ratio = self.check_count(n_layers) / self.num_layers
-        amount = {"ratio": ratio, "threshold": threshold}
-        given = {name: value for name, value in amount.items() if value is not None}
-        return self.select_layers(scores, **given)
+        if budget.n_layers is not None:
+            return self.select_layers(scores, ratio=budget.n_layers / self.num_layers)
+        return self.select_layers(scores, **budget.given)
 
     def plan(
         self,
@@ -157,6 +164,7 @@ class BasePruner(ABC):
         threshold: float | None = None,
         tolerance: float | None = None,
         n_layers: int | None = None,
+        budget: Budget | None = None,
         held_out: Sequence[EvalItem] | None = None,
     ) -> PruningPlan:
         """Choose, by scores where the strategy needs them; nothing is changed or written.
@@ -167,33 +175,30 @@ class BasePruner(ABC):
             ratio, threshold, n_layers: how much to remove, by at most one of them; the
                 strategy's own default without any. `n_layers` is an exact number.
             tolerance: for strategies that measure their choice as a whole.
-            held_out: other items, on which the choice as a whole is measured in the end
+            budget: all of these as one value, instead of them.
+            held_out: other items, on which the final choice is measured as a whole
                 (`PruningPlan.held_out`): two evaluations.
 
         Raises:
-            InvalidPlanError: an amount that cannot be, or a choice that holds a protected layer
+            InvalidPlanError: an impossible amount, or a choice that holds a protected layer
                 or none at all.
-            BaseException: after an interruption or an error `partial_plan` holds what a search had
-                come to.
+            BaseException: after an interruption or an error `partial_plan` holds what a search
+                has reached.
         """
+        amounts = Budget(ratio, n_layers, threshold, tolerance)
+        if budget is not None and amounts.given:
+            raise InvalidPlanError(f"budget and {', '.join(amounts.given)} exclude each other.")
+        budget = budget or amounts
         check_items(eval_data)
-        amounts = {"ratio": ratio, "threshold": threshold, "n_layers": n_layers}
-        given = {name: value for name, value in amounts.items() if value is not None}
-        if len(given) > 1:
-            raise InvalidPlanError(f"{' and '.join(given)} exclude each other: give one.")
-        if n_layers is not None:
-            self.check_count(n_layers)
-        if ratio is not None:
-            self.count_for(ratio)
-        extent = given if tolerance is None else {**given, "tolerance": tolerance}
+        budget.count(self.removable)  # refused before anything is measured
 
-        def record(chosen: Sequence[int], scores: LayerScores | None) -> PruningPlan:
+        def record(removed: Sequence[int], scores: LayerScores | None) -> PruningPlan:
             return PruningPlan(
                 model_id=model_id,
                 num_layers=self.num_layers,
-                remove=check_layers(chosen, self.num_layers),
+                remove=check_layers(removed, self.num_layers),
                 strategy=self.name,
-                options={**extent, "protect": list(self.protect), **self._options()},
+                options={**budget.given, "protect": list(self.protect), **self._options()},
                 scores=scores,
                 steps=self.steps,
                 data={
@@ -206,15 +211,15 @@ class BasePruner(ABC):
             )
 
         self.steps, self.partial_plan = [], None
-        judge = None if held_out is None else self.quality(held_out)  # unfit data is told first
+        quality = None if held_out is None else self.quality(held_out)  # refuses unusable items
         try:
-            scores, chosen = self._score_and_choose(eval_data, **extent)
-            plan = self.partial_plan = record(chosen, scores)
-            self.refuse_protected(plan.remove)
+            scores, removed = self._score_and_choose(eval_data, budget)
+            plan = self.partial_plan = record(removed, scores)
+            self.removable.refuse_protected(plan.remove)
             if not plan.remove:
                 self._refuse_empty(scores)
-            if judge is not None and held_out is not None:
-                plan = replace(plan, held_out=self._judged(judge, plan.remove, held_out))
+            if quality is not None and held_out is not None:
+                plan = replace(plan, held_out=_measured(quality, plan.remove, held_out))
         except BaseException:
             kept = [step["removed"] for step in self.steps if step["kept"]]
             if self.partial_plan is None and kept:
@@ -224,10 +229,10 @@ class BasePruner(ABC):
         return plan
 
     def _score_and_choose(
-        self, eval_data: Sequence[EvalItem], **extent: Any
+        self, eval_data: Sequence[EvalItem], budget: Budget
     ) -> tuple[LayerScores | None, list[int]]:
         scores = self._scored(self.compute_layer_scores(eval_data))
-        return scores, self.choose_layers(scores, eval_data, **extent)
+        return scores, self.choose_layers(scores, eval_data, budget)
 
     def sweep(
         self,
@@ -246,8 +251,9 @@ class BasePruner(ABC):
             InvalidPlanError: so many layers cannot go.
         """
         check_items(eval_data)
+        Budget(n_layers=n_layers).count(self.removable)
         quality, points = self.quality(eval_data), []
-        for removed in self._choices(eval_data, self.check_count(n_layers)):
+        for removed in self._choices(eval_data, n_layers):
             held = None if held_out is None else self.measure_choice(removed, held_out)
             point = {"n_layers": len(removed), "removed": list(removed)}
             points.append({**point, "change": quality.change(removed), "held_out": held})
@@ -264,8 +270,8 @@ class BasePruner(ABC):
     def _choices(self, eval_data: Sequence[EvalItem], n_layers: int) -> list[list[int]]:
         """The strategy's choice of 1, 2, ... `n_layers` layers."""
         scores = self._scored(self.compute_layer_scores(eval_data))
-        counts = range(1, n_layers + 1)
-        return [self.choose_layers(scores, eval_data, n_layers=count) for count in counts]
+        budgets = [Budget(n_layers=count) for count in range(1, n_layers + 1)]
+        return [self.choose_layers(scores, eval_data, budget) for budget in budgets]
 
     def quality(self, eval_data: Sequence[EvalItem]) -> RemovalQuality:
         """The measuring instrument for `eval_data`: the likelihood of the references."""
@@ -273,20 +279,7 @@ class BasePruner(ABC):
 
     def measure_choice(self, layers: Sequence[int], held_out: Sequence[EvalItem]) -> dict[str, Any]:
         """What removing `layers` costs on other data, as `PruningPlan.held_out` describes it."""
-        return self._judged(self.quality(held_out), layers, held_out)
-
-    def _judged(
-        self, quality: RemovalQuality, layers: Sequence[int], held_out: Sequence[EvalItem]
-    ) -> dict[str, Any]:
-        low, high = quality.interval(layers)
-        return {
-            "change": quality.change(layers),
-            "low": low,
-            "high": high,
-            "unit": quality.unit,
-            "items": quality.items,
-            "fingerprint": fingerprint(held_out),
-        }
+        return _measured(self.quality(held_out), layers, held_out)
 
     def prune_and_save(
         self,
@@ -322,53 +315,73 @@ class BasePruner(ABC):
             UnsupportedModelError: the architecture cannot express the pruned model, or be healed.
             VerificationError: the written checkpoint does not compute what it should.
         """
-        plan = plan or self._manual_plan(layers, model_id)
-        plan.check_model(self.num_layers, self.identity)
+        plan = plan or self.manual_plan(layers, model_id)
         if tuple(sorted(layers)) != plan.remove or not plan.remove:
             raise InvalidPlanError(
                 f"layers={sorted(layers)} must be at least one layer, and those of the plan "
                 f"({list(plan.remove)})."
             )
         on_first(lambda: check_output(output_dir, overwrite=overwrite))
+        pruned, carried_out = self.carry_out(plan, heal, heal_data, lora)
+        on_first(
+            lambda: save_checkpoint(
+                pruned, self.tokenizer, carried_out, output_dir, overwrite=overwrite
+            )
+        )
+        return pruned, self.tokenizer
+
+    def carry_out(
+        self,
+        plan: PruningPlan,
+        heal: Heal = "none",
+        heal_data: Sequence[EvalItem] | None = None,
+        lora: LoraSettings | None = None,
+    ) -> tuple[PreTrainedModel, PruningPlan]:
+        """The model without the plan's layers, verified and healed, and the plan with the record.
+
+        Nothing is written; see `prune_and_save` for the arguments and errors.
+        """
+        plan.check_model(self.num_layers, self.identity)
         if heal != "none" and heal_data:
             chosen_on = plan.data.get("prompts", ())
             refuse_overlap(heal_data, chosen_on, "to heal with", "the layers were chosen on")
-        pruned, outcome = self.repair(plan.remove, heal, heal_data, lora)
-        plan = replace(plan, options={**plan.options, "heal": outcome})
-        parts = pruned, self.tokenizer, plan, output_dir
-        on_first(lambda: save_checkpoint(*parts, overwrite=overwrite))
-        return pruned, self.tokenizer
+        pruned, record = self.heal(plan.remove, heal, heal_data, lora)
+        return pruned, replace(plan, healing=record)
 
-    def repair(
+    def heal(
         self,
         layers: Sequence[int],
-        heal: Heal,
+        method: Heal,
         heal_data: Sequence[EvalItem] | None,
         lora: LoraSettings | None = None,
     ) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The model without `layers`, verified and healed, and the record of the healing.
 
-        See `heal_model`. The last result is kept: a search that repairs on its way has healed the
+        See `heal_model`. The last result is kept: a search that heals as it goes has healed the
         set that it ends with.
         """
         self.layers.require_weights("removing layers for good")
-        data = fingerprint(heal_data) if heal_data else ""
-        how = lora.identity() if lora and heal == "lora" else ""
-        key = f"{model_fingerprint(self.model)}:{sorted(layers)}:{heal}:{data}:{how}"
-        if self._last_repair is None or self._last_repair[0] != key:
+
+        def make() -> tuple[Any, dict[str, Any]]:
             pruned = self.layers.remove(layers)
             verify_removal(self.layers, layers, pruned)
-            tools = self.layers, layers, pruned, self.tokenizer, heal, heal_data
-            self._last_repair = key, heal_model(*tools, lora=lora)
-        model, record = self._last_repair[1]
-        return share_copy(model), record
+            return heal_model(
+                self.layers, layers, pruned, self.tokenizer, method, heal_data, lora=lora
+            )
 
-    def _manual_plan(self, layers: Sequence[int], model_id: str) -> PruningPlan:
+        data = fingerprint(heal_data) if heal_data else ""
+        settings = lora.identity() if lora and method == "lora" else ""
+        removed = ",".join(map(str, sorted(layers)))
+        return self._healed.get(
+            (model_fingerprint(self.model), removed, method, data, settings), make
+        )
+
+    def manual_plan(self, layers: Sequence[int], model_id: str) -> PruningPlan:
+        """A plan for layers that were chosen by hand."""
         return PruningPlan(
             model_id=model_id,
             num_layers=self.num_layers,
             remove=tuple(layers),
-            strategy=self.name,
             versions=package_versions(),
             model=self.identity,
         )
@@ -385,54 +398,14 @@ class BasePruner(ABC):
         return model_identity(self.model, self.num_layers)
 
     @property
+    def protect(self) -> tuple[int, int]:
+        """How many layers at the start and at the end are never selected."""
+        return self.removable.protect
+
+    @property
     def candidates(self) -> range:
         """The layers that are not protected."""
-        return range(self.protect[0], self.num_layers - self.protect[1])
-
-    def count_for(self, ratio: float) -> int:
-        """How many layers a `ratio` of all layers is, rounded down.
-
-        Raises:
-            InvalidPlanError: out of range, no layer, or more than may go.
-        """
-        if not 0 < ratio < 1:
-            raise InvalidPlanError(f"ratio={ratio} must lie between 0 and 1: {self._extent()}.")
-        count = int(ratio * self.num_layers + 1e-9)
-        if not 0 < count <= self._most():
-            raise InvalidPlanError(f"ratio={ratio:.4g} means {count} layers: {self._extent()}.")
-        return count
-
-    def check_count(self, n_layers: object) -> int:
-        """`n_layers` if so many layers can go.
-
-        Raises:
-            InvalidPlanError: no whole number, or out of range.
-        """
-        if type(n_layers) is not int or not 0 < n_layers <= self._most():
-            raise InvalidPlanError(
-                f"n_layers={n_layers} must be from 1 to {self._most()}: {self._extent()}."
-            )
-        return n_layers
-
-    def refuse_protected(self, layers: Sequence[int]) -> None:
-        """Raise InvalidPlanError if a protected layer is among `layers`."""
-        shielded = [layer for layer in layers if layer not in self.candidates]
-        if shielded:
-            raise InvalidPlanError(
-                f"Layers {shielded} are protected: the first {self.protect[0]} and the last "
-                f"{self.protect[1]} of {self.num_layers} layers must stay. Change protect= "
-                "(--protect) if you mean it."
-            )
-
-    def _most(self) -> int:
-        return min(len(self.candidates), self.num_layers - 1)
-
-    def _extent(self) -> str:
-        first, last = self.protect
-        return (
-            f"the model has {self.num_layers} layers, the first {first} and the last {last} are "
-            f"protected, so 1 to {self._most()} can go"
-        )
+        return self.removable.candidates
 
     def hidden_states(
         self, eval_data: Sequence[EvalItem], *, shared: bool = False
@@ -505,20 +478,16 @@ class BasePruner(ABC):
         return {}
 
 
-def _checked_protection(protect: Sequence[int], num_layers: int) -> tuple[int, int]:
-    if (
-        not isinstance(protect, Sequence)
-        or len(protect) != 2
-        or any(not isinstance(side, int) or side < 0 for side in protect)
-    ):
-        raise InvalidPlanError(
-            f"protect={protect} must be two whole numbers from 0: layers kept at the start "
-            "and at the end."
-        )
-    first, last = protect
-    if first + last >= num_layers:
-        raise InvalidPlanError(
-            f"protect=({first}, {last}) protects all of the model's {num_layers} layers: together "
-            f"they must be below {num_layers}."
-        )
-    return first, last
+def _measured(
+    quality: RemovalQuality, removed: Sequence[int], held_out: Sequence[EvalItem]
+) -> dict[str, Any]:
+    """What removing layers costs, as `PruningPlan.held_out` describes it."""
+    low, high = quality.interval(removed)
+    return {
+        "change": quality.change(removed),
+        "low": low,
+        "high": high,
+        "unit": quality.unit,
+        "items": quality.items,
+        "fingerprint": fingerprint(held_out),
+    }

@@ -13,7 +13,8 @@ from ..results import LayerScores, check_layers
 from ..search.layer_search import depth_curve, search_layers, single_removals
 from ..search.objectives import ObjectiveLike, parse_objective
 from ..search.removal_quality import RemovalQuality
-from .base import DEFAULT_PROTECT, BasePruner
+from .base import BasePruner
+from .budget import Budget
 from .healing_search import Repairs, search_in_rounds
 from .registry import register_strategy
 
@@ -41,13 +42,12 @@ class MeasuredPruner(BasePruner):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        protect: tuple[int, int] = DEFAULT_PROTECT,
         objective: ObjectiveLike = "nll",
         journal: str | Path | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(model, tokenizer, protect=protect, **options)
+        super().__init__(model, tokenizer, **options)
         if type(seed) is not int or seed < 0:
             raise InvalidPlanError(f"seed={seed!r} must be a whole number from 0.")
         self.shares, self.journal, self.seed = parse_objective(objective), journal, seed
@@ -134,11 +134,10 @@ class SmartPruner(MeasuredPruner):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        protect: tuple[int, int] = DEFAULT_PROTECT,
         repairs: Repairs | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(model, tokenizer, protect=protect, **options)
+        super().__init__(model, tokenizer, **options)
         self.repairs = repairs
 
     def description(self) -> str:
@@ -187,36 +186,29 @@ class SmartPruner(MeasuredPruner):
         )
 
     def choose_layers(
-        self,
-        scores: Mapping[int, float],
-        eval_data: Sequence[EvalItem],
-        *,
-        ratio: float | None = None,
-        threshold: float | None = None,
-        tolerance: float | None = None,
-        n_layers: int | None = None,
+        self, scores: Mapping[int, float], eval_data: Sequence[EvalItem], budget: Budget
     ) -> list[int]:
         """A number of layers (n_layers, or ratio), or as many as the tolerance allows, of all.
 
-        With a number and a tolerance: at most so many, within the tolerance. With a threshold: of
-        the layers that alone score above it, as many as the tolerance allows.
+        With a number and a tolerance: at most that many, within the tolerance. With a threshold:
+        of the layers that alone score above it, as many as the tolerance allows.
         """
-        if ratio is not None:
-            n_layers = self.count_for(ratio)
-        if n_layers is not None:
-            return self._search(None, eval_data, n_layers=n_layers, tolerance=tolerance)
+        count = budget.count(self.removable)
+        if count is not None:
+            return self._search(None, eval_data, n_layers=count, tolerance=budget.tolerance)
+        threshold, tolerance = budget.threshold, budget.tolerance
         candidates = None if threshold is None else self.select_layers(scores, threshold=threshold)
         if tolerance is None:
             return self.optimize_selection(candidates, eval_data)
         return self.optimize_selection(candidates, eval_data, tolerance)
 
     def _score_and_choose(
-        self, eval_data: Sequence[EvalItem], **extent: Any
+        self, eval_data: Sequence[EvalItem], budget: Budget
     ) -> tuple[LayerScores | None, list[int]]:
-        """Scores are made only where a threshold asks for them: the search does without."""
-        if "threshold" in extent:
-            return super()._score_and_choose(eval_data, **extent)
-        return None, self.choose_layers({}, eval_data, **extent)
+        """Scores are computed only where a threshold needs them: the search does without."""
+        if budget.threshold is not None:
+            return super()._score_and_choose(eval_data, budget)
+        return None, self.choose_layers({}, eval_data, budget)
 
     def _search(
         self,
@@ -227,18 +219,18 @@ class SmartPruner(MeasuredPruner):
         tolerance: float | None,
     ) -> list[int]:
         pool = self.candidates if candidates is None else check_layers(candidates, self.num_layers)
-        self.refuse_protected(pool)
+        self.removable.refuse_protected(pool)
         self.steps = []
         limits: dict[str, Any] = {"n_layers": n_layers, "tolerance": tolerance}
         limits["on_step"] = self.steps.append
         if self.repairs is None:
             return search_layers(self.quality(eval_data), pool, **limits)
         how = self.repairs
-        refuse_overlap(how.items, prompt_keys(eval_data), "to repair with", "to choose layers on")
+        refuse_overlap(how.items, prompt_keys(eval_data), "to heal with", "to choose layers on")
         return search_in_rounds(
             self.layers,
             lambda stack: self.quality_of(stack, eval_data),
-            lambda layers: self.repair(layers, how.heal, how.items, how.lora),
+            lambda layers: self.heal(layers, how.heal, how.items, how.lora),
             pool,
             every=how.every,
             **limits,
@@ -246,7 +238,7 @@ class SmartPruner(MeasuredPruner):
 
     def _choices(self, eval_data: Sequence[EvalItem], n_layers: int) -> list[list[int]]:
         if self.repairs is not None:
-            raise InvalidPlanError("A sweep does not repair on its way: leave repairs out.")
+            raise InvalidPlanError("A sweep does not heal as it goes: leave repairs out.")
         self.steps = []
         quality, note = self.quality(eval_data), self.steps.append
         return [list(mask) for mask in depth_curve(quality, self.candidates, n_layers, note)]

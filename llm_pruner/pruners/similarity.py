@@ -12,7 +12,8 @@ from ..data.items import EvalItem
 from ..errors import InvalidPlanError
 from ..results import LayerScores
 from ..stats import AngularDistances, CosineSimilarities, last_real_token, merged, real_tokens
-from .base import DEFAULT_PROTECT, BasePruner
+from .base import BasePruner
+from .budget import Budget
 from .registry import register_strategy
 
 if TYPE_CHECKING:
@@ -41,11 +42,10 @@ class SimilarityPruner(BasePruner):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        protect: tuple[int, int] = DEFAULT_PROTECT,
         contiguous: bool | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(model, tokenizer, protect=protect, **options)
+        super().__init__(model, tokenizer, **options)
         if not isinstance(contiguous, bool | None):
             raise InvalidPlanError(f"contiguous={contiguous!r} must be True or False.")
         self.contiguous = self.contiguous_by_default if contiguous is None else contiguous
@@ -84,10 +84,9 @@ class SimilarityPruner(BasePruner):
                 f"or use {type(self).__name__}(..., contiguous=False)."
             )
         first, end = self.candidates.start, self.candidates.stop
-        if threshold is None:
-            lengths = [self.count_for(ratio)]
-        else:
-            lengths = list(range(len(self.candidates), 0, -1))
+        budget = Budget(ratio=ratio) if threshold is None else Budget(threshold=threshold)
+        count = budget.count(self.removable)
+        lengths = range(len(self.candidates), 0, -1) if count is None else [count]
         for length in lengths:
             starts = range(first, end - length + 1)
             best = min(starts, key=lambda start: (blocks[start][length - 1], -start))

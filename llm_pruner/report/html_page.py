@@ -69,6 +69,7 @@ def write_html(
         OutputError: the file cannot be written.
     """
     figures = figures or {}
+    figures = {k: v for k, v in figures.items() if k in MODEL_FIGURES}
     unknown = sorted(figures.keys() - MODEL_FIGURES.keys())
     if unknown:
         raise InvalidDataError(f"figures has {unknown}; known: {', '.join(MODEL_FIGURES)}.")

@@ -34,7 +34,7 @@ def by_hand(llama, tokenizer, n_layers):
         places = [place for place, index in enumerate(kept) if 1 <= index < len(stack) - 1]
         best = max(places, key=lambda place: (quality.change([place]), place))
         removed = sorted([*removed, kept[best]])
-        current, _ = pruner.repair(removed, "linear", HEALING)
+        current, _ = pruner.heal(removed, "linear", HEALING)
         kept = [index for index in range(len(stack)) if index not in removed]
     return removed, current
 
@@ -53,7 +53,7 @@ def test_rounds_of_one_are_greedy_on_repaired_models(llama, tokenizer, n_layers)
 def test_changes_are_those_of_the_repaired_against_the_full_model(llama, tokenizer):
     pruner = pruner_with(llama, tokenizer, Repairs(HEALING, every=2))
     chosen = pruner.optimize_selection(None, SCORING, n_layers=2)
-    healed, record = pruner.repair(chosen, "linear", HEALING)
+    healed, record = pruner.heal(chosen, "linear", HEALING)
     full = RemovalQuality(LayerStack(llama), tokenizer, SCORING)()
     want = RemovalQuality(LayerStack(healed), tokenizer, SCORING)() / full - 1
     repair = pruner.steps[-1]
@@ -99,12 +99,12 @@ def test_the_last_repair_is_not_made_twice(llama, tokenizer, tmp_path, monkeypat
     out = tmp_path / "out"
     pruned, _ = pruner.prune_and_save(chosen, out, "m", heal="linear", heal_data=HEALING)
     assert len(made) == 2
-    healed, _ = pruner.repair(chosen, "linear", HEALING)
+    healed, _ = pruner.heal(chosen, "linear", HEALING)
     assert len(made) == 2
     assert healed is not pruned
     for name, tensor in healed.state_dict().items():
         assert torch.equal(tensor, pruned.state_dict()[name])
-    pruner.repair(chosen, "none", None)
+    pruner.heal(chosen, "none", None)
     assert len(made) == 3
 
 
@@ -128,7 +128,7 @@ def test_impossible_requests_are_refused(llama, tokenizer):
     with pytest.raises(InvalidPlanError, match="heal='none' must be linear or lora"):
         Repairs(HEALING, heal="none")
     pruner = pruner_with(llama, tokenizer, Repairs(HEALING))
-    with pytest.raises(InvalidPlanError, match="A sweep does not repair"):
+    with pytest.raises(InvalidPlanError, match="A sweep does not heal"):
         pruner.sweep(SCORING, 2)
     with pytest.raises(InvalidPlanError, match="n_layers=9"):
         search_in_rounds(
@@ -146,7 +146,7 @@ def test_the_items_layers_were_chosen_on_do_not_repair(llama, tokenizer, tmp_pat
         pruner.prune_and_save(plan.remove, out, "m", **words)
     assert not out.exists()
     pruner = pruner_with(llama, tokenizer, Repairs(mixed))
-    with pytest.raises(InvalidDataError, match=r"items to repair with .* to choose layers on"):
+    with pytest.raises(InvalidDataError, match=r"items to heal with .* to choose layers on"):
         pruner.plan(SCORING, n_layers=1)
 
 
@@ -170,7 +170,7 @@ def test_an_interrupted_round_is_not_in_the_partial_plan(llama, tokenizer, monke
             raise KeyboardInterrupt
         return repair(self, layers, *rest)
 
-    monkeypatch.setattr(SmartPruner, "repair", interrupted)
+    monkeypatch.setattr(SmartPruner, "heal", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pruner.plan(SCORING, n_layers=3)
     assert list(pruner.partial_plan.remove) == made[0]

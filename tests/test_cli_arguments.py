@@ -1,0 +1,156 @@
+"""The command line as a request: what is read, refused, and needs no model to be told."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from llm_pruner.cli_arguments import check_request, parse_request
+from llm_pruner.errors import (
+    HubError,
+    InvalidPlanError,
+    LoadError,
+    MissingDependencyError,
+    OutputError,
+    UnknownNameError,
+)
+from llm_pruner.pruners.budget import Budget
+
+
+def parsed(words: str, model: str = "nobody/no-such-model"):
+    return parse_request(["--model", model, *words.split()])
+
+
+def test_a_request_is_typed_and_frozen():
+    request = parsed(
+        "--layers 7,2 --protect 1,0 --max-memory 4GiB --option contiguous=false --option name=x"
+    )
+    assert request.layers == (7, 2)
+    assert request.protect == (1, 0)
+    assert request.max_memory == 4 * 2**30
+    assert request.option == {"contiguous": False, "name": "x"}
+    assert request.words[-1] == "name=x"
+    with pytest.raises(FrozenInstanceError):
+        request.layers = ()
+
+
+def test_the_defaults():
+    request = parsed("")
+    assert (request.strategy, request.output, request.n_samples) == ("smart", "./pruned_model", 80)
+    assert request.budget == Budget()
+    assert request.needs_model
+    assert request.writes_model
+    assert str(request.beside("journal.jsonl")) == "pruned_model.journal.jsonl"
+
+
+def test_amounts_are_one_budget():
+    assert parsed("--ratio 0.25").budget == Budget(ratio=0.25)
+    both = parsed("--n-layers 3 --tolerance 0.1").budget
+    assert both == Budget(n_layers=3, tolerance=0.1)
+
+
+@pytest.mark.parametrize(
+    ("words", "needs"),
+    [
+        ("--layers 3", False),
+        ("--plan p.json --verify --link", False),
+        ("--layers 3 --eval-dataset x", True),
+        ("--layers 3 --heal linear", True),
+        ("--layers 3 --visualize", True),
+        ("--layers 3 --export-yaml x.yaml", True),
+        ("--layers 3 --dtype float32", True),
+        ("--layers 3 --dry-run", True),
+        ("--layers 3 --layers-path tower.blocks", True),
+        ("--n-layers 3", True),
+    ],
+)
+def test_what_needs_the_model_in_memory(words, needs):
+    assert parsed(words).needs_model == needs
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--ratio 0", "ratio=0.0 must lie between 0 and 1, e.g. 0.25"),
+        ("--ratio 1.5", "ratio=1.5 must lie between 0 and 1"),
+        ("--n-layers 0", "--n-layers: '0' must be a whole number of at least 1"),
+        ("--n-samples 0", "--n-samples: '0' must be a whole number of at least 1"),
+        ("--batch-size x", "--batch-size: 'x' must be a whole number of at least 1"),
+        ("--threshold nan", "threshold=nan must be a number"),
+        ("--tolerance -1", "tolerance=-1.0 must be a number from 0, e.g. 0.015"),
+        ("--seed -1", "--seed: '-1' must be a whole number from 0 to 4294967295"),
+        ("--protect 1", "--protect: '1' must be two whole numbers, A,B"),
+        ("--layers 3-5", "--layers: '3-5' must be whole numbers separated by commas, e.g. 3,7,11"),
+        ("--max-memory 4pies", "--max-memory: '4pies' must be a size of memory, e.g. 4GiB, 500MB"),
+        ("--option contiguous", "--option: 'contiguous' must be NAME=VALUE"),
+        ("--heal twice", "--heal: invalid choice: 'twice'"),
+        ("--modle x", "unrecognized arguments: --modle x; see llm-pruner --help"),
+        ("--layers 3 --ratio 0.2", "--layers and --ratio exclude each other: give one"),
+        ("--n-layers 3 --threshold 0.2", "n_layers and threshold exclude each other: give one"),
+        ("--sweep 3 --heal linear --heal-every 2", "--heal-every and --sweep exclude each other"),
+        ("--device auto --max-memory 1GiB", "--max-memory and --device auto exclude each other"),
+        ("--layers 3 --heal-steps 9", "--heal-steps has no effect without --heal lora"),
+        ("--layers 3 --heal linear --heal-steps 9", "no effect without --heal lora"),
+        ("--layers 3 --heal-data x.jsonl", "--heal-data has no effect without --heal linear"),
+        ("--n-layers 3 --heal-every 2", "--heal-every has no effect without --heal linear"),
+        ("--layers 3 --heal linear --heal-every 2", "for layers that --strategy smart chooses"),
+        ("--strategy avss --ratio 0.25 --heal linear --heal-every 2", "--strategy smart chooses"),
+        ("--sweep 2 --tolerance 0.1", "--tolerance has no effect with --sweep"),
+        ("--sweep 2 --heal linear", "--heal has no effect with --sweep"),
+        ("--sweep 2 --export-yaml x.yaml", "--export-yaml has no effect with --sweep"),
+        ("--sweep 2 --push-to-hub a/b", "--push-to-hub has no effect with --sweep"),
+        ("--dry-run --push-to-hub a/b", "--push-to-hub has no effect with --dry-run"),
+        ("--layers 3 --tolerance 0.1", "--tolerance has no effect with --layers"),
+        ("--plan p.json --objective kl", "--objective has no effect with --plan"),
+        ("--layers 3 --eval-dataset x --verify", "--verify is for pruning on disk"),
+        ("--n-layers 3 --link", "--link is for pruning on disk"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused(words, message):
+    with pytest.raises(InvalidPlanError) as caught:
+        parsed(words)
+    assert message in str(caught.value)
+
+
+def test_a_model_is_required():
+    with pytest.raises(InvalidPlanError, match="required: --model; see llm-pruner --help"):
+        parse_request([])
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        ("--strategy smrt", UnknownNameError, "Unknown strategy 'smrt'. Did you mean 'smart'?"),
+        ("--strategy none.py:X", LoadError, "Strategy file 'none.py' does not exist"),
+        ("--output /proc/x/y", OutputError, "Output folder '/proc/x/y' cannot be written"),
+        ("--output here", OutputError, "--output here is the model itself"),
+        ("--push-to-hub a/b/c", HubError, "a/b/c"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_refused(words, error, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    with pytest.raises(error) as caught:
+        check_request(parsed(words, model=str(tmp_path / "here")))
+    assert message in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_needs_peft(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'llm_pruner\[heal\]'"):
+        check_request(parsed("--heal lora"))
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_request(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    contract = """--model --strategy --output --eval-dataset --n-samples --ratio --threshold
+    --tolerance --export-yaml --visualize --device --n-layers --layers --protect --objective
+    --heal --plan --dry-run --resume --json --overwrite --seed --dtype --trust-remote-code
+    --quiet"""
+    assert all(option in text for option in contract.split())
+    assert "./pruned_model" in text
