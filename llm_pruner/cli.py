@@ -137,10 +137,8 @@ def _prune_on_disk(request: Request) -> None:
         logger.info("%s\nLoading the model instead.", error)
     pruner = _make_pruner(request)
     plan = plan or pruner.manual_plan(request.layers or (), request.model)
-    pruner.prune_and_save(
-        plan.remove, request.output, request.model, overwrite=request.overwrite, plan=plan
-    )
-    _print_saved(request, lambda saved: saved_text(saved, request.output))
+    _, saved = pruner.save_pruned(plan, request.output, overwrite=request.overwrite)
+    print(saved.to_json() if request.json else saved_text(saved, request.output), end="")
 
 
 def _copy_on_disk(request: Request, plan: PruningPlan | Sequence[int]) -> None:

@@ -321,14 +321,27 @@ class BasePruner(ABC):
                 f"layers={sorted(layers)} must be at least one layer, and those of the plan "
                 f"({list(plan.remove)})."
             )
-        on_first(lambda: check_output(output_dir, overwrite=overwrite))
-        pruned, carried_out = self.carry_out(plan, heal, heal_data, lora)
-        on_first(
-            lambda: save_checkpoint(
-                pruned, self.tokenizer, carried_out, output_dir, overwrite=overwrite
-            )
+        pruned, _ = self.save_pruned(
+            plan, output_dir, heal=heal, heal_data=heal_data, lora=lora, overwrite=overwrite
         )
         return pruned, self.tokenizer
+
+    def save_pruned(
+        self,
+        plan: PruningPlan,
+        output_dir: str | Path,
+        *,
+        heal: Heal = "none",
+        heal_data: Sequence[EvalItem] | None = None,
+        lora: LoraSettings | None = None,
+        overwrite: bool = False,
+    ) -> tuple[PreTrainedModel, PruningPlan]:
+        """`prune_and_save` for a plan: the pruned model, and the plan with the healing's record."""
+        on_first(lambda: check_output(output_dir, overwrite=overwrite))
+        pruned, done = self.carry_out(plan, heal, heal_data, lora)
+        files = pruned, self.tokenizer, done, output_dir
+        on_first(lambda: save_checkpoint(*files, overwrite=overwrite))
+        return pruned, done
 
     def carry_out(
         self,

@@ -87,6 +87,17 @@ class MeasuredPruner(BasePruner):
         scores = single_removals(quality, range(self.num_layers))
         return LayerScores(scores, strategy=self.name, unit=quality.unit, removes=self.removes)
 
+    def select_layers(
+        self,
+        scores: Mapping[int, float],
+        ratio: float | None = None,
+        threshold: float | None = -0.02,
+    ) -> list[int]:
+        """Every layer that alone scores above `threshold`; with `ratio`, the cheapest instead."""
+        if ratio is not None:
+            return super().select_layers(scores, ratio)
+        return super().select_layers(scores, threshold=threshold)
+
     def _options(self) -> dict[str, Any]:
         return {"objective": self.shares, "seed": self.seed}
 
@@ -101,17 +112,6 @@ class AblationPruner(MeasuredPruner):
 
     def description(self) -> str:
         return "Measures the quality lost without each layer; half of L + 1 evaluations."
-
-    def select_layers(
-        self,
-        scores: Mapping[int, float],
-        ratio: float | None = None,
-        threshold: float | None = -0.02,
-    ) -> list[int]:
-        """Every layer that scores above `threshold`; with `ratio`, the cheapest share instead."""
-        if ratio is not None:
-            return super().select_layers(scores, ratio)
-        return super().select_layers(scores, threshold=threshold)
 
 
 @register_strategy("smart")
@@ -142,17 +142,6 @@ class SmartPruner(MeasuredPruner):
 
     def description(self) -> str:
         return "Cuts layer by layer, measuring each combination; then exchanges layers."
-
-    def select_layers(
-        self,
-        scores: Mapping[int, float],
-        ratio: float | None = None,
-        threshold: float | None = -0.02,
-    ) -> list[int]:
-        """Candidates: layers that alone score above `threshold`, or the cheapest `ratio` of all."""
-        if ratio is not None:
-            return super().select_layers(scores, ratio)
-        return super().select_layers(scores, threshold=threshold)
 
     def optimize_selection(
         self,
