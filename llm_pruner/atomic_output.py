@@ -5,7 +5,7 @@ the process is killed or the machine stops. Beside ``out`` there are for a while
 
     .out.lock               held by the run that writes ``out``
     .out.partial-XXXXXXXX   what is being written, or being removed
-    .out.old-XXXXXXXX       the earlier output, where two folders cannot be exchanged in one step
+    .out.old-XXXXXXXX       the earlier output, where two folders cannot be swapped in one step
 
 A killed run leaves them; the next run of that output removes them, or puts the old one back.
 """
@@ -32,7 +32,7 @@ REPORT_FILE = "pruning_report.json"
 PAGE_FILE = "report.html"
 FIGURES = "figures"
 KEY_FILE = "healing.json"  # what marks a folder of a training's checkpoints as ours
-CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+CANNOT_SWAP = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def own_checkpoints(folder: Path) -> list[Path]:
@@ -247,7 +247,7 @@ def _put_in_place(stage: Path, path: Path) -> None:
     """Give the stage the output's name; an earlier output has the stage's name after it."""
     if not _holds_something(path):
         stage.rename(path)  # the system refuses it if something has come meanwhile
-    elif not _exchange(stage, path):
+    elif not _swap(stage, path):
         old = path.with_name(stage.name.replace(".partial-", ".old-"))
         path.rename(old)
         try:
@@ -259,27 +259,27 @@ def _put_in_place(stage: Path, path: Path) -> None:
     _sync(path.parent)
 
 
-def _exchange(left: Path, right: Path) -> bool:
-    """Exchange the names of two folders in one step; False where that cannot be done."""
+def _swap(left: Path, right: Path) -> bool:
+    """Swap the names of two folders in one step; False where that cannot be done."""
     if sys.platform not in ("linux", "darwin"):
         return False
     libc: Any = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(left), os.fsencode(right)
-    here, exchange = -100, 2  # AT_FDCWD; RENAME_EXCHANGE, on macOS RENAME_SWAP
+    here, swap = -100, 2  # AT_FDCWD; RENAME_EXCHANGE, on macOS RENAME_SWAP
     if sys.platform == "darwin":
-        failed = libc.renamex_np(*names, exchange)
+        failed = libc.renamex_np(*names, swap)
     elif hasattr(libc, "renameat2"):
-        failed = libc.renameat2(here, names[0], here, names[1], exchange)
+        failed = libc.renameat2(here, names[0], here, names[1], swap)
     else:
         return False
     code = ctypes.get_errno()
-    if failed and code not in CANNOT_EXCHANGE:
+    if failed and code not in CANNOT_SWAP:
         raise OSError(code, os.strerror(code), str(left), None, str(right))
     return not failed
 
 
 def _clear_leftovers(path: Path) -> None:
-    """Remove what dead runs have left of exactly this output; put the old one back if it is gone.
+    """Remove what killed runs have left of this output; put the old one back if it is missing.
 
     Only under the lock: what is found is nobody's then.
     """

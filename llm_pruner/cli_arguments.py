@@ -29,7 +29,7 @@ examples:
   llm-pruner --model my/model --layers 3,7,11 --heal lora --output pruned_model
 
 exit codes: 0 done; 2 usage; 3 unusable model or data; 4 output or environment; 5 hub;
-6 verification failed; 130 interrupted (take it up again with --resume)
+6 verification failed; 130 interrupted (continue with --resume)
 """
 
 
@@ -77,7 +77,7 @@ def _add_input(group: Any) -> None:
         type=_count,
         default=80,
         metavar="N",
-        help="items to choose layers on; as many others judge the result (default: 80)",
+        help="items to choose layers on; the result is measured on as many others (default: 80)",
     )
     add(
         "--batch-size", type=_count, default=8, metavar="N", help="sequences at a time (default: 8)"
@@ -152,9 +152,9 @@ def _add_choice(group: Any) -> None:
         "--heal-every",
         type=_count,
         metavar="K",
-        help="smart: repair (--heal) after every K cuts, and choose the next on the repaired model",
+        help="smart: heal after every K removals, and choose the next on the healed model",
     )
-    add("--resume", action="store_true", help="take an interrupted run up where it stopped")
+    add("--resume", action="store_true", help="continue an interrupted run")
 
 
 def _add_output(group: Any) -> None:
@@ -165,10 +165,10 @@ def _add_output(group: Any) -> None:
         "--heal",
         default="none",
         choices=["none", "linear", "lora"],
-        help="repair the weights after the cut: linear in closed form, lora by training on top of "
-        "that (default: none)",
+        help="restore quality by adjusting weights: linear in closed form, lora by training on top "
+        "of that (default: none)",
     )
-    add("--heal-data", metavar="D", help="what to repair with (default: more of --eval-dataset)")
+    add("--heal-data", metavar="D", help="what to heal with (default: more of --eval-dataset)")
     add("--heal-steps", type=_count, metavar="N", help="lora: steps of training at most (1000)")
     add("--export-yaml", metavar="PATH", help="also write a MergeKit recipe")
     add(

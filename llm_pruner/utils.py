@@ -1,4 +1,4 @@
-"""Plumbing shared by the other modules: devices, prompts, progress, loading a model."""
+"""What every room uses: devices, counts, prompts, progress, versions."""
 
 from __future__ import annotations
 

@@ -77,9 +77,9 @@ def carry_out(
     pruner.layers.require_weights("carrying a plan out")
     plan.check_model(pruner.num_layers, pruner.identity)
     check_items(held_out)
-    refuse_overlap(held_out, plan.data.get("prompts", ()), "to judge on", "layers were chosen on")
+    refuse_overlap(held_out, plan.data.get("prompts", ()), "held out", "layers were chosen on")
     if heal != "none" and heal_data:
-        refuse_overlap(held_out, prompt_keys(heal_data), "to judge on", "to heal with")
+        refuse_overlap(held_out, prompt_keys(heal_data), "held out", "to heal with")
     on_first(lambda: check_output(output_dir, overwrite=overwrite))
     questions = [item for item in held_out if isinstance(item, dict)]
     if questions:  # what cannot be scored is refused before the work

@@ -95,7 +95,7 @@ def main() -> None:
     folder, kind = Path(sys.argv[1]), sys.argv[2]
     job = write_file if kind == "file" else write
     if kind == "over-in-two-steps":
-        atomic_output._exchange = lambda left, right: False
+        atomic_output._swap = lambda left, right: False
     judged: list[tuple[str, str]] = []
     while True:
         place = folder / str(len(judged))

@@ -99,17 +99,17 @@ def test_what_llm_pruner_did_not_write_is_never_replaced(tmp_path):
 
 
 def in_two_steps(monkeypatch):
-    monkeypatch.setattr(atomic_output, "_exchange", lambda left, right: False)
+    monkeypatch.setattr(atomic_output, "_swap", lambda left, right: False)
 
 
 def in_one_step(monkeypatch):
     """As it is; and where it can be done, it is."""
     if sys.platform != "linux":
         pytest.skip("renameat2 is Linux's")
-    exchange = atomic_output._exchange
+    exchange = atomic_output._swap
     done = []
     monkeypatch.setattr(
-        atomic_output, "_exchange", lambda *pair: done.append(exchange(*pair)) or done[-1]
+        atomic_output, "_swap", lambda *pair: done.append(exchange(*pair)) or done[-1]
     )
 
 
@@ -130,19 +130,19 @@ def test_an_earlier_output_is_replaced_when_asked(tmp_path, way):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_folders_are_exchanged_in_one_step_where_the_system_can(tmp_path):
+def test_folders_are_swapd_in_one_step_where_the_system_can(tmp_path):
     (tmp_path / "left").mkdir()
     (tmp_path / "right").mkdir()
     (tmp_path / "left" / "file").write_text("x")
     if sys.platform == "linux":
-        assert atomic_output._exchange(tmp_path / "left", tmp_path / "right")
+        assert atomic_output._swap(tmp_path / "left", tmp_path / "right")
         assert tree(tmp_path) == {"left": None, "right": None, "right/file": "x"}
     with pytest.raises(FileNotFoundError, match="none"):
-        atomic_output._exchange(tmp_path / "left", tmp_path / "none")
+        atomic_output._swap(tmp_path / "left", tmp_path / "none")
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])
-def test_a_file_system_that_cannot_exchange_is_told_from_a_failure(tmp_path, monkeypatch, platform):
+def test_a_file_system_that_cannot_swap_is_told_from_a_failure(tmp_path, monkeypatch, platform):
     class Libc:
         def __init__(self, code):
             self.code = code
@@ -162,11 +162,11 @@ def test_a_file_system_that_cannot_exchange_is_told_from_a_failure(tmp_path, mon
 
     def exchange(code):
         monkeypatch.setattr(atomic_output.ctypes, "CDLL", lambda name, use_errno: Libc(code))
-        return atomic_output._exchange(tmp_path, tmp_path)
+        return atomic_output._swap(tmp_path, tmp_path)
 
     monkeypatch.setattr("sys.platform", platform)
     assert exchange(0)
-    assert not any(map(exchange, atomic_output.CANNOT_EXCHANGE))
+    assert not any(map(exchange, atomic_output.CANNOT_SWAP))
     with pytest.raises(PermissionError):
         exchange(atomic_output.errno.EACCES)
 

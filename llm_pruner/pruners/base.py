@@ -296,14 +296,14 @@ class BasePruner(ABC):
         """Remove `layers` for good and write a complete checkpoint that is checked by reloading.
 
         The returned model shares the memory of the kept weights with the original, which stays
-        whole; repaired weights are copies.
+        whole; healed weights are copies.
 
         Args:
             layers: 0-based indices to remove.
             output_dir: folder to write; it appears complete or not at all.
             model_id: name of the original model, for the record.
             heal: ``none``; ``linear`` (closed form, no training); ``lora`` (training on top).
-            heal_data: items to repair with; other items than the choice was made on.
+            heal_data: items to heal with, other than those the layers were chosen on.
             lora: how to train, for ``lora``.
             overwrite: replace an output folder that is not empty.
             plan: how the layers were chosen, for the record in ``pruning_plan.json``.

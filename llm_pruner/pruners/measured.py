@@ -50,7 +50,7 @@ class MeasuredPruner(BasePruner):
         super().__init__(model, tokenizer, **options)
         if type(seed) is not int or seed < 0:
             raise InvalidPlanError(f"seed={seed!r} must be a whole number from 0.")
-        self.shares, self.journal, self.seed = parse_objective(objective), journal, seed
+        self.objective, self.journal, self.seed = parse_objective(objective), journal, seed
         self._qualities: dict[str, RemovalQuality] = {}
 
     def quality(self, eval_data: Sequence[EvalItem]) -> RemovalQuality:
@@ -61,7 +61,7 @@ class MeasuredPruner(BasePruner):
         return self._qualities[key]
 
     def quality_of(self, stack: LayerStack, eval_data: Sequence[EvalItem]) -> RemovalQuality:
-        """The same for the layers of any model; that of another one, as a repaired, is not kept."""
+        """The same for the layers of any model; that of a healed one is not kept."""
         if stack is self.layers:
             return self.quality(eval_data)
         return self._instrument(stack, eval_data)
@@ -71,7 +71,7 @@ class MeasuredPruner(BasePruner):
             stack,
             self.tokenizer,
             eval_data,
-            objective=self.shares,
+            objective=self.objective,
             batch_size=self.batch_size,
             journal=self.journal,
             seed=self.seed,
@@ -99,7 +99,7 @@ class MeasuredPruner(BasePruner):
         return super().select_layers(scores, threshold=threshold)
 
     def _options(self) -> dict[str, Any]:
-        return {"objective": self.shares, "seed": self.seed}
+        return {"objective": self.objective, "seed": self.seed}
 
 
 @register_strategy("ablation")
@@ -116,17 +116,17 @@ class AblationPruner(MeasuredPruner):
 
 @register_strategy("smart")
 class SmartPruner(MeasuredPruner):
-    """Iterative optimisation: cut, measure the whole cut model, exchange, roll back.
+    """Iterative optimisation: remove, measure the whole pruned model, swap, roll back.
 
-    Layers are cut one by one, each measured on top of the cuts made so far, so that interactions
-    between removals are seen (SLEB, Song et al., arXiv:2402.09025, is the plain greedy search);
-    then layers are exchanged until no exchange is better. Candidates that are clearly worse on
-    few items are not measured on all (`search.LayerSearch`). The other half of healing, the
-    repair of the weights, is ``prune_and_save(..., heal=)``; with `repairs` the model is repaired
-    after every few cuts too, and the next ones are chosen on the repaired model.
+    Layers are removed one by one, each measured on top of those already removed, so that
+    interactions are seen (SLEB, Song et al., arXiv:2402.09025, is the plain greedy search); then
+    layers are swapped until no swap is better. Candidates that are clearly worse on few items are
+    not measured on all (`LayerSearch`). The weights are healed afterwards, by
+    ``prune_and_save(..., heal=)``; with `repairs` they are also healed after every few removals,
+    and the next layers are chosen on the healed model.
 
     Args:
-        repairs: how to repair in between; not at all if None.
+        repairs: how to heal in between; not at all if None.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class SmartPruner(MeasuredPruner):
         self.repairs = repairs
 
     def description(self) -> str:
-        return "Cuts layer by layer, measuring each combination; then exchanges layers."
+        return "Removes layer by layer, measuring each combination; then swaps layers."
 
     def optimize_selection(
         self,
@@ -150,7 +150,7 @@ class SmartPruner(MeasuredPruner):
         tolerance: float = 0.015,
         n_layers: int | None = None,
     ) -> list[int]:
-        """The layers to remove, found by cuts, exchanges and roll-back.
+        """The layers to remove, found by removals, swaps and roll-back.
 
         Args:
             candidates: layers that may go; None for every unprotected layer.
@@ -160,7 +160,7 @@ class SmartPruner(MeasuredPruner):
                 both limits at once, see `plan`.
 
         Returns:
-            0-based indices, ascending; empty if even the cheapest cut costs too much. What was
+            0-based indices, ascending; empty if even the cheapest removal costs too much. What was
             tried is in `.steps`, see `search.search_layers`.
 
         Raises:

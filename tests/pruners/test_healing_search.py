@@ -153,16 +153,16 @@ def test_the_items_layers_were_chosen_on_do_not_repair(llama, tokenizer, tmp_pat
 def test_items_serve_one_purpose_in_a_whole_job(llama, tokenizer, tmp_path):
     pruner = pruner_with(llama, tokenizer)
     plan = pruner.plan(SCORING, n_layers=1)
-    with pytest.raises(InvalidDataError, match=r"items to judge on .* layers were chosen on"):
+    with pytest.raises(InvalidDataError, match=r"items held out .* layers were chosen on"):
         carry_out(pruner, plan, tmp_path / "out", SCORING[:3])
-    with pytest.raises(InvalidDataError, match=r"items to judge on .* to heal with"):
+    with pytest.raises(InvalidDataError, match=r"items held out .* to heal with"):
         carry_out(pruner, plan, tmp_path / "out", HEALING[:3], heal="linear", heal_data=HEALING)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_interrupted_round_is_not_in_the_partial_plan(llama, tokenizer, monkeypatch):
     """Its cuts have not been judged on the repaired model."""
-    pruner, repair, made = pruner_with(llama, tokenizer, Repairs(HEALING)), SmartPruner.repair, []
+    pruner, repair, made = pruner_with(llama, tokenizer, Repairs(HEALING)), SmartPruner.heal, []
 
     def interrupted(self, layers, *rest):
         made.append(list(layers))
