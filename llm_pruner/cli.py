@@ -238,9 +238,9 @@ def _run_in_memory(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(plan.to_json() if args.json else plan_text(plan), end="")
         return
-    if args.export_yaml and pruner.layers.streamed:
+    if args.export_yaml and pruner.layers.offloaded:
         pruner.export_mergekit_yaml(plan.remove, args.export_yaml, args.model)
-    if pruner.layers.streamed:
+    if pruner.layers.offloaded:
         held_out = plan.held_out or pruner.measure_choice(plan.remove, data.judging)
         _slice(args, replace(plan, held_out=held_out))
         return

@@ -738,7 +738,7 @@ def test_what_a_streamed_model_cannot_do_is_told_at_once(run, tmp_path, monkeypa
         code, _, err = run("--n-layers", "2", "--max-memory", "150KB", *words.split())
         assert code == 3
         assert f"which does not do for {purpose}" in err
-        assert "remove them on the disk" in err
+        assert "remove them on disk" in err
     code, _, err = run("--n-layers", "2", "--max-memory", "10KB", "--dry-run")
     assert code == 2
     assert "are not enough for this model: one layer at a time takes" in err

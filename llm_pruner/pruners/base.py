@@ -454,7 +454,7 @@ class BasePruner(ABC):
             own = portion([batch.input_ids.numel() for batch in batches])
             batches = batches[own.start : own.stop]
         calls = [partial(self._states, batch) for batch in batches]
-        yield from progress(self.layers.sweep(calls), "Reading activations", total=len(calls))
+        yield from progress(self.layers.run_all(calls), "Reading activations", total=len(calls))
 
     def _states(self, batch: Batch) -> tuple[list[torch.Tensor], torch.Tensor]:
         states: list[torch.Tensor] = []
