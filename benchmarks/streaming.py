@@ -117,9 +117,8 @@ def outcome(action: Callable[[], Any]) -> Any:
     try:
         return dict(action())
     except LLMPrunerError as error:
-        if any(
-            reason in str(error) for reason in ("are read", "cannot be offloaded", "own weights")
-        ):
+        refusals = ("are read", "cannot be offloaded", "own weights")
+        if any(refusal in str(error) for refusal in refusals):
             raise
         return type(error).__name__
     except Exception as error:
