@@ -17,16 +17,9 @@ from typing import Any
 from ..errors import UnsupportedModelError
 from .layer_names import new_indices
 
-COUNT_FIELDS = (
-    "num_hidden_layers",
-    "n_layer",
-    "n_layers",
-    "num_layers",
-    "decoder_layers",
-    "num_decoder_layers",
-    "num_blocks",
-    "num_layers_per_stack",
-    "layers",
+COUNT_FIELDS = tuple(
+    "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks "
+    "num_layers_per_stack layers".split()
 )
 # Configs that describe the decoder in a part that get_text_config() does not know.
 DECODER_PARTS = {"blt": "global_config"}
@@ -96,18 +89,16 @@ class Removal:
 Rule = Callable[[Any, Removal], Any]
 # Fields that hold layer indices or counts of leading or trailing layers.
 FIELD_RULES: dict[str, Rule] = {
-    "mlp_only_layers": lambda value, removal: removal.renumber(value),
-    "moe_layers": lambda value, removal: removal.renumber(value),
-    "full_attn_idxs": lambda value, removal: removal.renumber(value),
-    "attn_layer_indices": lambda value, removal: removal.renumber(value),
-    "cross_attention_layers": lambda value, removal: removal.renumber(value),
-    "hybrid_layer_ids": lambda value, removal: removal.renumber(value),
-    "rope_scaling_layers": lambda value, removal: removal.renumber(value),
-    "local_layer_ids": lambda value, removal: removal.renumber(value),
+    **dict.fromkeys(
+        "mlp_only_layers moe_layers full_attn_idxs attn_layer_indices cross_attention_layers "
+        "hybrid_layer_ids rope_scaling_layers local_layer_ids".split(),
+        lambda value, removal: removal.renumber(value),
+    ),
     "ple_layer_ids": lambda value, removal: removal.renumber(value, first=1),
-    "first_k_dense_replace": lambda value, removal: removal.prefix(value),
-    "num_dense_layers": lambda value, removal: removal.prefix(value),
-    "moe_layer_start_index": lambda value, removal: removal.prefix(value),
+    **dict.fromkeys(
+        ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"),
+        lambda value, removal: removal.prefix(value),
+    ),
     "kv_source_layers": lambda value, removal: removal.follow(value),
     "num_kv_shared_layers": lambda value, removal: removal.suffix(value),
 }
@@ -135,16 +126,18 @@ class Pattern:
     values: Callable[[int], Any]
 
 
-def _period(n: int) -> Any:
-    return ((period, offset) for period in range(1, n + 2) for offset in range(period))
+def _periodic(period: str, offset: str) -> Pattern:
+    return Pattern(
+        (period, offset),
+        lambda i, v: i % v[0] == v[1],
+        lambda n: ((length, start) for length in range(1, n + 2) for start in range(length)),
+    )
 
 
 PATTERNS: dict[str, tuple[Pattern, ...]] = {
     "jamba": (
-        Pattern(("attn_layer_period", "attn_layer_offset"), lambda i, v: i % v[0] == v[1], _period),
-        Pattern(
-            ("expert_layer_period", "expert_layer_offset"), lambda i, v: i % v[0] == v[1], _period
-        ),
+        _periodic("attn_layer_period", "attn_layer_offset"),
+        _periodic("expert_layer_period", "expert_layer_offset"),
     ),
     "ernie4_5_moe": (
         Pattern(

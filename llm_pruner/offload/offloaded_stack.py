@@ -22,16 +22,9 @@ from ..errors import InvalidPlanError, LoadError, UnsupportedModelError
 from ..model.bypass import Bypass, ReturnForm, learn_forms
 from ..model.forward import evaluating
 from ..model.layer_stack import LayerStack, Observer
-from ..model.loading import load_model, model_class, read_model
+from ..model.loading import empty_model, load_model, read_model
 from ..results import check_layers
-from ..utils import (
-    count_bytes,
-    explain_load_failure,
-    format_bytes,
-    get_device,
-    logger,
-    quiet_logger,
-)
+from ..utils import count_bytes, format_bytes, get_device, logger, quiet_logger
 from .scheduler import Job, Scheduler, running_job
 from .waiting_layers import WAY_OUT, WaitingLayer, before_forward, waiting
 from .weight_store import Stations, Weights, weights_index
@@ -112,14 +105,8 @@ def load_within(
     Raises:
         LoadError: see both.
     """
-    _, auto, config = model_class(model_id, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
-    try:
-        with torch.device("meta"):
-            skeleton = auto.from_config(config, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise LoadError(explain_load_failure("model", model_id, error)) from error
-    size = count_bytes(skeleton)
+    other = None if dtype == "auto" else getattr(torch, dtype)
+    size = count_bytes(empty_model(model_id, dtype=other, trust_remote_code=trust_remote_code))
     how: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if size + ROOM <= max_memory:
         logger.info("%s of weights fit into memory.", format_bytes(size))

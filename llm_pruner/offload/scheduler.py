@@ -87,9 +87,9 @@ class Scheduler:
             parent.children = len(jobs)
         return jobs
 
-    def enqueue(self, job: Job, station: int) -> None:
-        """Let a job wait at a station."""
-        heapq.heappush(self._waiting.setdefault(station, []), (job.order, job))
+    def enqueue(self, job: Job) -> None:
+        """Let a job wait at its station."""
+        heapq.heappush(self._waiting.setdefault(job.station, []), (job.order, job))
 
     def _next_stations(self) -> Iterator[int]:
         """The stations where jobs wait, round after round, until none does."""
@@ -116,8 +116,7 @@ class Scheduler:
                 if way is not None and left[way] > 0 and not isinstance(result.answer, _Failure):
                     results[way] = result
             else:
-                assert job.request is not None
-                self.store.restore((job.request.args, job.request.kwargs))
+                self.store.restore(job.given)
                 self.store.restore(result.answer, for_good=True)
                 self._shared += [(weakref.ref(x), x._version) for x in tensors_in(result.answer)]
             if left[way] <= 0:
@@ -129,23 +128,19 @@ class Scheduler:
         self._check_shared()
 
     def _answer(self, job: Job) -> _Result:
-        request = job.request
-        assert request is not None
-        given = request.args, request.kwargs
-        self.store.restore(given)
-        if any(tensor.is_meta for tensor in tensors_in(given)):
+        """Run the station for a job."""
+        self.store.restore(job.given)
+        if any(tensor.is_meta for tensor in tensors_in(job.given)):
             raise UnsupportedModelError(
                 f"{type(self.stack.model).__name__} uses weights outside of their layer, so it "
                 "cannot be offloaded: load it whole, without a limit of memory."
             )
-        before = _marks(given)
+        before = _marks(job.given)
         try:
-            answer = request.answer()
+            answer = job.work()
         except Exception as error:  # for the model's own code to handle, or the call's
-            return _Result(_Failure(error), request.station, False, [])
-        if job.records is not None and 0 <= request.station < len(self.stack):
-            job.records[request.station] = (*given, answer)
-        return _Result(answer, request.station, before == _marks(given), _marks(answer))
+            return _Result(_Failure(error), job.station, False, [])
+        return _Result(answer, job.station, before == _marks(job.given), _marks(answer))
 
     def _check_shared(self) -> None:
         """Raise UnsupportedModelError if a pass has changed a state that it shares with others."""
@@ -178,8 +173,9 @@ class Job:
         bypassed: bypasses, by layer.
         observers: functions that see what goes in and out of the layers.
         borrows: below this layer it takes any result of its group; None: only where safe.
-        records: where to note what goes in and out of every layer; None for nowhere.
-        request: what it waits for.
+        records: where to note every layer's arguments and result; None for nowhere.
+        station: where it waits.
+        given: the arguments and keyword arguments for the station.
     """
 
     def __init__(
@@ -196,12 +192,15 @@ class Job:
         self.observers: list[Observer] = []
         self.borrows: int | None = None
         self.records: dict[int, Any] | None = None
-        self.request: _Request | None = None
+        self.station = EMBEDDING
+        self.given: tuple[Any, Any] | None = None
         self.children = 0
         self.done = False
         self.result: Any = None
         self.error: BaseException | None = None
         self.answer: Any = None
+        self._function: Callable[..., Any] | None = None
+        self._modes = (False, False)  # of the waiting thread: gradients, inference
         self._call: Callable[[], Any] | None = call
         self._turn = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, name="llm_pruner pass", daemon=True)
@@ -237,6 +236,15 @@ class Job:
             self._turn.release()
             self.scheduler.turn.acquire()
 
+    def work(self) -> Any:
+        """Call the function that it waits for, as its own thread would."""
+        assert self._function is not None
+        assert self.given is not None
+        args, kwargs = self.given
+        grad, inference = self._modes
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            return self._function(*args, **kwargs)
+
     def end(self) -> None:
         """Let it unwind, now that the scheduler is stopping."""
         if self._thread.ident is not None:
@@ -248,9 +256,9 @@ class Job:
     def ask(self, station: int, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What `function` returns when the station's weights are in memory."""
         self.scheduler.store.keep((args, kwargs))
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        self.request = _Request(station, function, args, kwargs, modes)
-        self.scheduler.enqueue(self, station)
+        self._modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        self.station, self.given, self._function = station, (args, kwargs), function
+        self.scheduler.enqueue(self)
         del args, kwargs
         return self._wait()
 
@@ -284,27 +292,10 @@ class Job:
         self._turn.acquire()
         if self.scheduler.stopping:
             raise _Stop
-        answer, self.answer, self.request = self.answer, None, None
+        answer, self.answer, self.given = self.answer, None, None
         if isinstance(answer, _Failure):
             raise answer.error
         return answer
-
-
-@dataclass
-class _Request:
-    """A function to call at a station, and the modes (gradients, inference) to call it in."""
-
-    station: int
-    function: Callable[..., Any]
-    args: Any
-    kwargs: Any
-    modes: tuple[bool, bool]
-
-    def answer(self) -> Any:
-        """Call the function as the waiting thread would."""
-        grad, inference = self.modes
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
-            return self.function(*self.args, **self.kwargs)
 
 
 @dataclass

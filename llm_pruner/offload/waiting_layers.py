@@ -45,6 +45,8 @@ class WaitingLayer(nn.Module):
                 args, kwargs = with_hidden(args, kwargs, hidden_in(args, kwargs).clone())
             return job.bypassed[index](*args, **kwargs)
         output = job.ask(index, self.__dict__["layer"], args, kwargs)
+        if job.records is not None:
+            job.records[index] = (args, kwargs, output)
         if job.observers:
             before, after = hidden_in(args, kwargs), hidden_out(output)
             store = job.scheduler.store

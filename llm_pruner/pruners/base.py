@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..atomic_output import check_output
-from ..checkpoint.locate import model_identity
 from ..checkpoint.mergekit import write_mergekit_yaml
+from ..checkpoint.on_disk_config import model_identity
 from ..checkpoint.save import save_checkpoint
 from ..checkpoint.verify import verify_removal
 from ..data.items import EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap
