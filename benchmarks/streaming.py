@@ -4,7 +4,7 @@
     python benchmarks/streaming.py --gigabytes 2 --cap 3GiB --compare
     python benchmarks/streaming.py --gigabytes 8 --cap 3GiB
 
-The first saves every tiny model of `tests/zoo.py` in shards and compares streamed with in-memory
+The first saves every tiny model of `tests/zoo.py` in shards and compares offloaded with in-memory
 scores. The others write a random Llama and score it in a process whose memory is capped: by a
 memory cgroup (version 1) where one can be made, else by a limit on its data.
 """
@@ -83,14 +83,14 @@ def compare(suite: str, name: str) -> tuple[str, str, str]:
 
 
 def judge(folder: str, whole: Any, tokenizer: Any) -> tuple[str, str]:
-    """Whether streamed scores are those of the model in memory."""
+    """Whether offloaded scores are those of the model in memory."""
     data = texts(5)
     options: dict[str, Any] = {"protect": (0, 0), "batch_size": 2}
     try:
-        streamed, _ = load_streamed(folder, device="cpu")
+        offloaded, _ = load_streamed(folder, device="cpu")
         found = {}
         for strategy, cls in STRATEGIES.items():
-            pruner = cls(streamed, tokenizer, **options)
+            pruner = cls(offloaded, tokenizer, **options)
             found[strategy] = outcome(lambda pruner=pruner: pruner.compute_layer_scores(data))
     except UnsupportedModelError as error:
         return "REFUSED", line(error)
@@ -117,11 +117,8 @@ def outcome(action: Callable[[], Any]) -> Any:
     try:
         return dict(action())
     except LLMPrunerError as error:
-        if (
-            "are read" in str(error)
-            or "cannot be streamed" in str(error)
-            or "own weights" in str(error)
-        ):
+        refusals = ("are read", "cannot be offloaded", "own weights")
+        if any(refusal in str(error) for refusal in refusals):
             raise
         return type(error).__name__
     except Exception as error:

@@ -251,7 +251,7 @@ def _run_in_memory(request: Request) -> None:
     plan = _make_plan(request, pruner, data, given)
     if request.dry_run:
         print(plan.to_json() if request.json else plan_text(plan), end="")
-    elif pruner.layers.streamed:
+    elif pruner.layers.offloaded:
         _export_yaml(request, pruner, plan)
         held_out = plan.held_out or pruner.measure_choice(plan.remove, data.judging)
         _copy_on_disk(request, replace(plan, held_out=held_out))

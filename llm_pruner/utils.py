@@ -8,7 +8,8 @@ import importlib.metadata
 import logging
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -126,6 +127,18 @@ def disable_progress_bars() -> None:
     _progress_bars = False
     silence: Any = transformers_logging.disable_progress_bar
     silence()
+
+
+@contextmanager
+def quiet_logger(name: str) -> Iterator[None]:
+    """Inside the block the logger `name` of a library reports only errors."""
+    library = logging.getLogger(name)
+    level = library.level
+    library.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        library.setLevel(level)
 
 
 def package_versions() -> dict[str, str]:

@@ -1,8 +1,4 @@
-"""Pruning a checkpoint where it lies: new headers, copied byte ranges, no model in memory.
-
-torch is imported only for architectures whose config has to be worked out by their class
-(`configs.SPELLED_OUT` lists the others), and even then no weight is loaded.
-"""
+"""Pruning a checkpoint on disk: new headers and copied byte ranges, no model in memory."""
 
 from __future__ import annotations
 
@@ -13,35 +9,32 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..atomic_output import PLAN_FILE, check_output, staged_output
 from ..errors import InvalidPlanError, LoadError, VerificationError
+from ..model.layer_names import LayerNames
 from ..report.model_card import CARD_FILE, card_text
 from ..results import Manifest, PruningPlan, check_layers
 from ..utils import logger, package_versions, progress
-from .locate import open_source
 from .on_disk_config import find_layers, pruned_config
 from .safetensors_files import (
-    INDEX_FILE,
-    SINGLE_FILE,
     Checkpoint,
-    StoredTensor,
+    Pair,
+    byte_ranges,
     header_bytes,
     new_shards,
     read_checkpoint,
-    read_json,
-    runs,
     tensor_hash,
 )
-from .sources import LocalFolder, Source
+from .sources import INDEX_FILE, PICKLES, SINGLE_FILE, LocalFolder, Source, open_source
 
 MANIFEST_FILE = "pruning_manifest.json"
-# Files that hold weights in other formats or belong to another program: not carried along.
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-REPORTS = ("pruning_report.json", "report.html")  # of the source, where that is pruned itself
-OWN_FILES = (INDEX_FILE, "config.json", PLAN_FILE, MANIFEST_FILE, CARD_FILE, *REPORTS)
-WRITERS = 4  # files at a time
-Shards = dict[str, list[tuple[StoredTensor, StoredTensor]]]
+# Files that hold weights in other formats: not carried along.
+WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
+REPORTS = ("pruning_report.json", "report.html")  # of the source, if that was pruned itself
+WRITTEN_ANEW = (INDEX_FILE, "config.json", PLAN_FILE, MANIFEST_FILE, CARD_FILE, *REPORTS)
+THREADS = 4  # files written at a time
 
 
 def prune_checkpoint(
@@ -57,11 +50,10 @@ def prune_checkpoint(
 ) -> Manifest:
     """Remove layers from a checkpoint on disk or on the hub without building the model.
 
-    Kept tensors are copied byte by byte, in the kernel where that can be; from the hub only they
-    are downloaded. The config follows the rules that `BasePruner.prune_and_save` follows, and
-    the model card is a new one with the metadata of the old; all other files are carried along,
-    custom code and tokenizer too. ``pruning_manifest.json`` of
-    the output says for every tensor where it came from.
+    The bytes of kept tensors are copied, in the kernel where possible; from the hub only they are
+    downloaded. The config follows the same rules as in `BasePruner.prune_and_save`. The model card
+    is a new one with the metadata of the old. All other files are carried along, custom code and
+    tokenizer too. ``pruning_manifest.json`` of the output says where every tensor came from.
 
     Args:
         model_id: ``demo``, a local folder, or an id on the Hugging Face hub.
@@ -69,8 +61,8 @@ def prune_checkpoint(
         output_dir: folder to write; it appears complete or not at all.
         revision: branch, tag or commit of a hub repository.
         overwrite: replace an earlier output.
-        link: hard-link files in which nothing changes instead of copying them.
-        verify: also hash every kept tensor on both sides, which the manifest then records, check
+        link: hard-link unchanged files instead of copying them.
+        verify: also hash every kept tensor on both sides (the manifest records the hashes), check
             the config against a freshly built model, and reload the output with transformers,
             which takes the memory of the pruned model.
         trust_remote_code: run code that comes with the checkpoint, if its config needs it.
@@ -81,44 +73,34 @@ def prune_checkpoint(
         UnsupportedModelError: the architecture cannot express the pruned model;
             `NeedsMemoryError` where `BasePruner.prune_and_save` can do it.
         OutputError: the output exists, or cannot be written.
-        VerificationError: what was written is not what was read.
+        VerificationError: the output is not what it should be; nothing is left of it.
     """
     check_output(output_dir, overwrite=overwrite)
     source = open_source(model_id, revision)
     checkpoint = read_checkpoint(source)
     _refuse_adapter(source)
-    values = read_json(source, "config.json")
-    plan = layers if isinstance(layers, PruningPlan) else None
-    found = find_layers(checkpoint, values)
-    if plan is None:
-        assert not isinstance(layers, PruningPlan)
-        removed = check_layers(layers, found.num_layers)
-        plan = PruningPlan(str(model_id), found.num_layers, removed, versions=package_versions())
-    identity = checkpoint.identity()
-    plan.check_model(found.num_layers, identity)
-    plan = replace(plan, model=identity)
-    if not plan.remove:
-        raise InvalidPlanError("layers=[]: there is nothing to remove.")
-    config = pruned_config(checkpoint, values, found, plan, trust_remote_code, verify)
-    kept = [
-        (tensor, name)
+    names = find_layers(checkpoint)
+    plan = _checked_plan(checkpoint, names, layers, str(model_id))
+    config = pruned_config(
+        checkpoint, names, plan, trust_remote_code=trust_remote_code, verify=verify
+    )
+    shards = new_shards(
+        (tensor, new_name)
         for tensor in checkpoint.tensors.values()
-        if (name := found.rename(tensor.name, plan.keep)) is not None
-    ]
-    shards = new_shards(kept)
-    side_files = _side_files(source)
-    need = sum(new.size for pairs in shards.values() for _, new in pairs)
-    need += sum(map(source.size, side_files))
+        if (new_name := names.rename(tensor.name, plan.keep)) is not None
+    )
     manifest = _manifest(checkpoint, plan, shards, hashed=verify)
-    with staged_output(output_dir, overwrite=overwrite, need=0 if link else need) as stage:
+    side_files = _side_files(source)
+    need = 0 if link else manifest.bytes_after + sum(map(source.size, side_files))
+    with staged_output(output_dir, overwrite=overwrite, need=need) as stage:
         with _writing_shards(checkpoint, stage, shards, link=link):
-            _write_index(stage, shards)
             for file in side_files:
                 (stage / file).parent.mkdir(parents=True, exist_ok=True)
                 with (stage / file).open("wb") as target:
                     source.copy(file, 0, source.size(file), target)
-            text = json.dumps(config, indent=2) + "\n"
-            (stage / "config.json").write_text(text, encoding="utf-8")
+            if list(shards) != [SINGLE_FILE]:
+                _write_json(stage / INDEX_FILE, _index(manifest))
+            _write_json(stage / "config.json", config)
             (stage / CARD_FILE).write_text(_card(source, plan), encoding="utf-8")
             plan.save(stage / PLAN_FILE)
             manifest.save(stage / MANIFEST_FILE)
@@ -126,6 +108,22 @@ def prune_checkpoint(
         if verify:
             _reload(stage, trust_remote_code)
     return manifest
+
+
+def _checked_plan(
+    checkpoint: Checkpoint, names: LayerNames, layers: Sequence[int] | PruningPlan, model_id: str
+) -> PruningPlan:
+    """The plan that was given, or one for the layers that were, with the model's identity."""
+    if isinstance(layers, PruningPlan):
+        plan = layers
+    else:
+        removed = check_layers(layers, names.num_layers)
+        plan = PruningPlan(model_id, names.num_layers, removed, versions=package_versions())
+    identity = checkpoint.identity()
+    plan.check_model(names.num_layers, identity)
+    if not plan.remove:
+        raise InvalidPlanError("layers=[]: there is nothing to remove. Name at least one layer.")
+    return replace(plan, model=identity)
 
 
 def _refuse_adapter(source: Source) -> None:
@@ -137,18 +135,18 @@ def _refuse_adapter(source: Source) -> None:
 
 
 def _side_files(source: Source) -> list[str]:
-    """What is carried along: everything but weights, what is written anew, and hidden files."""
+    """Files to carry along: all but weights, what is written anew, and hidden files."""
     return [
         file
         for file in source.files()
-        if file not in OWN_FILES
+        if file not in WRITTEN_ANEW
         and not file.endswith((*WEIGHTS, ".index.json"))
         and not any(part.startswith(".") for part in file.split("/"))
     ]
 
 
 def _card(source: Source, plan: PruningPlan) -> str:
-    """A model card with the metadata of the source's."""
+    """A model card with the metadata of the source's card."""
     original = b""
     if CARD_FILE in source.files():
         original = source.read(CARD_FILE, 0, source.size(CARD_FILE))
@@ -156,7 +154,7 @@ def _card(source: Source, plan: PruningPlan) -> str:
 
 
 def _manifest(
-    checkpoint: Checkpoint, plan: PruningPlan, shards: Shards, *, hashed: bool
+    checkpoint: Checkpoint, plan: PruningPlan, shards: dict[str, list[Pair]], *, hashed: bool
 ) -> Manifest:
     tensors = {}
     for file, pairs in shards.items():
@@ -182,10 +180,10 @@ def _manifest(
 
 @contextmanager
 def _writing_shards(
-    checkpoint: Checkpoint, stage: Path, shards: Shards, *, link: bool
+    checkpoint: Checkpoint, stage: Path, shards: dict[str, list[Pair]], *, link: bool
 ) -> Iterator[None]:
-    """Write the files beside what the block does, several at once; they are there at its end."""
-    with ThreadPoolExecutor(WRITERS) as pool:
+    """Write the files while the block runs, several at a time; they are complete at its end."""
+    with ThreadPoolExecutor(THREADS) as pool:
         jobs = [
             pool.submit(_write_shard, checkpoint, stage / file, pairs, link=link)
             for file, pairs in shards.items()
@@ -199,13 +197,7 @@ def _writing_shards(
             raise
 
 
-def _write_shard(
-    checkpoint: Checkpoint,
-    path: Path,
-    pairs: Sequence[tuple[StoredTensor, StoredTensor]],
-    *,
-    link: bool,
-) -> None:
+def _write_shard(checkpoint: Checkpoint, path: Path, pairs: Sequence[Pair], *, link: bool) -> None:
     file = pairs[0][0].file
     whole = [tensor for tensor in checkpoint.tensors.values() if tensor.file == file]
     untouched = len(whole) == len(pairs) and all(old.name == new.name for old, new in pairs)
@@ -220,25 +212,26 @@ def _write_shard(
     header = header_bytes([new for _, new in pairs], checkpoint.metadata[file], first)
     with path.open("wb") as target:
         target.write(header)
-        for start, end in runs(old for old, _ in pairs):
+        for start, end in byte_ranges(old for old, _ in pairs):
             checkpoint.source.copy(file, start, end, target)
         target.flush()
         os.fsync(target.fileno())
 
 
-def _write_index(stage: Path, shards: Shards) -> None:
-    if list(shards) == [SINGLE_FILE]:
-        return
-    weight_map = {new.name: file for file, pairs in shards.items() for _, new in pairs}
-    total = sum(new.size for pairs in shards.values() for _, new in pairs)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (stage / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def _index(manifest: Manifest) -> dict[str, Any]:
+    """The contents of the index, which says in which file each tensor is."""
+    weight_map = {name: entry["file"] for name, entry in sorted(manifest.tensors.items())}
+    return {"metadata": {"total_size": manifest.bytes_after}, "weight_map": weight_map}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def check_manifest(folder: str | Path) -> Manifest:
-    """Compare a pruned checkpoint with its manifest: names, dtypes, shapes, bytes, and hashes.
+    """Compare a pruned checkpoint with its manifest, which is returned.
 
-    Returns the manifest.
+    Names, files, dtypes and shapes have to agree, and hashes where the manifest has them.
 
     Raises:
         VerificationError: they differ; the message names a tensor.
@@ -247,17 +240,16 @@ def check_manifest(folder: str | Path) -> Manifest:
     checkpoint = read_checkpoint(LocalFolder(folder))
     manifest = Manifest.load(Path(folder) / MANIFEST_FILE)
     for name in sorted(checkpoint.tensors.keys() | manifest.tensors.keys()):
-        there, entry = checkpoint.tensors.get(name), manifest.tensors.get(name)
-        if there is None or entry is None:
-            where = "checkpoint" if there is None else "manifest"
-            raise VerificationError(f"Tensor {name!r} is not in the {where} of {str(folder)!r}.")
-        same = (there.file, there.dtype, list(there.shape)) == (
-            entry["file"],
-            entry["dtype"],
-            entry["shape"],
-        )
-        hashed = entry["sha256"]
-        if not same or (hashed and tensor_hash(checkpoint.source, there) != hashed):
+        tensor, entry = checkpoint.tensors.get(name), manifest.tensors.get(name)
+        if tensor is None or entry is None:
+            where = "checkpoint" if tensor is None else "manifest"
+            raise VerificationError(
+                f"Tensor {name!r} is not in the {where} of {str(folder)!r}: prune again."
+            )
+        stored = {"file": tensor.file, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+        same = all(entry[key] == value for key, value in stored.items())
+        sha256 = entry["sha256"]
+        if not same or (sha256 and tensor_hash(checkpoint.source, tensor) != sha256):
             raise VerificationError(
                 f"Tensor {name!r} in {str(folder)!r} is not what its manifest says: prune again."
             )

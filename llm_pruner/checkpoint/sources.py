@@ -1,12 +1,13 @@
-"""Where a checkpoint is read from: a local folder, or a repository of the Hugging Face hub.
+"""Where a checkpoint is read from: a local folder, the hub's cache, or the Hugging Face hub.
 
-Bytes are read in ranges, so that what is not needed is neither loaded nor downloaded. Nothing
-here imports torch.
+Bytes are read in ranges: nothing that is not needed is loaded or downloaded. Nothing here imports
+torch.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -15,18 +16,56 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import LoadError
-from ..utils import explain_load_failure
+from ..utils import explain_load_failure, resolve_model_id
 
-FILE_BLOCK = 4096  # what file systems share, if they do
-BLOCK = 2**24  # bytes read at once where the kernel cannot copy by itself
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+FILE_BLOCK = 4096  # bytes: the unit in which file systems share data, if they do
+BLOCK = 2**24  # bytes read at once where the kernel cannot copy
+MAX_JSON = 100_000_000  # bytes, the limit of the safetensors library for a header
 NOT_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
+
+
+def open_source(model_id: str | Path, revision: str | None = None) -> Source:
+    """A local folder, a complete copy of a hub repository in the cache, or the hub itself.
+
+    Args:
+        model_id: ``demo``, a local folder, or an id on the Hugging Face hub.
+        revision: branch, tag or commit of a hub repository.
+
+    Raises:
+        LoadError: there is nothing of that name.
+    """
+    name = str(model_id)
+    folder = Path(resolve_model_id(name)).expanduser()
+    if folder.is_dir():
+        return LocalFolder(folder, name)
+    if folder.exists() or folder.is_absolute() or name.startswith((".", "~")):
+        raise LoadError(f"Checkpoint {name!r} is not a folder: give a folder, or an id on the hub.")
+    return cached_source(name, revision) or HubRepository(name, revision)
+
+
+def cached_source(repo_id: str, revision: str | None = None) -> LocalFolder | None:
+    """The copy of a hub repository in the local cache, if its weights are complete."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    if not isinstance(found, str):
+        return None
+    source = LocalFolder(Path(found).parent, repo_id, Path(found).parent.name)
+    try:
+        source.weight_files()
+    except LoadError:  # not all of them are here
+        return None
+    return source
 
 
 class Source(ABC):
     """Files of a checkpoint, by their names relative to its root.
 
     Attributes:
-        name: the folder or repository as it was named.
+        name: the folder or repository, as the user named it.
         revision: commit of a hub repository; None for a folder.
         folder: the folder, if it is on this machine.
     """
@@ -70,12 +109,79 @@ class Source(ABC):
                 raise self.broken(file, f"it ends at byte {begin + len(block)}, before {end}")
             yield block
 
+    def read_json(self, file: str, start: int = 0, end: int | None = None) -> dict[str, Any]:
+        """A JSON object: a file, or a range of bytes of one.
+
+        Raises:
+            LoadError: there is no such file, or it holds something else.
+        """
+        end = self.size(file) if end is None else end
+        if end - start > MAX_JSON:
+            raise self.broken(file, f"it has {end - start:,} bytes")
+        try:
+            found = json.loads(self.read(file, start, end), object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise self.broken(file, f"not valid JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise self.broken(file, "it holds no JSON object")
+        return found
+
+    def weight_files(self) -> list[str]:
+        """The safetensors files that hold the weights, sorted.
+
+        Raises:
+            LoadError: there are none, or the index names anything but files beside it.
+        """
+        there = set(self.files())
+        if INDEX_FILE not in there:
+            if SINGLE_FILE in there:
+                return [SINGLE_FILE]
+            raise LoadError(_no_weights(self.name, there))
+        weight_map = self.read_json(INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise self.broken(INDEX_FILE, "it has no 'weight_map' from tensors to files")
+        names = set(weight_map.values())
+        for name in names:
+            plain = isinstance(name, str) and name == Path(name).name and "\\" not in name
+            if not plain or not name.endswith(".safetensors"):
+                raise self.broken(
+                    INDEX_FILE, f"it refers to {name!r}, which is not the name of a file beside it"
+                )
+        missing = sorted(names - there)
+        if missing:
+            raise self.broken(INDEX_FILE, f"it refers to {missing[0]!r}, which is not there")
+        return sorted(names)
+
     def broken(self, file: str, reason: str) -> LoadError:
         """The error for a file that is not what it should be."""
         return LoadError(
             f"{file!r} of checkpoint {self.name!r} cannot be used: {reason}. Fetch the checkpoint "
             "again, or use another."
         )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
+
+
+def _no_weights(name: str, there: set[str]) -> str:
+    pickled = sorted(file for file in there if file.endswith(PICKLES))
+    if not pickled:
+        return (
+            f"Checkpoint {name!r} holds no {SINGLE_FILE} and no {INDEX_FILE}: give a folder or "
+            "repository that save_pretrained has written."
+        )
+    return (
+        f"Checkpoint {name!r} holds pickled weights ({pickled[0]}), which can run code when they "
+        "are read, so they are not. If you trust it, convert it first: load it with "
+        "AutoModelForCausalLM.from_pretrained and write it with save_pretrained. Or use a "
+        "revision of the repository that has safetensors."
+    )
 
 
 class LocalFolder(Source):
@@ -99,7 +205,7 @@ class LocalFolder(Source):
             return opened.read(end - start) or b""
 
     def copy(self, file: str, start: int, end: int, target: BinaryIO) -> None:
-        """Append a range of a file to `target`, in the kernel where it can be."""
+        """Append a range of a file to `target`, in the kernel where possible."""
         target.flush()
         with self._reading(file):
             opened = (self._root / file).open("rb", buffering=0)
@@ -118,21 +224,21 @@ class LocalFolder(Source):
 
 
 def _copy_in_kernel(source: int, target: int, start: int, end: int) -> int:
-    """Copy a range as far as the kernel does it by itself; returns where that stopped.
+    """Copy a range as far as the kernel can; returns where it stopped.
 
-    ``copy_file_range`` shares the blocks on file systems that can, from the beginning of a block
-    on; ``sendfile`` works across file systems.
+    ``copy_file_range`` shares blocks on file systems that can, from the beginning of a block on;
+    ``sendfile`` works across file systems.
     """
-    ways: list[Any] = []
+    calls: list[Any] = []
     if hasattr(os, "copy_file_range"):
-        ways.append(lambda at, size: os.copy_file_range(source, target, size, at))
+        calls.append(lambda offset, size: os.copy_file_range(source, target, size, offset))
     if hasattr(os, "sendfile"):
-        ways.append(lambda at, size: os.sendfile(target, source, at, size))
-    for way in ways:
+        calls.append(lambda offset, size: os.sendfile(target, source, offset, size))
+    for copy in calls:
         try:
             while start < end:
                 size = min(end - start, -start % FILE_BLOCK or end - start)
-                copied = way(start, size)
+                copied = copy(start, size)
                 if not copied:
                     break
                 start += copied
@@ -143,7 +249,7 @@ def _copy_in_kernel(source: int, target: int, start: int, end: int) -> int:
 
 
 class HubRepository(Source):
-    """A checkpoint on the Hugging Face hub, read by ranges over HTTP."""
+    """A checkpoint on the Hugging Face hub, read in ranges over HTTP."""
 
     def __init__(self, repo_id: str, revision: str | None = None) -> None:
         from huggingface_hub import HfApi
@@ -168,7 +274,7 @@ class HubRepository(Source):
             return b""
         from huggingface_hub import constants, hf_hub_url, utils
 
-        http: Any = utils  # its functions are public by its documentation alone
+        http: Any = utils  # only its documentation says that its functions are public
         url = hf_hub_url(self.name, file, revision=self.revision)
         headers = {**http.build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT

@@ -1,8 +1,8 @@
-"""What discovery and config rules cannot see: layers whose arithmetic depends on their index.
+"""What config rules cannot express: layers whose arithmetic depends on their index.
 
-A compensation changes weights of a kept layer (copies of them: the original's stay) so that at
-its new index it computes what it computed at the old one. It returns the attributes it has
-thereby settled, which then take the value of the new index.
+A compensation changes copies of a kept layer's weights so that the layer computes at its new
+index what it computed at the old one. It returns the names of the attributes that it has thereby
+settled; they take the value of the new index.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
-# Where rounding explains more than elsewhere: RWKV divides weights and stream by powers of two
-# around norms whose epsilon stays as it is. Relative to the largest logit.
+# Larger differences that rounding explains, relative to the largest logit: RWKV divides weights
+# and residual stream by powers of two around norms whose epsilon stays as it is.
 LOOSE = {"rwkv": 5e-4}
 Compensation = Callable[[Any, Any, list[int]], Sequence[str]]  # model, its layers, kept -> names
 
 
-def _own(module: Any, name: str, value: torch.Tensor) -> None:
-    """Give a module a parameter of its own in place of one it shares with the original."""
+def _replace(module: Any, name: str, value: torch.Tensor) -> None:
+    """Give a module a new parameter instead of the one that it shares with the original."""
     old = getattr(module, name)
     setattr(module, name, nn.Parameter(value.detach().to(old.dtype), old.requires_grad))
 
@@ -33,81 +33,81 @@ def _beam(model: Any, layers: Any, kept: list[int]) -> Sequence[str]:
     """Residual additions are averages over depth: x_k = a / sqrt(k) + x_(k-1) sqrt((k-1) / k).
 
     y_k = sqrt(k) x_k is then a plain sum, and every reader normalises, so only the proportions
-    of what is added matter. A gap in the numbering multiplies the stream by sqrt((k-1) / m), m
-    being the last addition before the gap; what is added later is scaled by the inverse.
+    of the terms matter. A gap in the indices multiplies the residual stream by sqrt((k-1) / m), m
+    being the last addition before the gap; later terms are scaled by the inverse.
     """
     scale, last = 1.0, 1
     for layer, index in zip(layers, kept, strict=True):
         scale *= math.sqrt(last / (2 * index + 1))
         last = 2 * index + 3
         for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
-            _own(norm, "weight", norm.weight * scale)
+            _replace(norm, "weight", norm.weight * scale)
     return "attn_residual_add_idx", "mlp_residual_add_idx"
 
 
 def _diffllama(model: Any, layers: Any, kept: list[int]) -> Sequence[str]:
     """lambda = exp(q1.k1) - exp(q2.k2) + lambda_init(index); the output carries 1 - lambda_init."""
-    for position, (layer, index) in enumerate(zip(layers, kept, strict=True)):
-        attention = layer.self_attn
-        old, new = (0.8 - 0.6 * math.exp(-0.3 * place) for place in (index, position))
-        if index == position:
+    for new_index, (layer, old_index) in enumerate(zip(layers, kept, strict=True)):
+        if old_index == new_index:
             continue
+        attention = layer.self_attn
+        old, new = (0.8 - 0.6 * math.exp(-0.3 * index) for index in (old_index, new_index))
         q1, k1 = attention.lambda_q1.double(), attention.lambda_k1.double()
-        product = torch.log((q1 @ k1).exp() + old - new)  # old >= new: layers only move up
+        product = torch.log((q1 @ k1).exp() + old - new)  # old >= new: indices only shrink
         direction = k1 / k1.square().sum()  # q1 = product * direction gives q1.k1 = product
-        _own(attention, "lambda_q1", product * direction)
+        _replace(attention, "lambda_q1", product * direction)
         weight = attention.o_proj.weight
-        _own(attention.o_proj, "weight", weight * ((1 - old) / (1 - new)))
+        _replace(attention.o_proj, "weight", weight * ((1 - old) / (1 - new)))
     return ("lambda_init",)
 
 
 def _gpt2(model: Any, layers: Any, kept: list[int]) -> Sequence[str]:
-    """Attention scores may be divided by index + 1: the queries make up for the new index."""
+    """Attention scores may be divided by index + 1: the queries are scaled for the new index."""
     if not model.config.scale_attn_by_inverse_layer_idx:
         return ()
-    for position, (layer, index) in enumerate(zip(layers, kept, strict=True)):
-        if index == position:
+    for new_index, (layer, old_index) in enumerate(zip(layers, kept, strict=True)):
+        if old_index == new_index:
             continue
         projection, size = layer.attn.c_attn, layer.attn.embed_dim
         factor = torch.ones(3 * size, device=projection.weight.device)
-        factor[:size] = (position + 1) / (index + 1)
-        _own(projection, "weight", projection.weight * factor)  # Conv1D: outputs are columns
-        _own(projection, "bias", projection.bias * factor)
+        factor[:size] = (new_index + 1) / (old_index + 1)
+        _replace(projection, "weight", projection.weight * factor)  # Conv1D: outputs are columns
+        _replace(projection, "bias", projection.bias * factor)
     return ("scaling",)
 
 
 def _zamba2(model: Any, layers: Any, kept: list[int]) -> Sequence[str]:
-    """The shared block holds one adapter per hybrid layer: those of removed layers go."""
+    """The shared block holds one adapter per hybrid layer: drop those of removed layers."""
     hybrids = [layer for layer in layers if hasattr(layer, "shared_transformer")]
     if not hybrids:
         return ()
     order = list(hybrids[0].shared_transformer.self_attn.layer_block_map)
-    stay = [place for place, index in enumerate(order) if index in kept]
+    stay = [adapter for adapter, index in enumerate(order) if index in kept]
     for layer in hybrids:
         for module in layer.modules():
             for name, child in list(module.named_children()):
                 if name.endswith("_adapter_list") and len(child) == len(order):
-                    setattr(module, name, nn.ModuleList(child[place] for place in stay))
+                    setattr(module, name, nn.ModuleList(child[i] for i in stay))
     return "layer_block_map", "layer_dic", "num_fwd_mem_blocks"
 
 
 def _rwkv(model: Any, layers: Any, kept: list[int]) -> Sequence[str]:
     """Evaluation divides weights by 2 ** (index // rescale_every), in place.
 
-    The kept layers get copies as they were before; the pruned model divides anew.
+    The kept layers get undivided copies; the pruned model divides them anew.
     """
     base = next(module for module in model.modules() if hasattr(module, "layers_are_rescaled"))
     every = model.config.rescale_every
     for layer, index in zip(layers, kept, strict=True):
         factor = 2 ** (index // every) if every > 0 and base.layers_are_rescaled else 1
         for linear in (layer.attention.output, layer.feed_forward.value):
-            _own(linear, "weight", linear.weight * factor)
+            _replace(linear, "weight", linear.weight * factor)
     base.layers_are_rescaled = False
     return ()
 
 
 def _zaya(model: Any, layers: Any, kept: list[int]) -> Sequence[str]:
-    """The first layer has no scale for the router state of a layer before it, and needs none."""
+    """The first layer has no scale for the router state of the previous layer."""
     for module in layers[0].modules():
         if "router_states_scale" in module._parameters:
             del module.router_states_scale
@@ -115,7 +115,7 @@ def _zaya(model: Any, layers: Any, kept: list[int]) -> Sequence[str]:
 
 
 def _gpt_neox_japanese(model: Any, layers: Any, kept: list[int]) -> Sequence[str]:
-    """Only the last layer has a bias behind its attention: a new last one gets a zero bias."""
+    """Only the last layer has a bias after its attention: a new last layer gets a zero bias."""
     attention = layers[-1].attention
     if attention.dense_bias is None:
         weight = attention.dense.weight
@@ -138,7 +138,8 @@ COMPENSATIONS: dict[str, Compensation] = {
 def as_stored(model: Any) -> Iterator[None]:
     """Inside the block the weights are what a checkpoint should hold.
 
-    RWKV divides weights in place when it evaluates; saved then, they would be divided again.
+    RWKV divides weights in place for evaluation. If they were saved so, loading would divide them
+    again.
     """
     divided = [m for m in model.modules() if getattr(m, "layers_are_rescaled", False)]
     modes = [(module, module.training) for module in divided]
@@ -155,8 +156,8 @@ def as_stored(model: Any) -> Iterator[None]:
 def loadable_config(model: Any) -> Any:
     """The config under which ``AutoModelForCausalLM`` finds the model again.
 
-    That is the model's own, but for text-only classes of composite models (Emu3, Mllama): their
-    config has no entry in the auto mapping, and the composite one around it has.
+    That is the model's own config, except for text-only classes of composite models (Emu3,
+    Mllama): only the composite config around theirs is in the auto mapping.
     """
     from transformers import AutoModelForCausalLM
 
@@ -178,7 +179,7 @@ def auto_class(model: Any) -> Any:
     """The Auto class of transformers that builds `model` from its checkpoint.
 
     ``AutoModelForCausalLM`` for language models; for a wrapper around one (vision, audio), the
-    class in whose mapping it stands.
+    class whose mapping lists it.
     """
     import transformers
 

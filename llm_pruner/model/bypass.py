@@ -1,4 +1,4 @@
-"""Bypasses: stand-ins that hand on what enters a layer, in the form the layer returns it."""
+"""Bypasses: they return a layer's input in the form in which the layer returns its output."""
 
 from __future__ import annotations
 
@@ -9,32 +9,36 @@ from typing import Any
 import torch
 from torch import nn
 
-# What a stand-in answers differently from its layer: it begins no block of layers (inkling2).
-STAND_IN_ANSWERS = {"is_block_boundary": False}
-Source = int | str | None  # a positional argument, a keyword argument, or nothing
+# Attributes that a bypass does not take from its layer: it begins no block of layers (inkling2).
+BYPASS_ANSWERS = {"is_block_boundary": False}
+Argument = int | str | None  # a positional argument, a keyword argument, or nothing
 
 
 @dataclass(frozen=True)
 class ReturnForm:
-    """What a layer returns, and from which of its own inputs a stand-in takes each part.
+    """What a layer returns, and from which of its own inputs a bypass takes each part.
 
     Attributes:
-        build: makes the layer's kind of result from the parts; None for a bare tensor.
-        sources: for each part, the input that the next layer would get it as.
+        build: makes the layer's kind of result from its parts; None for a bare tensor.
+        sources: for each part, the argument as which the next layer receives it.
     """
 
     build: Callable[[list[Any]], Any] | None = None
-    sources: tuple[Source, ...] = ()
+    sources: tuple[Argument, ...] = ()
 
 
 def learn_forms(
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]], n_layers: int
 ) -> list[ReturnForm]:
-    """Return forms from what went in and out of the layers in one pass.
+    """Return forms from the inputs and outputs of the layers in one pass.
 
-    A layer may return more than the hidden state, and some of it is carried to the next layer
-    (a router's state, attention indices). Where part j of a result reappears as an input of the
-    next layer, a stand-in has to hand its own such input on.
+    A layer may return more than the hidden state, and the next layer may use it (a router's state,
+    attention indices). Where part j of a result reappears as an input of the next layer, a bypass
+    has to pass on its own input of that name.
+
+    Args:
+        calls: by layer, its positional arguments, keyword arguments and output.
+        n_layers: how many layers there are.
     """
     forms: list[ReturnForm] = []
     for index in range(n_layers):
@@ -43,21 +47,21 @@ def learn_forms(
             forms.append(ReturnForm())
             continue
         args, kwargs, _ = calls.get(index + 1, ((), {}, None))
-        inputs = _by_source(args, kwargs)
+        inputs = _arguments(args, kwargs)
         sources = tuple(
             None if part is None else next((k for k, v in inputs.items() if v is part), None)
             for part in output
         )
         forms.append(ReturnForm(_builder(output), sources))
-    known = {len(form.sources): form for form in forms if form.sources and _goes_on(form)}
+    known = {len(form.sources): form for form in forms if form.sources and _is_used(form)}
     return [
-        form if not form.sources or _goes_on(form) else known.get(len(form.sources), form)
+        form if not form.sources or _is_used(form) else known.get(len(form.sources), form)
         for form in forms
     ]
 
 
-def _goes_on(form: ReturnForm) -> bool:
-    """Whether anything the layer returns was seen to go on (not so for the last layer)."""
+def _is_used(form: ReturnForm) -> bool:
+    """Whether the next layer took anything of the result (there is none after the last layer)."""
     return any(source is not None for source in form.sources)
 
 
@@ -67,24 +71,23 @@ def _builder(output: tuple[Any, ...] | list[Any]) -> Callable[[list[Any]], Any]:
     return build
 
 
-def _by_source(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Source, Any]:
-    inputs: dict[Source, Any] = dict(enumerate(args))
-    inputs.update(kwargs)
-    return inputs
+def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Argument, Any]:
+    inputs: dict[Argument, Any] = dict(enumerate(args))
+    return inputs | dict(kwargs)
 
 
 class Bypass(nn.Module):
-    """Stands in for a layer: hands its input on, answers every attribute like the layer.
+    """Takes a layer's place: returns its input, and answers for every attribute like the layer.
 
     Args:
         layer: the layer.
         form: how the layer returns its result.
-        adds: whether its result is added to its input elsewhere, so that it has to be zero.
+        adds: whether the result is added to the input elsewhere, so that it has to be zero.
     """
 
     def __init__(self, layer: nn.Module, form: ReturnForm, *, adds: bool = False) -> None:
         super().__init__()
-        # Not a submodule: the layer's parameters must not appear a second time.
+        # Not a submodule: the layer's parameters must not be listed twice.
         object.__setattr__(self, "_layer", layer)
         object.__setattr__(self, "_form", form)
         object.__setattr__(self, "_adds", adds)
@@ -97,15 +100,15 @@ class Bypass(nn.Module):
         form: ReturnForm = self.__dict__["_form"]
         if form.build is None:
             return hidden
-        inputs = _by_source(args, kwargs)
+        inputs = _arguments(args, kwargs)
         parts = [None if source is None else inputs.get(source) for source in form.sources]
-        if not _goes_on(form):
+        if not _is_used(form):
             parts[0] = hidden
         return form.build(parts)
 
     def __getattr__(self, name: str) -> Any:
-        if name in STAND_IN_ANSWERS:
-            return STAND_IN_ANSWERS[name]
+        if name in BYPASS_ANSWERS:
+            return BYPASS_ANSWERS[name]
         return getattr(self.__dict__["_layer"], name)
 
 
@@ -114,6 +117,15 @@ def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     hidden = args[0] if args else kwargs["hidden_states"]
     assert isinstance(hidden, torch.Tensor)
     return hidden
+
+
+def with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A layer's arguments with another hidden state."""
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}
 
 
 def hidden_out(output: Any) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Model configs: which field counts layers, and how each per-layer field follows a removal.
 
-Rules are data: one line per field. A field that no rule names and that depends on the position
-of a layer is caught by the comparison with a freshly built model in `removal`, which then
-refuses the removal.
+Rules are data: one line per field. A field that no rule names and that depends on a layer's index
+is caught in `model.removal`, which compares the result with a freshly built model and refuses the
+removal. Nothing here imports torch: pruning on disk uses it too.
 """
 
 from __future__ import annotations
@@ -15,26 +15,20 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import UnsupportedModelError
+from .layer_names import new_indices
 
-COUNT_FIELDS = (
-    "num_hidden_layers",
-    "n_layer",
-    "n_layers",
-    "num_layers",
-    "decoder_layers",
-    "num_decoder_layers",
-    "num_blocks",
-    "num_layers_per_stack",
-    "layers",
+COUNT_FIELDS = tuple(
+    "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks "
+    "num_layers_per_stack layers".split()
 )
-# Configs whose decoder is described by a part that get_text_config() does not know.
+# Configs that describe the decoder in a part that get_text_config() does not know.
 DECODER_PARTS = {"blt": "global_config"}
-# Parts of a name that belong to encoders of other inputs than text.
+# Parts of a name that mark encoders of inputs other than text.
 OTHER_TOWERS = ("vision", "visual", "audio", "image", "speech")
-# Lists as long as the stack that do not have one entry per layer.
+# Lists that are not per layer, even if they happen to have as many entries as there are layers.
 NOT_PER_LAYER = ("architectures", "token_id", "token_ids", "factor", "factors", "multipliers")
-# Model types of whose layers a config.json tells everything, if it has these lists: no class of
-# transformers is needed to rewrite it (`prune_config_file`). All others go through their class.
+# Model types whose config.json says everything about the layers, provided it has these lists: it
+# can be rewritten without the class of transformers (`prune_config_file`). All others need theirs.
 SPELLED_OUT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         "apertus arcee bloom codegen cohere ernie4_5 falcon gemma glm glm4 gpt_bigcode gpt_neox "
@@ -48,20 +42,20 @@ SPELLED_OUT: dict[str, tuple[str, ...]] = {
     ),
     "smollm3": ("layer_types", "no_rope_layers"),
 }
-# Where this is off, all layers are alike, and the lists of `SPELLED_OUT` may be absent.
+# If this is off, all layers are alike, and the lists of `SPELLED_OUT` may be missing.
 KINDS_BY = {"qwen2": "use_sliding_window", "qwen3": "use_sliding_window"}
 
 
 @dataclass(frozen=True)
 class Removal:
-    """A removal as a config sees it: the 0-based layers that stay, of how many."""
+    """A removal as a config sees it: which 0-based layers are kept, and of how many."""
 
     kept: tuple[int, ...]
     num_layers: int
 
     def renumber(self, value: Sequence[int], first: int = 0) -> list[int]:
         """Layer indices, counted from `first`: those of kept layers, renumbered."""
-        new = {old: position for position, old in enumerate(self.kept)}
+        new = new_indices(self.kept)
         return [new[index - first] + first for index in value if index - first in new]
 
     def prefix(self, value: int) -> int:
@@ -78,7 +72,7 @@ class Removal:
         Raises:
             UnsupportedModelError: a kept layer refers to a removed one.
         """
-        new = {old: position for position, old in enumerate(self.kept)}
+        new = new_indices(self.kept)
         lost = sorted({value[index] for index in self.kept} - new.keys())
         if lost:
             users = [index for index in self.kept if value[index] in lost]
@@ -95,18 +89,16 @@ class Removal:
 Rule = Callable[[Any, Removal], Any]
 # Fields that hold layer indices or counts of leading or trailing layers.
 FIELD_RULES: dict[str, Rule] = {
-    "mlp_only_layers": lambda value, removal: removal.renumber(value),
-    "moe_layers": lambda value, removal: removal.renumber(value),
-    "full_attn_idxs": lambda value, removal: removal.renumber(value),
-    "attn_layer_indices": lambda value, removal: removal.renumber(value),
-    "cross_attention_layers": lambda value, removal: removal.renumber(value),
-    "hybrid_layer_ids": lambda value, removal: removal.renumber(value),
-    "rope_scaling_layers": lambda value, removal: removal.renumber(value),
-    "local_layer_ids": lambda value, removal: removal.renumber(value),
+    **dict.fromkeys(
+        "mlp_only_layers moe_layers full_attn_idxs attn_layer_indices cross_attention_layers "
+        "hybrid_layer_ids rope_scaling_layers local_layer_ids".split(),
+        lambda value, removal: removal.renumber(value),
+    ),
     "ple_layer_ids": lambda value, removal: removal.renumber(value, first=1),
-    "first_k_dense_replace": lambda value, removal: removal.prefix(value),
-    "num_dense_layers": lambda value, removal: removal.prefix(value),
-    "moe_layer_start_index": lambda value, removal: removal.prefix(value),
+    **dict.fromkeys(
+        ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"),
+        lambda value, removal: removal.prefix(value),
+    ),
     "kv_source_layers": lambda value, removal: removal.follow(value),
     "num_kv_shared_layers": lambda value, removal: removal.suffix(value),
 }
@@ -134,16 +126,18 @@ class Pattern:
     values: Callable[[int], Any]
 
 
-def _period(n: int) -> Any:
-    return ((period, offset) for period in range(1, n + 2) for offset in range(period))
+def _periodic(period: str, offset: str) -> Pattern:
+    return Pattern(
+        (period, offset),
+        lambda i, v: i % v[0] == v[1],
+        lambda n: ((length, start) for length in range(1, n + 2) for start in range(length)),
+    )
 
 
 PATTERNS: dict[str, tuple[Pattern, ...]] = {
     "jamba": (
-        Pattern(("attn_layer_period", "attn_layer_offset"), lambda i, v: i % v[0] == v[1], _period),
-        Pattern(
-            ("expert_layer_period", "expert_layer_offset"), lambda i, v: i % v[0] == v[1], _period
-        ),
+        _periodic("attn_layer_period", "attn_layer_offset"),
+        _periodic("expert_layer_period", "expert_layer_offset"),
     ),
     "ernie4_5_moe": (
         Pattern(
@@ -169,7 +163,7 @@ def _spell_out(config: Any) -> None:
 
 
 def _illegal(config: Any, removal: Removal) -> str | None:
-    """Why transformers could not run the kept layers although a config can describe them."""
+    """Why transformers could not run the kept layers, even though a config can describe them."""
     kinds = list(getattr(config, "layer_types", None) or ())
     if len(kinds) == removal.num_layers:
         with_cache = {
@@ -190,7 +184,7 @@ def _illegal(config: Any, removal: Removal) -> str | None:
 
 
 def _lost_producers(config: Any, kinds: list[str], removal: Removal) -> str | None:
-    """Trailing layers use the keys and values of the last layer of their kind before them."""
+    """Trailing layers may use the keys and values of the last layer of their kind before them."""
     shared = vars(config).get("num_kv_shared_layers") or 0
     first = removal.num_layers - shared
     for index in removal.kept:
@@ -211,7 +205,7 @@ def text_config(config: Any) -> Any:
 
 
 def layer_counts(config: Any) -> set[int]:
-    """Every value of a layer-counting field of `config`; of a derived count if there is none."""
+    """The values of all layer-counting fields of `config`, or else its derived layer count."""
     values = {vars(config).get(name) for name in COUNT_FIELDS}
     counts = {value for value in values if isinstance(value, int) and not isinstance(value, bool)}
     derived = getattr(config, "num_hidden_layers", None)
@@ -221,10 +215,10 @@ def layer_counts(config: Any) -> set[int]:
 def prune_config(config: Any, kept: Sequence[int], num_layers: int) -> None:
     """Rewrite `config` in place for the layers `kept` out of `num_layers`.
 
-    Layer counts become ``len(kept)``, lists with one entry per layer are sliced, fields of
-    layer indices follow `FIELD_RULES`, and kinds that only a rule over the index expresses get
-    another setting of the rule (`PATTERNS`), if there is one. A count field with another value
-    (an encoder's) is left alone.
+    Layer counts become ``len(kept)``, lists with one entry per layer are sliced, and fields of
+    layer indices follow `FIELD_RULES`. Where only a rule over the index expresses a layer's kind,
+    the rule gets another setting (`PATTERNS`), if one fits. Count fields with another value (an
+    encoder's) are left alone.
 
     Raises:
         UnsupportedModelError: the kept layers cannot work without the removed ones.
@@ -242,7 +236,7 @@ def prune_config(config: Any, kept: Sequence[int], num_layers: int) -> None:
     counts = counts or _only_count(config, num_layers)
     overrides = _per_layer_overrides(config)
     if overrides:
-        config.per_layer_config = None  # it is checked against the layer count: back at the end
+        config.per_layer_config = None  # checked against the layer count, so restored at the end
     for name, value in list(vars(config).items()):
         rule = SCALED_FIELDS.get((model_type, name)) or FIELD_RULES.get(name)
         if value is None or name in in_patterns or name.startswith("_"):
@@ -261,8 +255,8 @@ def prune_config(config: Any, kept: Sequence[int], num_layers: int) -> None:
 
 
 def _only_count(config: Any, num_layers: int) -> set[str]:
-    """The one field of a custom config that has the layer count as its value, if there is one."""
-    if hasattr(config, "num_hidden_layers"):  # known, and derived from something else
+    """The only field of a custom config whose value is the layer count, if exactly one is."""
+    if hasattr(config, "num_hidden_layers"):  # a known name, derived from another field
         return set()
     equal = {name for name, value in vars(config).items() if value == num_layers}
     numbers = {name for name in equal if type(vars(config)[name]) is int}
@@ -270,9 +264,10 @@ def _only_count(config: Any, num_layers: int) -> set[str]:
 
 
 def _refit(config: Any, pattern: Pattern, removal: Removal) -> dict[str, int]:
-    """Values of the pattern's fields that give every kept layer its kind; else unchanged.
+    """Values of the pattern's fields that give every kept layer its kind; empty if there are none.
 
-    Unchanged values lead to a refusal when the pruned model is compared with its config.
+    The fields then keep their values, and the comparison of the pruned model with its config
+    refuses the removal.
     """
     now = tuple(getattr(config, name) for name in pattern.fields)
     wanted = [pattern.is_special(index, now) for index in removal.kept]
@@ -283,7 +278,7 @@ def _refit(config: Any, pattern: Pattern, removal: Removal) -> dict[str, int]:
 
 
 def _per_layer_overrides(config: Any) -> dict[int, Any]:
-    """What single layers override in a heterogeneous config, as plain dicts by index."""
+    """The overrides of single layers in a heterogeneous config, as plain dicts by index."""
     spec = vars(config).get("_heterogeneity_spec")
     return {} if spec is None else dict(spec.per_layer_overrides)
 
@@ -309,8 +304,8 @@ def prune_config_file(
     """The contents of a config.json for the layers `kept`, by the rules of `prune_config`.
 
     Returns:
-        A new dict with every other field as it was; None where the class of the model has to be
-        asked (`SPELLED_OUT`).
+        A new dict with every other field as it was; None if only the model's class can tell
+        (`SPELLED_OUT`).
 
     Raises:
         UnsupportedModelError: as `prune_config`.

@@ -17,9 +17,9 @@ HINT = "activations are NaN or overflow. Check the checkpoint, or load it with d
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; every module's own mode is back afterwards.
+    """Evaluation mode and no gradients; every module's mode is restored afterwards.
 
-    Not ``inference_mode``, after which a model that caches buffers could not be trained.
+    Not ``inference_mode``: a model that caches buffers in it could not be trained afterwards.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -32,9 +32,9 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def forward_options(model: torch.nn.Module, logits_to_keep: int | None = None) -> dict[str, Any]:
-    """Arguments that keep a forward pass cheap, as far as the model takes them.
+    """Arguments that keep a forward pass cheap, as far as the model accepts them.
 
-    No cache, and logits of the last positions alone if a number of them is given.
+    No cache, and only the logits of the last `logits_to_keep` positions if that is given.
     """
     wanted: dict[str, Any] = {"use_cache": False}
     if logits_to_keep is not None:
@@ -44,7 +44,7 @@ def forward_options(model: torch.nn.Module, logits_to_keep: int | None = None) -
 
 
 def input_device(model: Any) -> torch.device:
-    """Where token ids have to be: with the embedding, or on the CPU if that is offloaded."""
+    """Where token ids have to be: with the embedding, or on the CPU if it is offloaded."""
     device: torch.device = next(model.get_input_embeddings().parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
 
@@ -57,6 +57,15 @@ def check_ids(model: Any, ids: torch.Tensor) -> None:
             f"Token id {int(ids.max())} is outside the model's vocabulary (0 to {known - 1}): the "
             "tokenizer belongs to another model. Load both from the same checkpoint."
         )
+
+
+def tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested tuples, lists and dicts."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, tuple | list | dict):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from tensors_in(value)
 
 
 def position_limit(model: Any) -> int:

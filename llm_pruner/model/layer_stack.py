@@ -5,9 +5,11 @@ The only module that knows how models are built.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
+from itertools import islice, zip_longest
 from typing import Any, TypeVar, overload
 
 import torch
@@ -15,13 +17,15 @@ from torch import nn
 
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..results import check_layers
-from .bypass import Bypass, ReturnForm, hidden_in, hidden_out, learn_forms
-from .config_rules import OTHER_TOWERS, layer_counts, text_config
+from .bypass import Bypass, ReturnForm, hidden_in, hidden_out, learn_forms, with_hidden
+from .config_rules import OTHER_TOWERS, layer_counts, prune_config, text_config
 from .forward import evaluating
+from .layer_names import LayerNames
 from .loading import model_fingerprint
-from .removal import cut_layers
+from .removal import has_skeleton, remove_layers, skeleton
 
-Entry = Callable[[int, torch.Tensor], None]
+TRIALS, ALTERNATIVES = 4, 3  # removals tried for the message of a refusal, and sets it names
+InputObserver = Callable[[int, torch.Tensor], None]
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 T = TypeVar("T")
 
@@ -29,16 +33,16 @@ T = TypeVar("T")
 class LayerStack(Sequence[nn.Module]):
     """The decoder layers of a causal language model, in order.
 
-    The stack is found by looking: it is the list of modules whose length is the layer count
-    of the model's text config. `path` names it where looking is not enough.
+    The stack is the list of modules whose length is the layer count of the model's text config.
+    Name it by `path` where that does not identify it.
 
     Args:
-        model: the model; it is never changed for good by anything in this class.
+        model: the model; nothing in this class changes it for good.
         path: dotted name of the ``ModuleList``, e.g. ``model.layers``; found if None.
 
     Attributes:
         model: the model.
-        paths: dotted name of the layer list inside the model; of all of them where a layer is
+        paths: dotted name of the layer list inside the model; of every list where a layer is
             made of entries of several lists (XLM's attentions, feed-forwards and norms) or two
             stacks share one depth (HRM).
 
@@ -69,13 +73,18 @@ class LayerStack(Sequence[nn.Module]):
         return _layer_list(self.model, self.paths[0])
 
     @property
+    def names(self) -> LayerNames:
+        """The layers as they are named among the model's modules and tensors."""
+        return LayerNames(tuple(f"{path}." for path in self.paths), len(self))
+
+    @property
     def device(self) -> torch.device:
         """Where token ids have to be for the model's forward."""
         device = next(self.model.parameters()).device
         return torch.device("cpu") if device.type == "meta" else device  # offloaded: moved by hooks
 
     @property
-    def streamed(self) -> bool:
+    def offloaded(self) -> bool:
         """Whether the weights are read from the checkpoint layer by layer."""
         return False
 
@@ -87,11 +96,11 @@ class LayerStack(Sequence[nn.Module]):
         """Short hash that tells models apart, see `model_fingerprint`."""
         return model_fingerprint(self.model)
 
-    def sweep(self, calls: Iterable[Callable[[], T]], *, alike: bool = False) -> Iterator[T]:
-        """What `calls`, which run the model, return, in their order.
+    def run_all(self, calls: Iterable[Callable[[], T]], *, alike: bool = False) -> Iterator[T]:
+        """Make `calls`, which run the model, and yield what they return, in their order.
 
-        Here each is made when its result is asked for. Where the weights are not in memory all are
-        made at once, layer by layer, so that every weight is read once for all of them.
+        Here each call is made when its result is asked for. Where the weights are not in memory,
+        all calls advance together, layer by layer, so that every weight is read once for all.
 
         Args:
             calls: functions without arguments.
@@ -102,11 +111,11 @@ class LayerStack(Sequence[nn.Module]):
             yield call()
 
     def prepare(self) -> None:
-        """Find out what bypassing layers takes, before a sweep in which it is done."""
+        """Find out what bypassing layers takes, ahead of a `run_all` that does it."""
 
     @property
     def can_bypass(self) -> bool:
-        """Whether the layers depend on one another by nothing but the hidden state."""
+        """Whether layers pass nothing but the hidden state to one another."""
         return self.can_replay
 
     @contextmanager
@@ -114,7 +123,7 @@ class LayerStack(Sequence[nn.Module]):
         """Call ``observer(index, hidden_in, hidden_out)`` whenever a layer has run.
 
         Both tensors are (sequences, tokens, hidden), as they are: padding included. A bypassed
-        layer is not reported. The hooks are gone when the block ends, also after an error.
+        layer is not reported. The hooks are removed when the block ends, also after an error.
 
         Raises:
             UnsupportedModelError: the layers are not one list (see `paths`).
@@ -126,36 +135,30 @@ class LayerStack(Sequence[nn.Module]):
                 "(ablation, smart)."
             )
 
-        def hook(index: int) -> Callable[..., None]:
-            def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                observer(index, hidden_in(args, kwargs), hidden_out(output))
+        def seen(index: int, args: Any, kwargs: Any, output: Any) -> None:
+            observer(index, hidden_in(args, kwargs), hidden_out(output))
 
-            return call
-
-        with ExitStack() as handles:
-            for index, layer in enumerate(self):
-                if not isinstance(layer, Bypass):
-                    handle = layer.register_forward_hook(hook(index), with_kwargs=True)
-                    handles.callback(handle.remove)
+        layers = [(i, layer) for i, layer in enumerate(self) if not isinstance(layer, Bypass)]
+        with _after_each(layers, seen):
             yield
 
     @contextmanager
     def bypass(self, indices: Iterable[int]) -> Iterator[nn.Module]:
         """Inside the block the model computes as if the layers `indices` were not there.
 
-        Each is replaced by a stand-in that returns its input and answers for every other
+        A bypass takes the place of each. It returns its input and answers for every other
         attribute like the layer itself, so masks, positions and layer kinds stay as they are.
         The layers are back when the block ends, also after an error. For forward passes; to
-        generate text, which addresses the KV cache by layer number, use `remove`.
+        generate text, which addresses the KV cache by layer index, use `remove`.
 
         Raises:
             InvalidPlanError: `indices` do not fit the stack.
         """
-        with self._standing_in(check_layers(indices, len(self))) as model:
+        with self._bypassed(check_layers(indices, len(self))) as model:
             yield model
 
     @contextmanager
-    def _standing_in(self, removed: Collection[int]) -> Iterator[nn.Module]:
+    def _bypassed(self, removed: Collection[int]) -> Iterator[nn.Module]:
         forms = {path: self._return_forms(path) for path in self.paths} if removed else {}
         in_parts = len({path.rpartition(".")[0] for path in self.paths}) < len(self.paths)
         originals = [
@@ -166,29 +169,29 @@ class LayerStack(Sequence[nn.Module]):
         try:
             for path, index, layer in originals:
                 adds = in_parts and not isinstance(layer, nn.LayerNorm)
-                stand_in = Bypass(layer, forms[path][index], adds=adds)
-                _layer_list(self.model, path)[index] = stand_in
+                bypass = Bypass(layer, forms[path][index], adds=adds)
+                _layer_list(self.model, path)[index] = bypass
             yield self.model
         finally:
             for path, index, layer in originals:
                 _layer_list(self.model, path)[index] = layer
 
     @contextmanager
-    def entering(self, places: Iterable[int], observer: Entry) -> Iterator[None]:
-        """Call ``observer(index, hidden)`` with the input of the layers `places` before they run.
+    def observe_inputs(self, indices: Iterable[int], observer: InputObserver) -> Iterator[None]:
+        """Call ``observer(index, hidden)`` with the input of the layers `indices` before they run.
 
-        Unlike with `observe`, the stand-in of a bypassed layer counts: what would enter the layer
-        passes through it.
+        Unlike with `observe`, bypassed layers are reported too: their input passes through.
+
+        Raises:
+            UnsupportedModelError: see `replay`.
         """
+        self._require_one_state()
 
         def hook(index: int) -> Callable[..., None]:
-            def call(module: nn.Module, args: Any, kwargs: Any) -> None:
-                observer(index, hidden_in(args, kwargs))
-
-            return call
+            return lambda module, args, kwargs: observer(index, hidden_in(args, kwargs))
 
         with ExitStack() as handles:
-            for index in places:
+            for index in indices:
                 handle = self._list[index].register_forward_pre_hook(hook(index), with_kwargs=True)
                 handles.callback(handle.remove)
             yield
@@ -199,28 +202,23 @@ class LayerStack(Sequence[nn.Module]):
     ) -> Iterator[nn.Module]:
         """Inside the block a forward pass begins at layer `start`, on the stored state `hidden`.
 
-        The layers below do nothing, so the pass costs what the layers from `start` on cost, and
-        its result is that of the pass `hidden` was observed in. Token ids and mask have to be
-        those of that pass.
+        The layers below do nothing, so the pass costs only the layers from `start` on. Its result
+        is that of the pass in which `hidden` was observed; give it the same token ids and mask.
 
         Args:
             start: the layer that gets `hidden` as its input.
-            hidden: (sequences, tokens, hidden), as `entering` or `observe` reports it for that
-                layer.
+            hidden: (sequences, tokens, hidden), as `observe_inputs` or `observe` reports it for
+                that layer.
             removed: layers to bypass from `start` on; those below do not matter.
 
         Raises:
             InvalidPlanError: `start` or `removed` do not fit the stack.
-            UnsupportedModelError: the layers hand on more than the hidden state, or are not one
-                list.
+            UnsupportedModelError: the layers pass on more than the hidden state, are not one
+                list, or are offloaded.
         """
         if not 0 <= start < len(self):
             raise InvalidPlanError(f"start={start} must be from 0 to {len(self) - 1}, a layer.")
-        if not self._hands_on_one_state():
-            raise UnsupportedModelError(
-                f"The layers of {type(self.model).__name__} hand on more than the hidden state, so "
-                "a pass cannot begin in their middle."
-            )
+        self._require_one_state()
         with self._replay(start, hidden, check_layers(removed, len(self))) as model:
             yield model
 
@@ -229,86 +227,117 @@ class LayerStack(Sequence[nn.Module]):
         self, start: int, hidden: torch.Tensor, removed: Sequence[int] = ()
     ) -> Iterator[nn.Module]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-            if args:
-                return (hidden, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden}
+            return with_hidden(args, kwargs, hidden)
 
-        with self._standing_in({*range(start), *removed}) as model:
+        with self._bypassed({*range(start), *removed}) as model:
             handle = self._list[start].register_forward_pre_hook(enter, with_kwargs=True)
             try:
                 yield model
             finally:
                 handle.remove()
 
-    def _hands_on_one_state(self) -> bool:
+    def _require_one_state(self) -> None:
+        if self.offloaded or not self._passes_one_state():
+            why = "are offloaded" if self.offloaded else "pass on more than the hidden state"
+            raise UnsupportedModelError(
+                f"The layers of {type(self.model).__name__} {why}, so a pass cannot begin in their "
+                "middle: run whole passes, with LayerStack.bypass."
+            )
+
+    def _passes_one_state(self) -> bool:
         carried = [len(form.sources) - form.sources.count(None) for form in self._return_forms()]
         return len(self.paths) == 1 and max(carried) <= 1
 
     @cached_property
     def can_replay(self) -> bool:
-        """Whether `replay` gives exactly what the whole pass gives.
+        """Whether `replay` gives exactly the result of the whole pass.
 
-        Tried out on two tokens, because a layer may use what a layer below has left elsewhere
-        than in the hidden state (keys and values shared between layers).
+        Tried out on two tokens, because a layer may use something that a lower layer has left
+        outside the hidden state (keys and values shared between layers).
         """
-        if not self._hands_on_one_state():
+        if not self._passes_one_state():
             return False
-        given = {"input_ids": torch.tensor([[0, 1]], device=self.device), "use_cache": False}
         states: dict[int, torch.Tensor] = {}
         starts = sorted({len(self) // 2, len(self) - 1})
         with evaluating(self.model):
-            with self.entering(range(len(self)), states.__setitem__):
-                whole = self.model(**given).logits
+            with self.observe_inputs(range(len(self)), states.__setitem__):
+                whole = self._probe().logits
             if len(states) < len(self):  # some layers run for images alone, say
                 return False
             for start in starts:
                 with self._replay(start, states[start]):
                     try:
-                        again = self.model(**given).logits
-                    except (LookupError, TypeError, AttributeError):  # what is missing below
+                        again = self._probe().logits
+                    except (LookupError, TypeError, AttributeError):  # lower layers did not run
                         return False
                 if not torch.allclose(again, whole, rtol=1e-4, atol=1e-5, equal_nan=True):
                     return False
         return True
 
+    def _probe(self) -> Any:
+        """The model's output for two tokens."""
+        ids = torch.tensor([[0, 1]], device=self.device)
+        return self.model(input_ids=ids, use_cache=False)
+
     def remove(self, indices: Iterable[int]) -> Any:
         """A new model without the layers `indices`.
 
-        The module tree is copied and every tensor shared, so the copy costs no memory worth
-        naming and the original stays whole and usable beside it. The copy has its own config,
-        layer numbering and cache slots, and is compared attribute by attribute with a model
-        built freshly from that config: what reloading will build.
+        The module tree is copied and every tensor shared: the copy takes almost no memory, and
+        the original stays whole and usable. The copy has its own config, layer indices and cache
+        slots. It is compared attribute by attribute with a model built freshly from that config,
+        which is what reloading will build.
 
         Raises:
             InvalidPlanError: `indices` do not fit the stack.
-            UnsupportedModelError: the pruned model cannot be expressed in the architecture's
-                config; the message says which layers depend on their position.
+            UnsupportedModelError: the architecture's config cannot express the pruned model. The
+                message names what stands in the way, and sets close to this one that work.
         """
-        removed = set(check_layers(indices, len(self)))
-        kept = [index for index in range(len(self)) if index not in removed]
+        removed = frozenset(check_layers(indices, len(self)))
+        reference = skeleton(self.model) if has_skeleton(self.model) else None
         try:
-            return cut_layers(self.model, self.paths, kept)
+            return remove_layers(self.model, self.names, self._kept(removed), reference)
         except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{error} {self._what_can_go(removed)}") from error
+            alternatives = self._alternatives(removed, reference)
+            raise UnsupportedModelError(f"{error} {alternatives}") from error
 
-    def _what_can_go(self, removed: set[int]) -> str:
-        """A sentence that names removals like the refused one that would work."""
+    def _kept(self, removed: Collection[int]) -> list[int]:
+        return [index for index in range(len(self)) if index not in removed]
 
-        def works(layers: set[int]) -> bool:
-            try:
-                kept = [index for index in range(len(self)) if index not in layers]
-                cut_layers(self.model, self.paths, kept)
-            except UnsupportedModelError:
-                return False
-            return True
+    def _alternatives(self, removed: frozenset[int], reference: nn.Module | None) -> str:
+        """A sentence that names sets close to a refused one that can be removed.
 
-        alone = [index for index in range(len(self)) if works({index})]
-        others = [index for index in range(len(self)) if index not in removed]
-        sets = [removed - {index} for index in removed] if len(removed) > 1 else []
-        sets += [removed | {index} for index in others] if len(others) > 1 else []
-        near = [sorted(layers) for layers in sets if works(layers)][:5]
-        hint = f" Sets near this one that can be removed: {near}." if near else ""
-        return f"Layers that can be removed alone: {alone or 'none'}.{hint}"
+        Config rules sort out most candidates at no cost. Of the others only the closest few are
+        tried, because each trial builds a model from its config.
+        """
+        tried, working = [], []
+        for layers in islice(filter(self._passes_config_rules, self._close_to(removed)), TRIALS):
+            tried.append(sorted(layers))
+            with suppress(UnsupportedModelError):
+                remove_layers(self.model, self.names, self._kept(layers), reference)
+                working.append(sorted(layers))
+            if len(working) == ALTERNATIVES:
+                break
+        if working:
+            return f"Sets close to this one that can be removed: {working}."
+        return f"Nor can the sets closest to it: {tried}." if tried else "No close set can either."
+
+    def _close_to(self, removed: frozenset[int]) -> Iterator[frozenset[int]]:
+        """Sets of one layer more, and of one less (or of another single layer); nearest first."""
+        others = sorted(self._kept(removed), key=lambda i: min(abs(i - j) for j in removed))
+        larger = [removed | {index} for index in others] if len(others) > 1 else []
+        smaller = [removed - {index} for index in sorted(removed)]
+        if len(removed) == 1:
+            smaller = [frozenset({index}) for index in others]
+        for pair in zip_longest(larger, smaller):
+            yield from (layers for layers in pair if layers)
+
+    def _passes_config_rules(self, removed: frozenset[int]) -> bool:
+        config: Any = copy.deepcopy(self.model.config)
+        try:
+            prune_config(text_config(config), self._kept(removed), len(self))
+        except UnsupportedModelError:
+            return False
+        return True
 
     def _return_forms(self, path: str | None = None) -> list[ReturnForm]:
         """How each layer of a list returns its result, learned from one pass of two tokens."""
@@ -317,19 +346,29 @@ class LayerStack(Sequence[nn.Module]):
             layers = _layer_list(self.model, path)
             calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
 
-            def hook(index: int) -> Callable[..., None]:
-                def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                    calls[index] = (args, kwargs, output)
+            def seen(index: int, *call: Any) -> None:
+                calls[index] = call
 
-                return call
-
-            with ExitStack() as handles, evaluating(self.model):
-                for index, layer in enumerate(layers):
-                    handle = layer.register_forward_hook(hook(index), with_kwargs=True)
-                    handles.callback(handle.remove)
-                self.model(input_ids=torch.tensor([[0, 1]], device=self.device), use_cache=False)
+            with _after_each(enumerate(layers), seen), evaluating(self.model):
+                self._probe()
             self._forms[path] = learn_forms(calls, len(layers))
         return self._forms[path]
+
+
+@contextmanager
+def _after_each(
+    layers: Iterable[tuple[int, nn.Module]], call: Callable[[int, Any, Any, Any], None]
+) -> Iterator[None]:
+    """Inside the block ``call(index, args, kwargs, output)`` is made whenever a layer has run."""
+
+    def hook(index: int) -> Callable[..., None]:
+        return lambda module, args, kwargs, output: call(index, args, kwargs, output)
+
+    with ExitStack() as handles:
+        for index, layer in layers:
+            handle = layer.register_forward_hook(hook(index), with_kwargs=True)
+            handles.callback(handle.remove)
+        yield
 
 
 def _find_paths(model: Any) -> tuple[str, ...]:

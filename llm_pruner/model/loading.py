@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer, and telling models apart."""
+"""Loading a model and its tokenizer, and fingerprints that tell models apart."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
-    """Short hash of a model's config and of a sample of every tensor, to tell models apart."""
+    """Short hash of a model's config and of a sample of every tensor."""
     config = getattr(model, "config", None)
     digest = hashlib.sha256(config.to_json_string().encode() if config is not None else b"")
     for _, sample in sorted((name, _sample(name, tensor)) for name, tensor in _tensors(model)):
@@ -31,7 +31,7 @@ def _sample(name: str, tensor: torch.Tensor) -> bytes:
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The entries of the state dict; what accelerate keeps on the disk is read from there."""
+    """The entries of the state dict; those that accelerate keeps on disk are read from there."""
     state = model.state_dict()
     yield from ((name, tensor) for name, tensor in state.items() if not tensor.is_meta)
     if not any(tensor.is_meta for tensor in state.values()):
@@ -54,17 +54,17 @@ def load_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model, or a wrapper around one, and its tokenizer, for evaluation.
+    """Load a causal language model or a wrapper around one, for evaluation, and its tokenizer.
 
     Args:
         model_id: ``demo``, a local folder, or an id on the Hugging Face hub.
-        device: where to put it; the best device of the machine if None; ``auto`` spreads it
-            over all devices with accelerate.
+        device: where to put the model; the best device of the machine if None; ``auto`` spreads
+            it over all devices with accelerate.
         dtype: ``auto`` (as stored), or ``float32``, ``bfloat16``, ``float16``.
         trust_remote_code: run code that comes with the checkpoint. Off unless asked for.
 
     Raises:
-        LoadError: the model cannot be found or read; the message says what to do.
+        LoadError: the model cannot be found or read.
     """
     spread = str(device) == "auto"
     if spread and launched_here() > 1:
@@ -80,8 +80,8 @@ def load_model(
     )
     if not spread:
         try:
-            place: Any = device or get_device()
-            model = model.to(place)
+            target: Any = device or get_device()
+            model = model.to(target)
         except (RuntimeError, AssertionError) as error:
             raise LoadError(
                 f"Cannot put the model on device {str(device)!r}: {error} Use cpu, or a device "
@@ -128,7 +128,8 @@ def read_model(
 def model_class(model_id: str, **options: Any) -> tuple[str, Any, Any]:
     """Where a model is, the ``Auto`` class that builds it, and its config.
 
-    That for causal language models, or for image-text models where only that one knows it.
+    The class is the one for causal language models, or for image-text models if only that one
+    knows the config.
 
     Args:
         model_id: see `load_model`.
@@ -147,3 +148,32 @@ def model_class(model_id: str, **options: Any) -> tuple[str, Any, Any]:
     wraps = type(config) in AutoModelForImageTextToText._model_mapping
     causal = type(config) in AutoModelForCausalLM._model_mapping or not wraps
     return source, AutoModelForCausalLM if causal else AutoModelForImageTextToText, config
+
+
+def empty_model(
+    model_id: str,
+    *,
+    trust_remote_code: bool,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+) -> Any:
+    """A model built from its config alone, on the meta device: it has shapes, and no memory.
+
+    Args:
+        model_id, trust_remote_code: see `load_model`.
+        dtype: another dtype than the config's.
+        revision: branch, tag or commit of a hub repository.
+
+    Raises:
+        LoadError: the config cannot be found or read, or no model can be built from it.
+    """
+    import torch
+
+    code: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    where = {} if revision is None else {"revision": revision}
+    _, auto, config = model_class(model_id, **code, **where)
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, **code, **({} if dtype is None else {"dtype": dtype}))
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise LoadError(explain_load_failure("model", model_id, error)) from error

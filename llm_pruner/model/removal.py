@@ -1,4 +1,4 @@
-"""Cutting layers out of a copy of a model, so that it equals what its new config describes."""
+"""Removing layers from a copy of a model, so that it equals what its new config describes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +15,12 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from .architecture_rules import COMPENSATIONS
 from .config_rules import COUNT_FIELDS, prune_config, text_config
+from .layer_names import LayerNames
 
-# Attributes in which a layer remembers its place, to address its slot of the KV cache, and the
-# layer count, which only initialisation reads. Whether that is so is what verification shows.
+# Attributes in which a layer stores its index, to address its slot of the KV cache, and the layer
+# count, which only initialisation reads. Verification shows whether that is all they do.
 SLOT_NAMES = ("layer_idx", "layer_id", "layer_number", *COUNT_FIELDS)
-# The type of the next layer (glm5_next), and what matters in training alone (big_bird's seed).
+# The type of the next layer (glm5_next), and what only training uses (big_bird's seed).
 FOLLOWS_THE_CONFIG = ("next_skip_topk", "seed")
 TIES = ("_tied_weights_keys", "all_tied_weights_keys")
 
@@ -31,72 +31,56 @@ def share_copy(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def cut_layers(model: nn.Module, paths: Sequence[str], kept: Sequence[int]) -> Any:
+def remove_layers(
+    model: nn.Module, names: LayerNames, kept: Sequence[int], reference: nn.Module | None
+) -> Any:
     """A copy of `model` that has only the layers `kept` of its layer list, or of all its lists.
 
     The module tree is copied and every tensor shared. The config is rewritten, and the copy
     compared with a model built freshly from it; see `LayerStack.remove`.
 
+    Args:
+        model: the full model.
+        names: its layers.
+        kept: indices of the layers to keep, ascending.
+        reference: `skeleton` of `model`; None for a model without a config.
+
     Raises:
-        UnsupportedModelError: the result cannot be expressed in the architecture's config.
+        UnsupportedModelError: the architecture's config cannot express the result.
     """
     pruned = share_copy(model)
-    n_layers = 0
-    for path in paths:
+    for prefix in names.prefixes:
+        path = prefix.removesuffix(".")
         layers = pruned.get_submodule(path)
         assert isinstance(layers, nn.ModuleList)
-        n_layers = len(layers)
         parent, _, name = path.rpartition(".")
         setattr(pruned.get_submodule(parent), name, nn.ModuleList(layers[index] for index in kept))
-    config: Any = getattr(pruned, "config", None)
-    if config is None or not hasattr(type(pruned), "_from_config"):
-        _renumber_by_rank(pruned, paths, kept)
+    if reference is None:
+        _renumber(pruned, names, kept)
         return pruned
-    prune_config(text_config(config), kept, n_layers)
-    compensate = COMPENSATIONS.get(getattr(text_config(config), "model_type", ""))
-    settled = compensate(pruned, pruned.get_submodule(paths[0]), list(kept)) if compensate else ()
-    before, after = _skeleton(model), _skeleton(pruned)
-    place = _Place(tuple(paths), tuple(kept), n_layers)
-    _slice_tensors(pruned, before, after, place)
+    config = text_config(pruned.config)
+    prune_config(config, kept, names.num_layers)
+    compensate = COMPENSATIONS.get(getattr(config, "model_type", ""))
+    first_list = pruned.get_submodule(names.prefixes[0].removesuffix("."))
+    settled = compensate(pruned, first_list, list(kept)) if compensate else ()
+    after = skeleton(pruned)
+    _slice_tensors(pruned, reference, after, names, kept)
     _compare_tensors(pruned, after)
-    _sync_attributes(pruned, before, after, place, settled)
+    _copy_attributes(pruned, reference, after, names, kept, settled)
     return pruned
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where the layers are, and which of how many are kept."""
-
-    paths: tuple[str, ...]
-    kept: tuple[int, ...]
-    n_layers: int
-
-    def old_name(self, name: str) -> str:
-        """The name that a module or tensor of the pruned model had in the original."""
-        for path in self.paths:
-            prefix = path + "."
-            if name.startswith(prefix):
-                position, dot, rest = name[len(prefix) :].partition(".")
-                return f"{prefix}{self.kept[int(position)]}{dot}{rest}"
-        return name
-
-    def is_inside(self, name: str) -> bool:
-        """Whether a module or tensor belongs to a layer."""
-        return any(name.startswith(path + ".") for path in self.paths)
+def has_skeleton(model: Any) -> bool:
+    """Whether the model can be built anew from its config."""
+    return getattr(model, "config", None) is not None and hasattr(type(model), "_from_config")
 
 
-def _renumber_by_rank(pruned: nn.Module, paths: Sequence[str], kept: Sequence[int]) -> None:
-    """Without a config to build from: slots that held the old index get the new one."""
-    for path in paths:
-        for position, old in enumerate(kept):
-            for module in pruned.get_submodule(f"{path}.{position}").modules():
-                for slot in SLOT_NAMES:
-                    if vars(module).get(slot) == old:
-                        setattr(module, slot, position)
+def skeleton(model: Any) -> nn.Module:
+    """A model without memory, built from the config as it will be read back from disk.
 
-
-def _skeleton(model: Any) -> nn.Module:
-    """A model without memory, built from the config as it will be read back from disk."""
+    Raises:
+        UnsupportedModelError: the config is not valid.
+    """
     with tempfile.TemporaryDirectory() as folder:
         try:
             model.config.save_pretrained(folder)
@@ -112,28 +96,43 @@ def _skeleton(model: Any) -> nn.Module:
     return built
 
 
-def _slice_tensors(pruned: nn.Module, before: nn.Module, after: nn.Module, place: _Place) -> None:
-    """Keep the blocks of kept layers in tensors outside the stack that hold one block per layer.
+def _renumber(pruned: nn.Module, names: LayerNames, kept: Sequence[int]) -> None:
+    """Without a config to build from: give cache slots that hold the old index the new one."""
+    for name, module in pruned.named_modules():
+        old = names.index(names.original(name, kept))
+        for slot in SLOT_NAMES:
+            if old is not None and vars(module).get(slot) == old:
+                setattr(module, slot, names.index(name))
+
+
+def _slice_tensors(
+    pruned: nn.Module,
+    before: nn.Module,
+    after: nn.Module,
+    names: LayerNames,
+    kept: Sequence[int],
+) -> None:
+    """Keep the kept layers' blocks of tensors outside the layers that hold one block per layer.
 
     Per-layer embeddings are such: one of their dimensions is a multiple of the layer count in
     the old model and the same multiple of the new count in the new one.
     """
-    kept, n_layers = place.kept, place.n_layers
     old_shapes = {name: tensor.shape for name, tensor in before.named_parameters()}
     targets = dict(pruned.named_modules())
     for name, tensor in after.named_parameters():
         old, new = old_shapes.get(name), tensor.shape
-        if place.is_inside(name) or old is None or old == new or len(old) != len(new):
+        inside = names.index(name) is not None
+        if inside or old is None or old == new or len(old) != len(new):
             continue
         for dim, (was, now) in enumerate(zip(old, new, strict=True)):
             width = now // len(kept)
-            if was != now and was == width * n_layers and now == width * len(kept):
+            if was != now and was == width * names.num_layers and now == width * len(kept):
                 owner, _, leaf = name.rpartition(".")
                 whole = getattr(targets[owner], leaf)
-                blocks = whole.detach().unflatten(dim, (n_layers, width))
+                blocks = whole.detach().unflatten(dim, (names.num_layers, width))
                 part = blocks.index_select(dim, torch.tensor(kept, device=whole.device))
-                own = nn.Parameter(part.flatten(dim, dim + 1), whole.requires_grad)
-                setattr(targets[owner], leaf, own)
+                sliced = nn.Parameter(part.flatten(dim, dim + 1), whole.requires_grad)
+                setattr(targets[owner], leaf, sliced)
 
 
 def _compare_tensors(pruned: nn.Module, skeleton: nn.Module) -> None:
@@ -151,40 +150,41 @@ def _compare_tensors(pruned: nn.Module, skeleton: nn.Module) -> None:
         )
 
 
-def _sync_attributes(
+def _copy_attributes(
     pruned: nn.Module,
     before: nn.Module,
     after: nn.Module,
-    place: _Place,
+    names: LayerNames,
+    kept: Sequence[int],
     settled: Sequence[str],
 ) -> None:
     """Give `pruned` every plain attribute that a model built from its config has.
 
     Where a kept layer differs between the old and the new skeleton, its behaviour depends on its
-    position: a cache slot, and what follows a per-layer list, is copied; so is what a
-    compensation has `settled`; anything else is refused. Outside the layers a difference
-    follows from the layer count and is copied.
+    index. Cache slots, what follows a per-layer list, and what a compensation has `settled` are
+    copied; anything else is refused. Outside the layers a difference follows from the layer
+    count and is copied.
     """
     depends: list[str] = []
-    targets, references, skeleton = (
+    targets, references, built = (
         dict(model.named_modules(remove_duplicate=False)) for model in (pruned, before, after)
     )
-    for name, module in skeleton.items():
-        old_name = place.old_name(name)
+    for name, module in built.items():
+        old_name = names.original(name, kept)
         reference = references.get(old_name)
         if reference is None or type(reference) is not type(module):
             depends.append(f"{old_name} ({type(reference).__name__} -> {type(module).__name__})")
             continue
         for key, old, new in _differences(reference, module):
             free = old_name == name or key in (*SLOT_NAMES, *FOLLOWS_THE_CONFIG, *settled)
-            if free or _is_sliced(old, new, place.kept):
+            if free or _is_sliced(old, new, kept):
                 setattr(targets[name], key, new)
             else:
                 depends.append(f"{old_name}.{key} ({old!r} -> {new!r})")
     if depends:
         raise UnsupportedModelError(
             f"{type(pruned).__name__} without these layers cannot be written exactly: kept "
-            f"layers would change with their position: {'; '.join(sorted(depends)[:5])}."
+            f"layers would change with their index: {'; '.join(sorted(depends)[:5])}."
         )
 
 
@@ -198,7 +198,7 @@ def _differences(old: nn.Module, new: nn.Module) -> Iterator[tuple[str, Any, Any
 
 def _same(old: Any, new: Any) -> bool:
     if isinstance(old, float) and isinstance(new, float):
-        return math.isclose(old, new, rel_tol=1e-12)  # a compensated constant, but for rounding
+        return math.isclose(old, new, rel_tol=1e-12)  # a compensated constant, up to rounding
     return bool(old == new)
 
 

@@ -1,4 +1,4 @@
-"""Models larger than the memory: layers read from the checkpoint one after the other."""
+"""Models larger than the memory: layers are read from the checkpoint one after the other."""
 
 from ..lazy_names import lazy_names
 

@@ -1,8 +1,8 @@
-"""Hidden states that wait for their turn, kept within a number of bytes.
+"""An activation cache: hidden states that wait for their turn, within a number of bytes.
 
-A state that does not fit lies in a mapped file: it stays the same tensor object, with other memory
-below it, so those that hold it see no difference. A file cannot be mapped into an accelerator's
-memory, so there such a state is on the CPU until `StateStore.restore` brings it back.
+A tensor that does not fit moves into a mapped file. It stays the same tensor object with other
+memory, so its holders see no difference. A file cannot be mapped into an accelerator's memory:
+there, such a tensor is on the CPU until `ActivationStore.restore` brings it back.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,20 +17,23 @@ from typing import Any
 import torch
 
 from ..errors import OutputError
+from ..model.forward import tensors_in
 from ..utils import format_bytes
 
-SMALL = 2**16  # bytes up to which a tensor is no matter for the store
+SMALL = 2**16  # bytes; smaller tensors are not counted
 
 
-class StateStore:
-    """Keeps tensors within a number of bytes: those beyond it lie in temporary files.
+class ActivationStore:
+    """Keeps tensors within a number of bytes of memory; the others lie in temporary files.
 
-    A tensor that does not fit is given mapped memory in place of its own, so whoever holds it may
-    go on using it. The files have no name any more, and are gone with the tensors, or with the
+    The files are unlinked as soon as they are mapped, so they vanish with the tensors or with the
     process.
 
     Args:
         budget: bytes to keep in memory; no limit if None.
+
+    Attributes:
+        bytes_written: bytes that went into files so far.
     """
 
     def __init__(self, budget: int | None) -> None:
@@ -40,23 +42,27 @@ class StateStore:
         self.bytes_written = 0
 
     def keep(self, values: Any) -> None:
-        """Take in every tensor of `values`, nested as they may be."""
+        """Take charge of every tensor in `values`, which may be nested.
+
+        Raises:
+            OutputError: there is no space for a file.
+        """
         if self._budget is None:
             return
         for tensor in tensors_in(values):
             if id(tensor) in self._known or tensor.nbytes <= SMALL:
                 continue
             fits = self._held + tensor.nbytes <= self._budget
-            held = tensor.nbytes if fits or not _swappable(tensor) else 0
+            held = tensor.nbytes if fits or not _owns_its_memory(tensor) else 0
             self._note(tensor, held)
             if not held:
                 tensor.data = self._mapped(tensor)
 
     def restore(self, values: Any, *, for_good: bool = False) -> None:
-        """Bring tensors of `values` back to the device they were on; on a CPU they never left.
+        """Bring the tensors in `values` back to their device; those of a CPU never left it.
 
         Args:
-            values: nested tensors.
+            values: tensors, which may be nested.
             for_good: whether they stay there from now on.
         """
         for tensor in tensors_in(values):
@@ -68,12 +74,12 @@ class StateStore:
                 self._note(tensor, tensor.nbytes)
 
     def _note(self, tensor: torch.Tensor, held: int) -> None:
-        gone = weakref.ref(tensor, partial(self._forget, id(tensor)))
-        self._known[id(tensor)] = _Kept(gone, held, tensor.device)
+        reference = weakref.ref(tensor, partial(self._forget, id(tensor)))
+        self._known[id(tensor)] = _Kept(reference, held, tensor.device)
         self._held += held
 
-    def _forget(self, key: int, gone: object) -> None:
-        if key in self._known and self._known[key].gone is gone:
+    def _forget(self, key: int, reference: object) -> None:
+        if key in self._known and self._known[key].reference is reference:
             self._held -= self._known.pop(key).held
 
     def _mapped(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -97,26 +103,15 @@ class StateStore:
 
 @dataclass(frozen=True)
 class _Kept:
-    """A tensor in a store: how many bytes of memory it holds, and its device when it came."""
+    """A tensor in a store: the bytes of memory that it holds, and its device when it came."""
 
-    gone: weakref.ref[torch.Tensor]
+    reference: weakref.ref[torch.Tensor]
     held: int
     device: torch.device
 
 
-def tensors_in(values: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested tuples, lists and dicts."""
-    if isinstance(values, torch.Tensor):
-        yield values
-    elif isinstance(values, tuple | list):
-        for value in values:
-            yield from tensors_in(value)
-    elif isinstance(values, dict):
-        yield from tensors_in(list(values.values()))
-
-
-def _swappable(tensor: torch.Tensor) -> bool:
-    """Whether nobody else sees the memory of a tensor, which lies in it as in a file."""
+def _owns_its_memory(tensor: torch.Tensor) -> bool:
+    """Whether no other tensor uses this memory, and the tensor fills it in order."""
     storage = tensor.untyped_storage()
     alone = torch._C._storage_Use_Count(storage._cdata) == 2  # the tensor, and `storage` itself
     return alone and tensor.is_contiguous() and storage.nbytes() == tensor.nbytes

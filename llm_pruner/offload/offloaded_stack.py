@@ -1,12 +1,11 @@
-"""Models larger than the memory: layer by layer from the checkpoint, many forward passes at once.
+"""Models larger than the memory: sequential offload, with many forward passes in step.
 
-`load_streamed` makes a model without weights; `StreamedStack` is its `LayerStack`, with which
-strategies work as with any other, as long as they run the model in `LayerStack.sweep`.
+`load_streamed` makes a model without weights; `OffloadedStack` is its `LayerStack`. Strategies work
+with it as with any other, as long as they run the model in `LayerStack.run_all`.
 """
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -22,19 +21,19 @@ from torch import nn
 from ..errors import InvalidPlanError, LoadError, UnsupportedModelError
 from ..model.bypass import Bypass, ReturnForm, learn_forms
 from ..model.forward import evaluating
-from ..model.layer_stack import Entry, LayerStack, Observer
-from ..model.loading import load_model, model_class, read_model
+from ..model.layer_stack import LayerStack, Observer
+from ..model.loading import empty_model, load_model, read_model
 from ..results import check_layers
-from ..utils import count_bytes, explain_load_failure, format_bytes, get_device, logger
-from .scheduler import Job, Sweep, running_job
-from .waiting_layers import WAY_OUT, Gate, gated, only_in_a_sweep
+from ..utils import count_bytes, format_bytes, get_device, logger, quiet_logger
+from .scheduler import Job, Scheduler, running_job
+from .waiting_layers import WAY_OUT, WaitingLayer, before_forward, waiting
 from .weight_store import Stations, Weights, weights_index
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-ROOM = 3 * 2**28  # beside weights and waiting states: interpreter, libraries, one batch's work
+ROOM = 3 * 2**28  # bytes beside weights and waiting states: interpreter, libraries, one batch
 T = TypeVar("T")
 
 
@@ -48,25 +47,25 @@ def load_streamed(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model whose weights stay in its safetensors files, and its tokenizer.
 
-    Strategies score and plan with it as with any other: a layer's weights are read when its turn
-    comes. What needs the model in memory (removing, healing, generating) refuses it.
+    Strategies score and plan with it as with any other: a layer's weights are read when it is its
+    turn. Anything that needs the model in memory (removing, healing, generating) refuses it.
 
     Args:
         model_id: ``demo``, a local folder, or an id on the Hugging Face hub.
         max_memory: bytes that the process may take; no limit if None. Hidden states that do not fit
-            wait in temporary files (in ``TMPDIR``). Where not even one layer fits, making a
-            strategy for the model is refused.
-        device: where layers and states are put while they are used; the best device if None.
+            wait in temporary files (in ``TMPDIR``). If not even one layer fits, the model is
+            refused when a strategy is made for it.
+        device: where layers and states are while they are used; the best device if None.
         dtype, trust_remote_code: see `load_model`.
 
     Raises:
         LoadError: the model cannot be found or read, or is not stored as plain safetensors.
     """
-    place = torch.device(device or get_device())
-    if place.type == "cuda" and place.index is None:  # every thread has a current device of its own
-        place = torch.device("cuda", torch.cuda.current_device())
-    folder = tempfile.TemporaryDirectory(prefix="llm-pruner-")  # of what has to be converted
-    with _quiet("accelerate.big_modeling"):  # which warns of what is wanted here
+    target = torch.device(device or get_device())
+    if target.type == "cuda" and target.index is None:  # the current device is that of a thread
+        target = torch.device("cuda", torch.cuda.current_device())
+    folder = tempfile.TemporaryDirectory(prefix="llm-pruner-")  # for tensors that are converted
+    with quiet_logger("accelerate.big_modeling"):  # it warns of offloading, which is wanted here
         model, tokenizer = read_model(
             model_id,
             dtype=dtype,
@@ -76,19 +75,19 @@ def load_streamed(
         )
     if getattr(model, "hf_quantizer", None) is not None:
         raise LoadError(
-            f"Cannot stream model {model_id!r}: its weights are quantised. Give the checkpoint "
+            f"Cannot offload model {model_id!r}: its weights are quantised. Give the checkpoint "
             "that it was made from, or load it whole."
         )
     index = weights_index(model)
     remove_hook_from_module(model, recurse=True)
-    for module in model.modules():  # each keeps a reference to its own method otherwise
+    for module in model.modules():  # otherwise each keeps a reference cycle through its method
         if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
             del module.forward
     for name, buffer in model.named_buffers():
         owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._buffers[leaf] = buffer.to(place)
-    model.register_forward_pre_hook(only_in_a_sweep, with_kwargs=True)
-    _SOURCES[model] = _Source(Weights(index, place, folder), max_memory)
+        model.get_submodule(owner)._buffers[leaf] = buffer.to(target)
+    model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    _SOURCES[model] = _Source(Weights(index, target, folder), max_memory)
     model.eval()  # type: ignore[no-untyped-call]
     return model, tokenizer
 
@@ -101,25 +100,19 @@ def load_within(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """`load_model` where the model fits into `max_memory` bytes, `load_streamed` where not.
+    """`load_model` if the model fits into `max_memory` bytes, otherwise `load_streamed`.
 
     Raises:
         LoadError: see both.
     """
-    _, auto, config = model_class(model_id, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
-    try:
-        with torch.device("meta"):
-            skeleton = auto.from_config(config, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise LoadError(explain_load_failure("model", model_id, error)) from error
-    size = count_bytes(skeleton)
+    other = None if dtype == "auto" else getattr(torch, dtype)
+    size = count_bytes(empty_model(model_id, dtype=other, trust_remote_code=trust_remote_code))
     how: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if size + ROOM <= max_memory:
         logger.info("%s of weights fit into memory.", format_bytes(size))
         return load_model(model_id, **how)
     logger.info(
-        "%s of weights and %s to work with exceed %s: layers are read one by one.",
+        "%s of weights and %s to work with exceed %s: layers are read one at a time.",
         format_bytes(size),
         format_bytes(ROOM),
         format_bytes(max_memory),
@@ -128,21 +121,21 @@ def load_within(
 
 
 def layers_of(model: nn.Module, path: str | None = None) -> LayerStack:
-    """The layers of a model, in memory or streamed; see `LayerStack`.
+    """The layers of a model, in memory or offloaded; see `LayerStack`.
 
     Raises:
-        UnsupportedModelError: they are not found, or cannot be streamed.
+        UnsupportedModelError: they are not found, or cannot be offloaded.
         InvalidPlanError: not even one layer fits into the memory allowed.
     """
     source = _SOURCES.get(model)
-    return LayerStack(model, path) if source is None else StreamedStack(model, source, path)
+    return LayerStack(model, path) if source is None else OffloadedStack(model, source, path)
 
 
-class StreamedStack(LayerStack):
+class OffloadedStack(LayerStack):
     """The layers of a model whose weights stay in the checkpoint.
 
-    Forward passes run inside `sweep`. There `bypass`, `observe` and `entering` concern the pass of
-    the call that uses them alone.
+    Forward passes run inside `run_all`. There `bypass` and `observe` concern only the passes of the
+    call that uses them.
 
     Args:
         model: what `load_streamed` returned.
@@ -162,10 +155,10 @@ class StreamedStack(LayerStack):
         if len(self.paths) > 1:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has its layers in several lists ({self.paths}), which "
-                "cannot be streamed one by one: load it whole, without a limit of memory."
+                "cannot be offloaded: load it whole, without a limit of memory."
             )
         self._weights = source.weights
-        self._stations = Stations(model, self.paths[0], self._weights)
+        self._stations = Stations(model, self.names, self._weights)
         self._dependent: bool | None = None
         self.budget = self._left_for_states(source.max_memory)
 
@@ -176,15 +169,15 @@ class StreamedStack(LayerStack):
         if max_memory is not None and max_memory < least:
             raise InvalidPlanError(
                 f"{format_bytes(max_memory)} of memory are not enough for this model: one layer at "
-                f"a time takes {format_bytes(least)}, of which {format_bytes(always)} for weights "
-                f"that all layers need and {format_bytes(ROOM)} to work with. Allow as much, or "
-                "load it with a smaller dtype."
+                f"a time takes {format_bytes(least)}, of which {format_bytes(always)} are weights "
+                f"that all layers need and {format_bytes(ROOM)} are needed to work with. Allow "
+                "that much, or load it with a smaller dtype."
             )
         return None if max_memory is None else max_memory - least
 
     @property
     def device(self) -> torch.device:
-        """Where layers and states are put."""
+        """Where layers and states are while they are used."""
         return self._weights.device
 
     @property
@@ -194,18 +187,18 @@ class StreamedStack(LayerStack):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Short hash of the config and of the beginning of every tensor in the files."""
+        """Short hash of the config and of the first values of every tensor in the files."""
         return self._weights.fingerprint(self.model)
 
     @property
-    def streamed(self) -> bool:
+    def offloaded(self) -> bool:
         return True
 
     def require_weights(self, purpose: str) -> None:
         """Raise UnsupportedModelError: the weights are not in memory."""
         raise UnsupportedModelError(
-            f"The weights of this {type(self.model).__name__} are read from the disk layer by "
-            f"layer, which does not do for {purpose}. {WAY_OUT}"
+            f"The weights of this {type(self.model).__name__} are read from disk layer by layer, "
+            f"which does not work for {purpose}. {WAY_OUT}"
         )
 
     @property
@@ -215,58 +208,59 @@ class StreamedStack(LayerStack):
 
     @property
     def can_bypass(self) -> bool:
-        """Whether the layers depend on one another by nothing but the hidden state."""
+        """Whether layers pass nothing but the hidden state to one another."""
         self.prepare()
-        return not self._dependent and self._hands_on_one_state()
+        return not self._dependent and self._passes_one_state()
 
-    def sweep(self, calls: Iterable[Callable[[], T]], *, alike: bool = False) -> Iterator[T]:
-        """All calls at once, layer by layer; see `LayerStack.sweep`.
+    def run_all(self, calls: Iterable[Callable[[], T]], *, alike: bool = False) -> Iterator[T]:
+        """All calls in step, layer by layer; see `LayerStack.run_all`.
 
-        Every weight is read once for every pass that a call makes one after the other. A call may
-        itself sweep. Passes that are `alike` share a layer's result as long as they have
-        bypassed the same layers.
+        A call may run several passes, one after the other: every weight is read once for the first
+        passes of all calls, once for the second ones, and so on. A call may itself use `run_all`.
+        Passes that are `alike` share a layer's result as long as they have bypassed the same
+        layers.
 
         Raises:
             LoadError: a weight cannot be read.
-            OutputError: no space for hidden states that wait.
+            OutputError: there is no space for hidden states that wait.
             UnsupportedModelError: the model changes its weights as it runs.
             BaseException: what a call raised; the other calls are ended.
         """
         calls, running = list(calls), running_job()
         if not calls:
             return
-        if running is not None and running.sweep.stack is self:
-            sweep, results = running.sweep, running.fork(calls, alike)
+        if running is not None and running.scheduler.stack is self:
+            scheduler, results = running.scheduler, running.fork(calls, alike)
         else:
-            sweep = Sweep(self, self._stations, self.budget)
-            with gated(self.model, self._list):
-                results = sweep.run(calls, alike)
-        for place in range(len(results)):
-            result, results[place] = results[place], None
-            sweep.store.restore(result)
+            scheduler = Scheduler(self, self._stations, self.budget)
+            with waiting(self.model, self._list):
+                results = scheduler.run(calls, alike)
+        results.reverse()
+        while results:  # so that each is freed when the caller is done with it
+            result = results.pop()
+            scheduler.store.restore(result)
             yield result
 
     def prepare(self) -> None:
-        """Learn how layers return and whether they are independent, by a sweep of two tokens."""
+        """Learn how layers return and whether they are independent, from passes of two tokens."""
         if self._dependent is not None:
             return
         calls: dict[int, Any] = {}
-        given = {"input_ids": torch.tensor([[0, 1]], device=self.device), "use_cache": False}
 
         def probe(borrows: int) -> torch.Tensor | None:
             job = self._job()
             job.borrows, job.records = borrows, calls if not borrows else None
             with evaluating(self.model):
                 try:
-                    logits: torch.Tensor = self.model(**given).logits
+                    logits: torch.Tensor = self._probe().logits
                     return logits
-                except (LookupError, TypeError, AttributeError):  # what is missing below
+                except (LookupError, TypeError, AttributeError):  # lower layers did not run
                     if not borrows:
                         raise
                     return None
 
         starts = sorted({len(self) // 2, len(self) - 1})
-        whole, *others = self.sweep([partial(probe, n) for n in (0, *starts)], alike=True)
+        whole, *others = self.run_all([partial(probe, n) for n in (0, *starts)], alike=True)
         assert whole is not None
         self._forms[self.paths[0]] = learn_forms(calls, len(self))
         self._dependent = len(calls) < len(self) or any(
@@ -279,23 +273,23 @@ class StreamedStack(LayerStack):
         return super()._return_forms(path)
 
     def _job(self) -> Job:
-        """The call that is running in this thread."""
+        """The job that runs in this thread."""
         job = running_job()
-        if job is None or job.sweep.stack is not self:
+        if job is None or job.scheduler.stack is not self:
             raise UnsupportedModelError(
                 f"The weights of this {type(self.model).__name__} are read layer by layer: run the "
-                "model in a function that is given to stack.sweep([...])."
+                "model in a function that is given to stack.run_all([...])."
             )
         return job
 
     @contextmanager
     def bypass(self, indices: Iterable[int]) -> Iterator[nn.Module]:
-        """Inside the block the pass of this call bypasses the layers; see `LayerStack.bypass`."""
-        mask = check_layers(indices, len(self))
+        """Inside the block the passes of this call bypass the layers; see `LayerStack.bypass`."""
+        removed = check_layers(indices, len(self))
         job = self._job()
-        forms = self._return_forms() if mask else []
-        layers = _originals(self)
-        job.bypassed = {index: Bypass(layers[index], forms[index]) for index in mask}
+        forms = self._return_forms() if removed else []
+        layers = [layer.layer if isinstance(layer, WaitingLayer) else layer for layer in self]
+        job.bypassed = {index: Bypass(layers[index], forms[index]) for index in removed}
         try:
             yield self.model
         finally:
@@ -303,7 +297,7 @@ class StreamedStack(LayerStack):
 
     @contextmanager
     def observe(self, observer: Observer) -> Iterator[None]:
-        """Observe the pass of this call; see `LayerStack.observe`. What is seen may be kept."""
+        """Observe the passes of this call; see `LayerStack.observe`. It may keep what it sees."""
         observers = self._job().observers
         observers.append(observer)
         try:
@@ -311,51 +305,13 @@ class StreamedStack(LayerStack):
         finally:
             observers.remove(observer)
 
-    @contextmanager
-    def entering(self, places: Iterable[int], observer: Entry) -> Iterator[None]:
-        """Observe what enters layers in the pass of this call; see `LayerStack.entering`."""
-        entries, wanted = self._job().entries, frozenset(places)
-        entry = (wanted, observer)
-        entries.append(entry)
-        try:
-            yield
-        finally:
-            entries.remove(entry)
-
-    @contextmanager
-    def replay(
-        self, start: int, hidden: torch.Tensor, removed: Iterable[int] = ()
-    ) -> Iterator[nn.Module]:
-        """Refused: a pass begins at the first layer."""
-        raise UnsupportedModelError(
-            "A pass cannot begin in the middle of a streamed model: sweep calls that are alike, "
-            "which share what they have in common."
-        )
-        yield self.model
-
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a streamed model's weights are, and how many bytes the process may take."""
+    """Where an offloaded model's weights are, and how many bytes the process may take."""
 
     weights: Weights
     max_memory: int | None
 
 
 _SOURCES: weakref.WeakKeyDictionary[nn.Module, _Source] = weakref.WeakKeyDictionary()
-
-
-def _originals(stack: StreamedStack) -> list[nn.Module]:
-    return [layer.layer if isinstance(layer, Gate) else layer for layer in stack]
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Inside the block a library's logger tells of errors alone."""
-    log = logging.getLogger(name)
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

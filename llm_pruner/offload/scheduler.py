@@ -1,9 +1,9 @@
 """Many forward passes in step, so that each weight is read once for all of them.
 
-Each call of a sweep is a `Job`: a thread of its own, of which one runs at any time. Its pass waits
-where it comes to a station (the embedding, a layer, the head). The `Sweep` has a station's weights
-read, runs the station for every waiting pass, in its own thread, and lets the pass go on to the
-next one: so whatever travels between the layers stays in the frames of the passes. Passes that
+Passes stop at stations: the embedding, every layer, the head. Every call is a `Job`, a thread of
+its own, of which one runs at any time. The `Scheduler` loads a station's weights, runs the station
+for every pass that waits there, and lets each pass go on to its next station. So the model's own
+forward runs as it is, and whatever travels between the layers stays in its frames. Passes that
 have come the same way share a result.
 """
 
@@ -22,60 +22,63 @@ import torch
 
 from ..errors import UnsupportedModelError
 from ..model.bypass import Bypass
-from ..model.layer_stack import Entry, LayerStack, Observer
+from ..model.forward import tensors_in
+from ..model.layer_stack import LayerStack, Observer
 from ..utils import progress
-from .activation_store import StateStore, tensors_in
+from .activation_store import ActivationStore
 from .weight_store import EMBEDDING, Stations
 
-THREAD_STACK = 2**20  # bytes; the layers themselves run in the thread that called the sweep
+THREAD_STACK = 2**20  # bytes; the layers themselves run in the scheduler's thread
 Trace = tuple[int, ...]  # what a pass has done: i where it ran layer i, ~i where it bypassed it
 
 
-class Sweep:
-    """Many calls in step: station after station, each taking its turn at each.
+class Scheduler:
+    """Runs many calls in step: at every station each takes its turn.
 
     Args:
-        stack: the layers, of which the model knows only gates while the sweep runs.
+        stack: the layers; the model meets only `WaitingLayer`s while the scheduler runs.
         stations: their weights.
         budget: bytes that waiting states may take; None for no limit.
 
     Attributes:
         stack: the layers.
         store: of the states that wait.
-        baton: who releases it lets the sweep go on.
-        stopping: whether the calls that wait are to end.
+        turn: a job releases it to let the scheduler go on.
+        stopping: whether waiting jobs have to end.
     """
 
     def __init__(self, stack: LayerStack, stations: Stations, budget: int | None) -> None:
-        self.stack, self.store = stack, StateStore(budget)
-        self.baton = threading.Semaphore(0)
+        self.stack, self.store = stack, ActivationStore(budget)
+        self.turn = threading.Semaphore(0)
         self.stopping = False
         self._stations = stations
         self._orders = count()
         self._jobs: list[Job] = []
         self._new: deque[Job] = deque()  # those that have not begun
-        self._ready: deque[Job] = deque()  # those whose own calls are done
         self._waiting: dict[int, list[tuple[int, Job]]] = {}  # station -> heap
         self._shared: list[tuple[weakref.ref[torch.Tensor], int]] = []  # and its version
 
     def run(self, calls: Sequence[Callable[[], Any]], alike: bool) -> list[Any]:
-        """What all calls return. The gates are in place meanwhile; the caller sees to it."""
+        """What all calls return. The caller has put the waiting layers in place."""
         with self._stations.loaded(None):
             jobs = self.add(calls, alike, None)
             try:
-                for station in progress(self._turns(), "Layers", total=len(self.stack) + 2):
+                for station in progress(self._next_stations(), "Layers", len(self.stack) + 2):
                     with self._stations.loaded(station):
                         if station == EMBEDDING:  # a model may look at it before it calls it
-                            self._begin()
+                            while self._new:
+                                self._resume(self._new.popleft())
                             self._stations.check_untouched()
                         self._serve_all(station)
             except BaseException:
-                self._stop()
+                self.stopping = True
+                for job in reversed(self._jobs):
+                    job.end()
                 raise
         return [job.take() for job in jobs]
 
     def add(self, calls: Sequence[Callable[[], Any]], alike: bool, parent: Job | None) -> list[Job]:
-        """Take in calls, those of another one if `parent` is given; they begin in their turn."""
+        """Take in calls, made by the job `parent` if one is given. They begin at the embedding."""
         group = object() if alike else None
         jobs = [Job(self, next(self._orders), call, parent, group) for call in calls]
         self._jobs += jobs
@@ -85,161 +88,185 @@ class Sweep:
         return jobs
 
     def enqueue(self, job: Job) -> None:
-        """Let a job wait at the station that it asks for."""
-        assert job.request is not None
-        heapq.heappush(self._waiting.setdefault(job.request.station, []), (job.order, job))
+        """Let a job wait at its station."""
+        heapq.heappush(self._waiting.setdefault(job.station, []), (job.order, job))
 
-    def _turns(self) -> Iterator[int]:
-        """Where somebody waits, in turn, until nobody does."""
+    def _next_stations(self) -> Iterator[int]:
+        """The stations where jobs wait, round after round, until none does."""
         station = EMBEDDING - 1
-        while places := self._places():
-            station = min((p for p in places if p > station), default=min(places))
+        while busy := self._busy():
+            station = min((other for other in busy if other > station), default=min(busy))
             yield station
 
-    def _places(self) -> set[int]:
-        places = {place for place, heap in self._waiting.items() if heap}
-        return places | {EMBEDDING} if self._new else places
-
-    def _begin(self) -> None:
-        """Run the calls that are new up to where they wait."""
-        while self._new:
-            self._resume(self._new.popleft())
-            self._settle()
+    def _busy(self) -> set[int]:
+        stations = {station for station, heap in self._waiting.items() if heap}
+        return stations | {EMBEDDING} if self._new else stations
 
     def _serve_all(self, station: int) -> None:
         heap = self._waiting.setdefault(station, [])
-        left = Counter(self._key(job) for _, job in heap)
+        left = Counter(job.way for _, job in heap)
         results: dict[Any, _Result] = {}
         while heap:
             _, job = heapq.heappop(heap)
-            key = self._key(job)
-            left[key] -= 1
-            result = results.get(key)
+            way = job.way
+            left[way] -= 1
+            result = results.get(way)
             if result is None or not result.serves(job):
                 result = self._answer(job)
-                if key is not None and left[key] > 0 and not isinstance(result.answer, _Failure):
-                    results[key] = result
+                if way is not None and left[way] > 0 and not isinstance(result.answer, _Failure):
+                    results[way] = result
             else:
-                assert job.request is not None
-                self.store.restore((job.request.args, job.request.kwargs))
+                self.store.restore(job.given)
                 self.store.restore(result.answer, for_good=True)
                 self._shared += [(weakref.ref(x), x._version) for x in tensors_in(result.answer)]
-            if left[key] <= 0:
-                results.pop(key, None)
+            if left[way] <= 0:
+                results.pop(way, None)
             job.answer = result.answer
             del result
             job.trace = (*job.trace, station)
             self._resume(job)
-            self._settle()
         self._check_shared()
 
-    def _key(self, job: Job) -> Any:
-        """Equal for jobs whose passes have come the same way to the same place."""
-        return None if job.group is None else (id(job.group), job.trace)
-
     def _answer(self, job: Job) -> _Result:
-        request = job.request
-        assert request is not None
-        given = request.args, request.kwargs
-        self.store.restore(given)
-        if any(tensor.is_meta for tensor in tensors_in(given)):
+        """Run the station for a job."""
+        self.store.restore(job.given)
+        if any(tensor.is_meta for tensor in tensors_in(job.given)):
             raise UnsupportedModelError(
-                f"{type(self.stack.model).__name__} looks at weights outside of their layer, so it "
-                "cannot be streamed: load it whole, without a limit of memory."
+                f"{type(self.stack.model).__name__} uses weights outside of their layer, so it "
+                "cannot be offloaded: load it whole, without a limit of memory."
             )
-        before = _marks(given)
+        before = _marks(job.given)
         try:
-            answer = request.answer()
+            answer = job.work()
         except Exception as error:  # for the model's own code to handle, or the call's
-            return _Result(_Failure(error), request.station, False, [])
-        if job.records is not None and 0 <= request.station < len(self.stack):
-            job.records[request.station] = (*given, answer)
-        return _Result(answer, request.station, before == _marks(given), _marks(answer))
+            return _Result(_Failure(error), job.station, False, [])
+        return _Result(answer, job.station, before == _marks(job.given), _marks(answer))
 
     def _check_shared(self) -> None:
-        """Raise UnsupportedModelError if a pass has changed what it has in common with another."""
+        """Raise UnsupportedModelError if a pass has changed a state that it shares with others."""
         live = [(tensor, version) for ref, version in self._shared if (tensor := ref()) is not None]
         if any(tensor._version != version for tensor, version in live):
             raise UnsupportedModelError(
                 f"{type(self.stack.model).__name__} changes states of earlier layers as it runs, "
-                "so it cannot be streamed: load it whole, without a limit of memory."
+                "so it cannot be offloaded: load it whole, without a limit of memory."
             )
         self._shared = [(weakref.ref(tensor), version) for tensor, version in live]
 
-    def _settle(self) -> None:
-        """Run those whose own calls are done."""
-        while self._ready:
-            self._resume(self._ready.popleft())
-
     def _resume(self, job: Job) -> None:
+        """Let a job run on; if it was the last of those that another job waits for, that too."""
         job.resume()
         if job.error is not None:
             raise job.error
         if job.done and job.parent is not None:
             job.parent.children -= 1
             if not job.parent.children:
-                self._ready.appendleft(job.parent)
-
-    def _stop(self) -> None:
-        self.stopping = True
-        for job in reversed(self._jobs):
-            job.end()
+                self._resume(job.parent)
 
 
 class Job:
-    """One call of a sweep: a thread that runs when it is its turn.
+    """One call: a thread that runs when it is its turn.
 
     Attributes:
-        order: the place in which it takes its turns.
-        group: an object that calls have in common which are alike.
+        order: jobs with a lower number go first.
+        group: an object that calls which are alike have in common; None for a call of its own.
         trace: what its passes have done so far.
-        bypassed: stand-ins, by layer.
-        observers, entries: who sees what goes in and out of the layers.
-        borrows: layers below which results of its group are taken unseen; None: where safe.
-        records: where to note what goes in and out of every layer, if anywhere.
-        request: what it waits for: station, function, arguments, modes.
+        bypassed: bypasses, by layer.
+        observers: functions that see what goes in and out of the layers.
+        borrows: below this layer it takes any result of its group; None: only where safe.
+        records: where to note every layer's arguments and result; None for nowhere.
+        station: where it waits.
+        given: the arguments and keyword arguments for the station.
     """
 
     def __init__(
-        self, sweep: Sweep, order: int, call: Callable[[], Any], parent: Job | None, group: object
+        self,
+        scheduler: Scheduler,
+        order: int,
+        call: Callable[[], Any],
+        parent: Job | None,
+        group: object,
     ) -> None:
-        self.sweep, self.order, self.parent, self.group = sweep, order, parent, group
+        self.scheduler, self.order, self.parent, self.group = scheduler, order, parent, group
         self.trace: Trace = ()
         self.bypassed: dict[int, Bypass] = {}
         self.observers: list[Observer] = []
-        self.entries: list[tuple[frozenset[int], Entry]] = []
         self.borrows: int | None = None
         self.records: dict[int, Any] | None = None
-        self.request: _Request | None = None
+        self.station = EMBEDDING
+        self.given: tuple[Any, Any] | None = None
         self.children = 0
         self.done = False
         self.result: Any = None
         self.error: BaseException | None = None
         self.answer: Any = None
+        self._function: Callable[..., Any] | None = None
+        self._modes = (False, False)  # of the waiting thread: gradients, inference
         self._call: Callable[[], Any] | None = call
         self._turn = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, name="llm_pruner pass", daemon=True)
 
+    @property
+    def way(self) -> Any:
+        """Equal for jobs whose passes have come the same way; None if it shares nothing."""
+        return None if self.group is None else (id(self.group), self.trace)
+
+    def skips(self, index: int) -> bool:
+        """Whether it does not run the layer: bypassed, or its result taken from another job."""
+        return index in self.bypassed or index < (self.borrows or 0)
+
+    def take(self) -> Any:
+        """The result, which is then no longer kept here."""
+        result, self.result = self.result, None
+        return result
+
+    # Called by the scheduler, in its thread.
+
     def resume(self) -> None:
-        """Let it run until it waits or ends; called by the sweep."""
+        """Let it run until it waits or ends."""
         if self._thread.ident is None:
             before = threading.stack_size(THREAD_STACK)
             threads = torch.get_num_threads()
             try:
                 self._thread.start()
-                self.sweep.baton.acquire()
+                self.scheduler.turn.acquire()
             finally:
                 threading.stack_size(before)
                 torch.set_num_threads(threads)
         else:
             self._turn.release()
-            self.sweep.baton.acquire()
+            self.scheduler.turn.acquire()
+
+    def work(self) -> Any:
+        """Call the function that it waits for, as its own thread would."""
+        assert self._function is not None
+        assert self.given is not None
+        args, kwargs = self.given
+        grad, inference = self._modes
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            return self._function(*args, **kwargs)
 
     def end(self) -> None:
-        """Let it unwind; called by the sweep, which is stopping."""
+        """Let it unwind, now that the scheduler is stopping."""
         if self._thread.ident is not None:
             self._turn.release()
             self._thread.join()
+
+    # Run by the job, in its own thread.
+
+    def ask(self, station: int, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What `function` returns when the station's weights are in memory."""
+        self.scheduler.store.keep((args, kwargs))
+        self._modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        self.station, self.given, self._function = station, (args, kwargs), function
+        self.scheduler.enqueue(self)
+        del args, kwargs
+        return self._wait()
+
+    def fork(self, calls: Sequence[Callable[[], Any]], alike: bool) -> list[Any]:
+        """Run `calls` in step with all other jobs; what they return."""
+        jobs = self.scheduler.add(calls, alike, self)
+        self._wait()
+        return [job.take() for job in jobs]
 
     def _run(self) -> None:
         _thread.job = self
@@ -255,59 +282,20 @@ class Job:
         finally:
             del call
             self.done = True
-            self.sweep.baton.release()
+            self.scheduler.turn.release()
 
     def _wait(self) -> Any:
-        """Give the turn back; what the sweep answers when it is this call's again."""
-        if self.sweep.stopping:
+        """Give the turn back, and return the scheduler's answer when it is this job's again."""
+        if self.scheduler.stopping:
             raise _Stop
-        self.sweep.baton.release()
+        self.scheduler.turn.release()
         self._turn.acquire()
-        if self.sweep.stopping:
+        if self.scheduler.stopping:
             raise _Stop
-        answer, self.answer, self.request = self.answer, None, None
+        answer, self.answer, self.given = self.answer, None, None
         if isinstance(answer, _Failure):
             raise answer.error
         return answer
-
-    def ask(self, station: int, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """What `function` returns when the station's weights are in memory."""
-        self.sweep.store.keep((args, kwargs))
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        self.request = _Request(station, function, args, kwargs, modes)
-        self.sweep.enqueue(self)
-        del args, kwargs
-        return self._wait()
-
-    def fork(self, calls: Sequence[Callable[[], Any]], alike: bool) -> list[Any]:
-        """Run `calls` in step with all others of the sweep; what they return."""
-        jobs = self.sweep.add(calls, alike, self)
-        self._wait()
-        return [job.take() for job in jobs]
-
-    def is_without(self, index: int) -> bool:
-        """Whether the layer is not run for it: bypassed, or its result taken from another."""
-        return index in self.bypassed or index < (self.borrows or 0)
-
-    def take(self) -> Any:
-        """The result, which is then no longer kept here."""
-        result, self.result = self.result, None
-        return result
-
-
-@dataclass
-class _Request:
-    station: int
-    function: Callable[..., Any]
-    args: Any
-    kwargs: Any
-    modes: tuple[bool, bool]
-
-    def answer(self) -> Any:
-        """Call the function as the waiting thread would."""
-        grad, inference = self.modes
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
-            return self.function(*self.args, **self.kwargs)
 
 
 @dataclass
@@ -319,12 +307,12 @@ class _Failure:
 
 @dataclass
 class _Result:
-    """What a station has answered a pass, for others that have come the same way.
+    """What a station answered a pass, for others that have come the same way.
 
     Attributes:
         answer: what it returned, or a `_Failure`.
         station: where.
-        pure: whether it has left its inputs alone.
+        pure: whether it left its inputs unchanged.
         marks: those of the answer, when it was new.
     """
 
@@ -334,27 +322,27 @@ class _Result:
     marks: list[Any]
 
     def serves(self, job: Job) -> bool:
-        """Whether another pass may have it too: all effects of the call are in it, unchanged."""
+        """Whether another pass may have it too: it holds all effects of the call, unchanged."""
         if self.marks != _marks(self.answer):  # the pass that asked first has changed it since
             return False
         return self.pure if job.borrows is None else self.station < job.borrows
 
 
 class _Stop(BaseException):
-    """Ends a call because the sweep has ended."""
+    """Ends a job because the scheduler stops."""
 
 
 _thread = threading.local()
 
 
 def running_job() -> Job | None:
-    """The call that is running in this thread, if any."""
+    """The job that runs in this thread, if any."""
     job: Job | None = getattr(_thread, "job", None)
     return job
 
 
 def _marks(values: Any) -> list[Any]:
-    """Changes when a function has changed something in `values`, or might have."""
+    """Differs from the marks before if something in `values` has changed, or might have."""
     if isinstance(values, torch.Tensor):
         return [id(values), object() if values.is_inference() else values._version]
     if isinstance(values, tuple | list | dict):

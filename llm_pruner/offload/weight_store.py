@@ -1,9 +1,9 @@
-"""The tensors of a checkpoint, read when asked for, and where a pass needs which.
+"""The weights of an offloaded model, read from its checkpoint when a pass needs them.
 
-A pass stops at stations, in turn: the embedding, every layer, the head. A parameter that one of
-them alone needs is in memory while passes are there. One that several need, or none that is
-known, is in memory all the time. Between its times a parameter's place holds an empty one on the
-meta device.
+A pass stops at stations, in turn: the embedding, every layer, the head. A parameter that only one
+station needs is in memory while passes are there. One that several stations need, or an unknown
+part of the model, is always in memory. At all other times an empty parameter on the meta device
+takes its place.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from torch import nn
 
 from ..errors import LoadError, UnsupportedModelError
 from ..model.config_rules import OTHER_TOWERS
+from ..model.layer_names import LayerNames
 
 EMBEDDING = -1  # the station before layer 0; the head's is the number of layers
-TOWERS = -2  # of weights for other inputs than text
+TOWERS = -2  # the station of weights for inputs other than text, where no pass stops
 
 
 class Weights:
@@ -32,7 +33,7 @@ class Weights:
     Args:
         index: name in the model -> file, name in the file, and dtype to load with.
         device: where to put them.
-        folder: of the files that had to be written; it goes with this object.
+        folder: of the files that had to be written; it is removed with this object.
 
     Attributes:
         bytes_read: bytes read so far, as stored in the files.
@@ -48,36 +49,36 @@ class Weights:
         self.bytes_read = 0
 
     def name_of(self, names: Iterable[str]) -> str:
-        """That one of a tensor's `names` in the model under which it is stored.
+        """The one of a tensor's `names` in the model under which it is stored.
 
         Raises:
-            LoadError: none is.
+            LoadError: it is stored under none of them.
         """
         names = list(names)
         for name in names:
             if name in self._index:
                 return name
-        raise LoadError(f"No file of the checkpoint holds {names[0]!r}: it cannot be streamed.")
+        raise LoadError(f"No file of the checkpoint holds {names[0]!r}: it cannot be offloaded.")
 
     def _wrote(self, file: str) -> bool:
         return self._folder is not None and file.startswith(self._folder.name)
 
     def fingerprint(self, model: nn.Module) -> str:
-        """Short hash of the config of `model` and of the beginning of every tensor."""
+        """Short hash of the config of `model` and of the first values of every tensor."""
         digest = hashlib.sha256(model.config.to_json_string().encode())  # type: ignore[operator, union-attr]
-        for name, place in sorted(self._index.items()):
-            with safe_open(place["safetensors_file"], framework="pt") as opened:
-                stored = opened.get_tensor(place.get("weight_name", name))
+        for name, entry in sorted(self._index.items()):
+            with safe_open(entry["safetensors_file"], framework="pt") as opened:
+                stored = opened.get_tensor(entry.get("weight_name", name))
                 first = stored.reshape(-1)[:256].float()
                 digest.update(f"{name}{tuple(stored.shape)}{stored.dtype}".encode())
                 digest.update(first.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def read(self, names: Sequence[str]) -> list[torch.Tensor]:
-        """The tensors of these names, each file opened once.
+        """The tensors of these names; every file is opened once.
 
         Raises:
-            LoadError: a file cannot be read any more.
+            LoadError: a file can no longer be read.
         """
         found: dict[str, torch.Tensor] = {}
         files: dict[str, list[str]] = {}
@@ -90,11 +91,14 @@ class Weights:
                         stored = opened.get_tensor(self._index[name].get("weight_name", name))
                         self.bytes_read += stored.nbytes
                         dtype = getattr(torch, self._index[name]["dtype"])
-                        # As transformers does, to the alignment, which some kernels look at: what
-                        # is used as stored is mapped from its file, what was converted is new.
+                        # As transformers does, down to the alignment, on which some kernels depend:
+                        # what is used as stored is mapped from its file, what was converted is new.
                         found[name] = stored.to(self.device, dtype, copy=self._wrote(file))
             except OSError as error:
-                raise LoadError(f"Cannot read {file!r} any more: {error}.") from error
+                raise LoadError(
+                    f"Cannot read {file!r} any more: {error}. Keep the checkpoint where it is "
+                    "while it is scored, and load it again."
+                ) from error
         return [found[name] for name in names]
 
 
@@ -102,100 +106,100 @@ class Stations:
     """The parameters of a model that lie in the checkpoint, by the station that needs them.
 
     Args:
-        model: the model, whose parameters are on the meta device.
-        path: dotted name of its list of layers.
-        weights: where they are read from.
+        model: the model; its parameters are on the meta device.
+        names: its layers.
+        weights: where the parameters are read from.
     """
 
-    def __init__(self, model: nn.Module, path: str, weights: Weights) -> None:
+    def __init__(self, model: nn.Module, names: LayerNames, weights: Weights) -> None:
         self._model, self._weights = model, weights
-        self._groups: dict[int | None, list[_Tensor]] = {}
-        for tensor in _placed(model, path, weights.name_of):
-            self._groups.setdefault(tensor.station, []).append(tensor)
-        for tensor in self._groups.pop(TOWERS, []):  # never needed, but asked for their device
-            if tensor.empty.is_floating_point():
-                nothing = torch.full((), torch.nan, dtype=tensor.empty.dtype, device=weights.device)
-                tensor.put(nn.Parameter(nothing.expand_as(tensor.empty)))
+        self._groups: dict[int | None, list[_Parameter]] = {}
+        for parameter in _parameters(model, names, weights.name_of):
+            self._groups.setdefault(parameter.station, []).append(parameter)
+        for tower in self._groups.pop(TOWERS, []):  # never needed, but models ask for their device
+            if tower.empty.is_floating_point():
+                nothing = torch.full((), torch.nan, dtype=tower.empty.dtype, device=weights.device)
+                tower.put(nn.Parameter(nothing.expand_as(tower.empty)))
 
     @property
     def sizes(self) -> dict[int | None, int]:
-        """Bytes of weights by station; those of None are needed everywhere."""
+        """Bytes of weights by station; those of None are always in memory."""
         return {
-            station: sum(tensor.empty.nbytes for tensor in group)
+            station: sum(parameter.empty.nbytes for parameter in group)
             for station, group in self._groups.items()
         }
 
     @contextmanager
     def loaded(self, station: int | None) -> Iterator[None]:
-        """The weights of a station in memory; None for those that all of a sweep needs."""
+        """Inside the block a station's weights are in memory; of None, those needed everywhere."""
         group = self._groups.get(station, [])
-        for tensor, found in zip(group, self._weights.read([t.name for t in group]), strict=True):
-            tensor.put(nn.Parameter(found, tensor.empty.requires_grad))  # which kernels look at
-            del found
+        tensors = self._weights.read([parameter.name for parameter in group])
+        for parameter in group:
+            requires_grad = parameter.empty.requires_grad  # some kernels depend on it
+            parameter.put(nn.Parameter(tensors.pop(0), requires_grad))
         try:
             yield
         finally:
-            for tensor in group:
-                tensor.put(tensor.empty)
+            for parameter in group:
+                parameter.put(parameter.empty)
 
     def check_untouched(self) -> None:
         """Raise UnsupportedModelError if the model has changed weights that are not in memory."""
-        changed = [t.name for group in self._groups.values() for t in group if t.is_changed()]
+        changed = [p.name for group in self._groups.values() for p in group if p.is_changed()]
         if changed:
             raise UnsupportedModelError(
                 f"{type(self._model).__name__} changes its own weights as it runs ({changed[0]}), "
-                "so they cannot be read from the disk: load it whole, without a limit of memory."
+                "so they cannot be read from disk: load it whole, without a limit of memory."
             )
 
 
 @dataclass
-class _Tensor:
-    """A parameter, all its places in the module tree, and the one station that needs it, if one."""
+class _Parameter:
+    """A parameter, its owners in the module tree, and the only station that needs it, if one is."""
 
     empty: nn.Parameter
-    places: list[tuple[nn.Module, str]]
+    owners: list[tuple[nn.Module, str]]
     name: str
     station: int | None
     version: int
 
     def put(self, parameter: nn.Parameter) -> None:
-        for owner, leaf in self.places:
+        for owner, leaf in self.owners:
             owner._parameters[leaf] = parameter
 
     def is_changed(self) -> bool:
         return self.empty._version != self.version
 
 
-def _placed(
-    model: nn.Module, path: str, name_of: Callable[[Iterable[str]], str]
-) -> Iterator[_Tensor]:
+def _parameters(
+    model: nn.Module, layers: LayerNames, name_of: Callable[[Iterable[str]], str]
+) -> Iterator[_Parameter]:
     """The parameters that are not in memory, and where they belong."""
-    depth = len(model.get_submodule(path))  # type: ignore[arg-type]
-    ends = {id(m): station for station, end in ends_of(model, depth).items() for m in end.modules()}
-    prefix = path + "."
-
-    def station_of(name: str, module: nn.Module) -> int | None:
-        inside = name.startswith(prefix)
-        return int(name[len(prefix) :].partition(".")[0]) if inside else ends.get(id(module))
-
+    ends = {
+        id(module): station
+        for station, end in ends_of(model, layers.num_layers).items()
+        for module in end.modules()
+    }
     found: dict[int, tuple[nn.Parameter, list[str], list[tuple[nn.Module, str]]]] = {}
-    for owner, module in model.named_modules(remove_duplicate=False):
+    for path, module in model.named_modules(remove_duplicate=False):
         for leaf, parameter in module._parameters.items():
             if parameter is not None and parameter.device.type == "meta":
-                _, names, places = found.setdefault(id(parameter), (parameter, [], []))
-                names.append(f"{owner}.{leaf}".lstrip("."))
-                places.append((module, leaf))
-    for parameter, names, places in found.values():
-        pairs = zip(names, places, strict=True)
-        stations = {station_of(name, module) for name, (module, _) in pairs}
+                _, names, owners = found.setdefault(id(parameter), (parameter, [], []))
+                names.append(f"{path}.{leaf}".lstrip("."))
+                owners.append((module, leaf))
+    for parameter, names, owners in found.values():
+        stations = {
+            layer if (layer := layers.index(name)) is not None else ends.get(id(owner))
+            for name, (owner, _) in zip(names, owners, strict=True)
+        }
         station = stations.pop() if len(stations) == 1 else None
         if all(any(tower in name for tower in OTHER_TOWERS) for name in names):
             station = TOWERS
-        yield _Tensor(parameter, places, name_of(names), station, parameter._version)
+        yield _Parameter(parameter, owners, name_of(names), station, parameter._version)
 
 
 def ends_of(model: Any, depth: int) -> dict[int, nn.Module]:
-    """The embedding and the head, by station: before and after all layers."""
+    """The embedding and the head, by station: before and after the `depth` layers."""
     ends: dict[int, nn.Module] = {}
     for station, name in ((EMBEDDING, "get_input_embeddings"), (depth, "get_output_embeddings")):
         try:
@@ -208,11 +212,18 @@ def ends_of(model: Any, depth: int) -> dict[int, nn.Module]:
 
 
 def weights_index(model: nn.Module) -> dict[str, dict[str, str]]:
-    """Where accelerate has found the parameters of a model that it offloads to the disk."""
+    """Where accelerate has found the parameters of a model that it offloads to disk.
+
+    Raises:
+        LoadError: they are not in safetensors files.
+    """
     for module in model.modules():
         hook: Any = getattr(module, "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):
             if getattr(one, "weights_map", None) is not None:
                 index: dict[str, dict[str, str]] = one.weights_map.dataset.index
                 return index
-    raise LoadError(f"The weights of this {type(model).__name__} are not in safetensors files.")
+    raise LoadError(
+        f"The weights of this {type(model).__name__} are not in safetensors files, so it cannot be "
+        "offloaded: load it whole and write it with save_pretrained."
+    )

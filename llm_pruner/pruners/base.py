@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..atomic_output import check_output
-from ..checkpoint.locate import model_identity
 from ..checkpoint.mergekit import write_mergekit_yaml
+from ..checkpoint.on_disk_config import model_identity
 from ..checkpoint.save import save_checkpoint
 from ..checkpoint.verify import verify_removal
 from ..data.items import EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap
@@ -440,7 +440,7 @@ class BasePruner(ABC):
             own = portion([batch.input_ids.numel() for batch in batches])
             batches = batches[own.start : own.stop]
         calls = [partial(self._states, batch) for batch in batches]
-        yield from progress(self.layers.sweep(calls), "Reading activations", total=len(calls))
+        yield from progress(self.layers.run_all(calls), "Reading activations", total=len(calls))
 
     def _states(self, batch: Batch) -> tuple[list[torch.Tensor], torch.Tensor]:
         states: list[torch.Tensor] = []

@@ -182,7 +182,7 @@ class ChoiceMeasure:
         starts = range(0, len(rows), samples.batch_size)
         batches = [range(x, min(x + samples.batch_size, len(rows))) for x in starts]
         calls = [partial(_list, reader.read(batch, masks)) for batch in batches]
-        for batch, readings in zip(batches, samples.stack.sweep(calls), strict=True):
+        for batch, readings in zip(batches, samples.stack.run_all(calls), strict=True):
             owner = torch.tensor([rows[row].item for row in batch])
             for mask, values in readings:
                 losses[mask].index_add_(0, owner, values[0])

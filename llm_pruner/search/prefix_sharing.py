@@ -50,7 +50,7 @@ def replayed(
                 return run(model)
 
         calls = [partial(whole, mask) for mask in ordered]
-        yield from zip(ordered, stack.sweep(calls, alike=True), strict=True)
+        yield from zip(ordered, stack.run_all(calls, alike=True), strict=True)
         return
     forks = [_fork(*pair) for pair in pairwise(ordered)]
     states: dict[int, torch.Tensor] = {}  # layer -> what enters it, where masks to come branch off
@@ -59,7 +59,7 @@ def replayed(
         wanted = _branches(forks[number:])
         begin = stack.bypass(mask) if start is None else stack.replay(start, states[start], mask)
         states = {place: state for place, state in states.items() if place in wanted}
-        with begin as model, stack.entering(wanted - set(states), states.__setitem__):
+        with begin as model, stack.observe_inputs(wanted - set(states), states.__setitem__):
             result = run(model)
         yield mask, result
 

@@ -282,7 +282,7 @@ class RemovalQuality:
             calls += [
                 partial(self._measure, chunk, missing, part, parts) for part in self._measures
             ]
-        for _ in progress(self.stack.sweep(calls), label, total=len(calls)):
+        for _ in progress(self.stack.run_all(calls), label, total=len(calls)):
             pass
         if todo and working_together() > 1:
             self._exchange(own, todo)

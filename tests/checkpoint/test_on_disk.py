@@ -20,15 +20,9 @@ from safetensors.torch import load_file, save_file
 from llm_pruner import LayerStack, PruningPlan, SmartPruner
 from llm_pruner.checkpoint.on_disk import check_manifest, prune_checkpoint
 from llm_pruner.checkpoint.on_disk_config import NeedsMemoryError
-from llm_pruner.checkpoint.safetensors_files import (
-    INDEX_FILE,
-    header_bytes,
-    read_checkpoint,
-    read_json,
-    shard_names,
-)
+from llm_pruner.checkpoint.safetensors_files import header_bytes, read_checkpoint
 from llm_pruner.checkpoint.save import write_model
-from llm_pruner.checkpoint.sources import LocalFolder
+from llm_pruner.checkpoint.sources import INDEX_FILE, LocalFolder
 from llm_pruner.errors import (
     InvalidPlanError,
     LoadError,
@@ -100,7 +94,7 @@ def test_a_config_without_its_class_is_that_of_its_class(model_type, removed, tm
     """The slow road builds the model from the pruned config and compares every attribute."""
     model = zoo.build(model_type)
     model.config.save_pretrained(tmp_path)
-    values = read_json(LocalFolder(tmp_path), "config.json")
+    values = LocalFolder(tmp_path).read_json("config.json")
     kept = [index for index in range(zoo.N_LAYERS) if index not in removed]
     got = prune_config_file(values, kept, zoo.N_LAYERS)
     assert got is not None
@@ -277,7 +271,7 @@ def test_the_identity_does_not_depend_on_the_division_into_files(source, tmp_pat
 
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "one")
     first, second = (read_checkpoint(LocalFolder(f)) for f in (source, tmp_path / "one"))
-    assert len(shard_names(first.source)) > 1 == len(shard_names(second.source))
+    assert len(first.source.weight_files()) > 1 == len(second.source.weight_files())
     assert first.identity() == second.identity()
 
 
@@ -511,7 +505,7 @@ def test_verification_reloads(source, tmp_path):
 def test_headers_are_those_of_the_library(source):
     """What is written here is what safetensors itself would read and write."""
     checkpoint = read_checkpoint(LocalFolder(source))
-    for file in shard_names(checkpoint.source):
+    for file in checkpoint.source.weight_files():
         mine = [t for t in checkpoint.tensors.values() if t.file == file]
         base = mine[0].start
         header = header_bytes(

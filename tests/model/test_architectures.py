@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import architectures as matrix
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from llm_pruner.errors import UnsupportedModelError
-from llm_pruner.model import config_rules, removal
+from llm_pruner.model import config_rules, layer_stack, removal
 from llm_pruner.model.layer_stack import LayerStack
 
 # Name -> the rule that it stands for.
@@ -90,7 +92,7 @@ def outcomes(suite: str, name: str) -> set[str]:
 def test_without_renumbering_the_matrix_turns_red(monkeypatch):
     monkeypatch.setattr(removal, "SLOT_NAMES", ())
     assert outcomes("causal", "llama") == {"REFUSED"}
-    monkeypatch.setattr(removal, "_sync_attributes", lambda *args: None)
+    monkeypatch.setattr(removal, "_copy_attributes", lambda *args: None)
     assert outcomes("causal", "llama") & {"CRASH", "WRONG"}
 
 
@@ -125,10 +127,20 @@ def test_a_refusal_names_sets_that_work():
     model = zoo.build("minimax")
     with pytest.raises(UnsupportedModelError, match="must be full attention") as refused:
         LayerStack(model).remove([0])
-    text = str(refused.value)
-    assert "Layers that can be removed alone: [1, 2, 3, 4, 5]" in text
-    assert "[[0, 1]]" in text
-    LayerStack(model).remove([0, 1])
+    _, _, named = str(refused.value).partition(" Sets close to this one that can be removed: ")
+    alternatives = json.loads(named.removesuffix("."))
+    assert alternatives[0] == [0, 1]
+    for layers in alternatives:
+        assert len(LayerStack(LayerStack(model).remove(layers))) == zoo.N_LAYERS - len(layers)
+
+
+def test_a_refusal_says_if_nothing_close_works_and_tries_little(monkeypatch):
+    built: list[object] = []
+    skeleton = removal.skeleton
+    monkeypatch.setattr(removal, "skeleton", lambda model: built.append(0) or skeleton(model))
+    with pytest.raises(UnsupportedModelError, match=r"Nor can the sets closest to it: \[\[1, 2"):
+        LayerStack(zoo.build("inkling2_text", 32)).remove([2])
+    assert len(built) == 1 + layer_stack.TRIALS
 
 
 def test_a_kept_layer_may_not_lose_what_it_uses():
@@ -159,7 +171,7 @@ def test_replay_is_the_rest_of_the_pass(name):
 def test_replay_refuses_what_it_cannot_do():
     model = zoo.build("zaya")
     with (
-        pytest.raises(UnsupportedModelError, match="hand on more than the hidden state"),
+        pytest.raises(UnsupportedModelError, match="pass on more than the hidden state"),
         LayerStack(model).replay(2, torch.zeros(1, 12, 32)),
     ):
         pass

@@ -207,15 +207,15 @@ def test_a_model_without_config_needs_a_path():
         LayerStack(Odd(), path="nothing")
 
 
-def test_a_layer_that_depends_on_its_position_is_refused():
+def test_a_layer_that_depends_on_its_index_is_refused():
     """Inkling2's layers form blocks of a fixed length: half a block cannot go."""
     import zoo
 
     variant = zoo.VARIANTS["inkling2_text-blocks-of-2"]
     stack = LayerStack(zoo.build(variant.model_type, **variant.overrides))
-    with pytest.raises(UnsupportedModelError, match="change with their position") as refused:
+    with pytest.raises(UnsupportedModelError, match="change with their index") as refused:
         stack.remove([2])
-    assert "Sets near this one that can be removed: [[1, 2], [2, 3]]" in str(refused.value)
+    assert "Sets close to this one that can be removed: [[1, 2], [2, 3]]" in str(refused.value)
 
 
 def test_config_rules():

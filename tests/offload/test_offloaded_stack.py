@@ -6,6 +6,7 @@ import gc
 import os
 import tempfile
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from llm_pruner.errors import InvalidPlanError, LoadError, OutputError, Unsuppor
 from llm_pruner.model.layer_stack import LayerStack
 from llm_pruner.model.loading import load_model
 from llm_pruner.offload import offloaded_stack
-from llm_pruner.offload.activation_store import StateStore
-from llm_pruner.offload.offloaded_stack import StreamedStack, layers_of, load_streamed, load_within
+from llm_pruner.offload.activation_store import ActivationStore
+from llm_pruner.offload.offloaded_stack import OffloadedStack, layers_of, load_streamed, load_within
 from llm_pruner.pruners.avss import AVSSPruner
 from llm_pruner.pruners.measured import AblationPruner, SmartPruner
 from llm_pruner.pruners.similarity import BlockInfluencePruner, PruneMePruner
@@ -172,7 +173,7 @@ def test_other_dtypes_than_stored(tmp_path):
 @pytest.mark.parametrize(
     "objective", ["kl", "agreement", "accuracy", "nll=0.5,kl=0.2,accuracy=0.3"]
 )
-def test_every_objective_in_one_sweep(objective, folder):
+def test_every_objective_in_one_reading(objective, folder):
     whole, streamed, tokenizer = pair(folder)
     data = [
         {**item, "choices": [item["reference"], item["reference"] + " cat" if i % 3 else "the"]}
@@ -238,14 +239,14 @@ def test_states_that_do_not_fit_wait_in_files(folder, monkeypatch, tmp_path):
     spill.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(spill))
     monkeypatch.setattr("llm_pruner.offload.activation_store.SMALL", 0)
-    stores: list[StateStore] = []
+    stores: list[ActivationStore] = []
 
-    class Watched(StateStore):
+    class Watched(ActivationStore):
         def __init__(self, budget):
             super().__init__(budget)
             stores.append(self)
 
-    monkeypatch.setattr("llm_pruner.offload.scheduler.StateStore", Watched)
+    monkeypatch.setattr("llm_pruner.offload.scheduler.ActivationStore", Watched)
     for cls in STRATEGIES:
         pruner = cls(streamed, tokenizer, protect=(0, 0), batch_size=2)
         pruner.layers.budget = 0
@@ -256,7 +257,7 @@ def test_states_that_do_not_fit_wait_in_files(folder, monkeypatch, tmp_path):
 
 def test_a_store_counts_what_it_holds(monkeypatch):
     monkeypatch.setattr("llm_pruner.offload.activation_store.SMALL", 0)
-    store = StateStore(1000)
+    store = ActivationStore(1000)
     first, second = torch.rand(100), torch.rand(200)
     copy = second.clone()
     store.keep({"a": [first, (second,)]})
@@ -286,7 +287,7 @@ def test_a_full_disk_is_told(monkeypatch, tmp_path):
 
     monkeypatch.setattr(tempfile, "mkstemp", full)
     with pytest.raises(OutputError, match=r"No space left on device.*TMPDIR"):
-        StateStore(0).keep(torch.rand(10**5))
+        ActivationStore(0).keep(torch.rand(10**5))
     assert not list(tmp_path.iterdir())
 
 
@@ -294,7 +295,7 @@ def alive() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "llm_pruner pass"]
 
 
-def assert_clean(stack: StreamedStack) -> None:
+def assert_clean(stack: OffloadedStack) -> None:
     assert not alive()
     assert all(type(layer).__name__ == "LlamaDecoderLayer" for layer in stack)
     assert all(parameter.is_meta for parameter in stack.model.parameters())
@@ -317,7 +318,7 @@ def test_the_error_of_a_call_is_raised(folder):
 
     calls = [lambda: call(False), lambda: call(True), lambda: call(False)]
     with pytest.raises(ZeroDivisionError, match="here"):
-        list(pruner.layers.sweep(calls))
+        list(pruner.layers.run_all(calls))
     assert seen == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
     assert_clean(pruner.layers)
     assert len(list(pruner.hidden_states(texts()))) == 3
@@ -348,12 +349,16 @@ def test_a_state_changed_before_another_pass_has_it_is_computed_anew(folder):
         stack = layers_of(model)
         stack.prepare()
 
-        def run(mask, stack=stack, model=model):
-            with torch.no_grad(), stack.bypass(mask), stack.entering([3], lambda _, x: x.add_(1)):
+        def meddle(index, before, after):
+            if index == 2:
+                after.add_(1)
+
+        def run(removed, stack=stack, model=model, meddle=meddle):
+            with torch.no_grad(), stack.bypass(removed), stack.observe(meddle):
                 return model(input_ids=ids).logits
 
-        calls = [lambda mask=mask, run=run: run(mask) for mask in [(), (3,), (5,), (2, 3)]]
-        results.append(list(stack.sweep(calls, alike=True)))
+        calls = [partial(run, removed) for removed in [(), (3,), (5,), (2, 3)]]
+        results.append(list(stack.run_all(calls, alike=True)))
     assert all(torch.equal(*both) for both in zip(*results, strict=True))
     assert not torch.equal(results[0][0], results[0][1])
 
@@ -365,21 +370,21 @@ def test_a_shared_state_that_is_changed_later_is_refused(folder):
     def run() -> torch.Tensor:
         kept = {}
 
-        def meddle(index, hidden):
-            kept[index] = hidden
-            if index == 5:
-                kept[2].add_(1)
+        def meddle(index, before, after):
+            kept[index] = after
+            if index == 4:
+                kept[1].add_(1)
 
-        with torch.no_grad(), stack.entering([2, 5], meddle):
+        with torch.no_grad(), stack.observe(meddle):
             return streamed(input_ids=torch.tensor([[3, 4]]), use_cache=False).logits
 
     with pytest.raises(UnsupportedModelError, match="changes states of earlier layers"):
-        list(stack.sweep([run, run], alike=True))
+        list(stack.run_all([run, run], alike=True))
     assert_clean(stack)
 
 
 def test_a_call_may_run_several_passes(folder):
-    """Each takes a sweep of its own, in step with those of the others."""
+    """Each reads the weights anew, in step with those of the other calls."""
     whole, streamed, _ = pair(folder)
     stack = layers_of(streamed)
 
@@ -390,7 +395,7 @@ def test_a_call_may_run_several_passes(folder):
                 ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
         return ids
 
-    found = list(stack.sweep([lambda n=n: run(streamed, n) for n in (1, 3)]))
+    found = list(stack.run_all([lambda n=n: run(streamed, n) for n in (1, 3)]))
     assert [x.tolist() for x in found] == [run(whole, n).tolist() for n in (1, 3)]
     assert stack.bytes_read <= 3 * stored_bytes(folder)
 
@@ -406,15 +411,16 @@ def test_what_needs_the_weights_is_refused(folder, tmp_path):
         lambda: streamed(input_ids=torch.tensor([[3]])),
         lambda: streamed.generate(torch.tensor([[3]]), max_new_tokens=1),
     ):
-        with pytest.raises(UnsupportedModelError, match="remove them on the disk"):
+        with pytest.raises(UnsupportedModelError, match="remove them on disk"):
             action()
     assert not (tmp_path / "out").exists()
     stack = pruner.layers
-    for block in (stack.bypass([1]), stack.observe(print), stack.entering([1], print)):
-        with pytest.raises(UnsupportedModelError, match=r"stack.sweep\(\[...\]\)"), block:
+    for block in (stack.bypass([1]), stack.observe(print)):
+        with pytest.raises(UnsupportedModelError, match=r"stack.run_all\(\[...\]\)"), block:
             pass
-    with pytest.raises(UnsupportedModelError, match="cannot begin in the middle"):
-        stack.replay(2, torch.zeros(1)).__enter__()
+    for block in (stack.observe_inputs([1], print), stack.replay(2, torch.zeros(1))):
+        with pytest.raises(UnsupportedModelError, match="are offloaded, so a pass cannot"), block:
+            pass
 
 
 def test_the_pruned_skeleton_says_what_can_go(tmp_path):
@@ -461,10 +467,10 @@ def test_memory_decides(folder, monkeypatch):
     size = stored_bytes(folder)
     monkeypatch.setattr(offloaded_stack, "ROOM", 1000)
     model, _ = load_within(size + 1000, folder, device="cpu")
-    assert not isinstance(layers_of(model), StreamedStack)
+    assert not isinstance(layers_of(model), OffloadedStack)
     model, tokenizer = load_within(size + 999, folder, device="cpu")
     stack = layers_of(model)
-    assert isinstance(stack, StreamedStack)
+    assert isinstance(stack, OffloadedStack)
     layer = sum(p.nbytes for p in stack[0].parameters())
     least = layer + sum(p.nbytes for p in model.model.norm.parameters()) + 1000
     assert stack.budget == size + 999 - least

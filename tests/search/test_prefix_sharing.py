@@ -211,16 +211,16 @@ def test_never_more_states_are_kept_than_layers(shape, monkeypatch):
         "random": random_masks(depth, 60, seed=5),
     }[shape]
     seen: list[weakref.ref] = []
-    entering = stack.entering
+    observe_inputs = stack.observe_inputs
 
     def watched(places, observer):
         def keep(index, hidden):
             seen.append(weakref.ref(hidden))
             observer(index, hidden)
 
-        return entering(places, keep)
+        return observe_inputs(places, keep)
 
-    monkeypatch.setattr(stack, "entering", watched)
+    monkeypatch.setattr(stack, "observe_inputs", watched)
     alive: list[int] = []
 
     def count(model):
