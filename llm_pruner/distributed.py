@@ -204,7 +204,7 @@ def on_first(work: Callable[[], T]) -> T:
 
 
 @contextmanager
-def told_plainly() -> Iterator[None]:
+def lost_process_errors() -> Iterator[None]:
     """Inside the block, which exchanges tensors by itself, losing a process is our own error.
 
     Raises:

@@ -165,12 +165,15 @@ def test_the_whole_command_does_what_one_process_does(two, saved, tmp_path, monk
 
 
 def test_trained_adapters_are_the_same_in_all_processes(two, saved, tmp_path):
-    training = ["--layers", "3,5", "--heal", "lora", "--heal-steps", "4", "--output", "out"]
+    training = ["--layers", "3,5", "--heal", "lora", "--heal-steps", "40", "--output", "out"]
     done = two("command", *words(saved, *training))
     assert done.code == 0, done.err
     first, second = done.found
     assert first["model"] == second["model"]
-    assert [stage["method"] for stage in first["report"]["heal"]["stages"]] == ["linear", "lora"]
+    stages = first["report"]["heal"]["stages"]
+    assert [stage["method"] for stage in stages] == ["linear", "lora"]
+    assert stages[1]["kept"]
+    assert stages[1]["loss"] < stages[0]["loss"]
     assert (tmp_path / "out" / "pruning_report.json").exists()
     assert not (tmp_path / "out.healing").exists()
 
@@ -245,7 +248,7 @@ def test_a_timeout_is_a_number_of_seconds(timeout):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "is_lost"),
     [
         (RuntimeError("[/src/gloo/pair.cc:1] Connection closed by peer. And so on"), True),
         (torch.distributed.DistBackendError("NCCL communicator was aborted"), True),
@@ -254,13 +257,13 @@ def test_a_timeout_is_a_number_of_seconds(timeout):
     ],
     ids=str,
 )
-def test_a_lost_process_is_told_plainly(monkeypatch, error, told):
+def test_a_lost_process_is_our_own_error(monkeypatch, error, is_lost):
     monkeypatch.setattr(distributed, "_group", distributed._Group(None, 7.0))
     message = "Another process has ended, or does not answer within 7 seconds"
-    kind, text = (ProcessGroupError, message) if told else (type(error), str(error))
-    with pytest.raises(kind, match=text) as raised, distributed.told_plainly():
+    kind, text = (ProcessGroupError, message) if is_lost else (type(error), str(error))
+    with pytest.raises(kind, match=text) as raised, distributed.lost_process_errors():
         raise error
-    assert told == ("--resume" in str(raised.value))
+    assert is_lost == ("--resume" in str(raised.value))
 
 
 def launch(monkeypatch, **more: int) -> None:

@@ -150,13 +150,18 @@ class DataSplit:
 
     Attributes:
         scoring: what layers are chosen on.
-        healing: what weights are repaired on; empty without healing.
-        judging: what quality before and after is reported on.
+        healing: what weights are healed on; empty without healing.
+        held_out: what quality before and after is reported on.
     """
 
     scoring: list[EvalItem]
     healing: list[EvalItem]
-    judging: list[EvalItem]
+    held_out: list[EvalItem]
+
+    @property
+    def judging(self) -> list[EvalItem]:
+        """The former name of `held_out`."""
+        return self.held_out
 
 
 def load_data(
