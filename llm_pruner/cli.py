@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from .atomic_output import PLAN_FILE, clear_checkpoints, hold_output
 from .cli_arguments import build_parser, check_arguments, needs_model
-from .distributed import group, launched, on_first, one_only, rank, told_by_first
+from .distributed import group, launched, on_first, one_only, rank, reported_by_first
 from .errors import InvalidPlanError, LLMPrunerError, UnknownNameError
 from .hub import how_to_repeat, push_to_hub
 from .pruners.registry import get_strategy, option_names
@@ -91,7 +91,7 @@ def _tell(message: str) -> None:
     """Print an error; of several processes that have the same one the first alone does."""
     if launched() > 1:  # ended by the launcher now, it could not say why
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if not told_by_first(message):
+    if not reported_by_first(message):
         who = f"rank {rank()}: " if rank() > 0 else ""
         print(f"error: {who}{message}", file=sys.stderr, flush=True)
 

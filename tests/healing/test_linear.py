@@ -65,7 +65,7 @@ def test_a_block_that_is_linear_in_what_is_fitted_is_recovered(tokenizer, monkey
     make, source, adds, seen = PLANTED[case]
     model = make()
     pruned = LayerStack(model).remove([2])
-    layers = LayerStack(model)._list
+    layers = model.get_submodule(LayerStack(model).paths[0])
     layers[2] = Planted(layers[1].get_submodule(source), adds, seen)
     planted = job_for(LayerStack(model), [2], tokenizer, items(200))
     healed, outcome = heal_linear(replace(planted, validation=planted.validation[:4]), pruned)
@@ -112,7 +112,7 @@ def test_the_update_is_the_weighted_ridge_solution(llama, tokenizer, monkeypatch
 
 
 def test_every_part_above_the_cut_brings_the_stream_nearer(model, tokenizer):
-    """Measured outside: the distance of the streams behind every kept layer falls."""
+    """Measured independently: the distance of the streams after every kept layer falls."""
     stack = LayerStack(model)
     data = encode_batches(tokenizer, items(60))
     pruned = stack.remove(REMOVED)
@@ -126,11 +126,8 @@ def test_every_part_above_the_cut_brings_the_stream_nearer(model, tokenizer):
             full = model(**data[0].inputs(), output_hidden_states=True).hidden_states
             found = cut(**data[0].inputs(), output_hidden_states=True).hidden_states
         real = data[0].attention_mask.bool()
-        ends = [*kept[1:-1]]  # the last hidden state is behind the final norm
-        return [
-            (found[place + 1][real] - full[end][real]).norm().item()
-            for place, end in enumerate(ends)
-        ]
+        ends = kept[1:-1]  # the last hidden state is behind the final norm
+        return [(found[i + 1][real] - full[j][real]).norm().item() for i, j in enumerate(ends)]
 
     before, after = distances(pruned), distances(healed)
     assert all(new < old for new, old in zip(after[2:], before[2:], strict=True))
@@ -148,9 +145,7 @@ def test_batches_and_padding_do_not_matter(llama, tokenizer, monkeypatch, batch_
         torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-def test_a_model_in_which_no_pass_can_begin_in_the_middle_is_healed_alike(
-    llama, tokenizer, monkeypatch
-):
+def test_a_model_that_cannot_start_in_the_middle_is_healed_alike(llama, tokenizer, monkeypatch):
     """The slow twin: whole passes instead of layers run alone."""
     fast, _ = heal(LayerStack(llama), REMOVED, tokenizer)
     monkeypatch.setattr(LayerStack, "can_replay", False)
@@ -159,24 +154,21 @@ def test_a_model_in_which_no_pass_can_begin_in_the_middle_is_healed_alike(
         torch.testing.assert_close(slow.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_a_layer_that_makes_it_worse_is_put_back(llama, tokenizer, monkeypatch):
+def test_a_layer_that_makes_it_worse_is_restored(llama, tokenizer, monkeypatch):
     stack = LayerStack(llama)
     losses = iter([1.0, 2.0, 0.5, *[0.7] * 9])  # before, and after each layer
     monkeypatch.setattr(linear, "batch_nll", lambda model, batches: next(losses))
     pruned = stack.remove([3, 4])
     healed, records = heal(stack, [3, 4], tokenizer)
     assert [record["kept"] for record in records] == [False, True, False, False]
-    changed = {
-        name.split(".")[2]
-        for name, tensor in healed.state_dict().items()
-        if not torch.equal(tensor, pruned.state_dict()[name])
-    }
+    pairs = zip(healed.state_dict().items(), pruned.state_dict().values(), strict=True)
+    changed = {name.split(".")[2] for (name, new), old in pairs if not torch.equal(new, old)}
     assert changed == {"3"}, "layer 5 of the full model, the fourth of the pruned one"
 
 
 @pytest.mark.parametrize("removed", [[0], [0, 1, 4], [6, 7], [7]])
 def test_cuts_at_either_end(llama, tokenizer, removed):
-    """Without a layer below the cut those above it are fitted; behind the last one, its own."""
+    """Without a layer below the cut, those above it are fitted; after the last one, its own."""
     stack = LayerStack(llama)
     healed, records = heal(stack, removed, tokenizer, items(60))
     first = {0: min(set(range(8)) - set(removed)), 6: 5, 7: 6}[removed[0]]

@@ -81,10 +81,8 @@ def test_the_loss_is_the_divergence_from_the_full_model(llama, tokenizer, monkey
         with torch.no_grad():
             m(**given)
     pairs = [(cut.hidden_states[i + 1], full.hidden_states[j]) for i, j in enumerate([1, 2, 5, 7])]
-    far = [
-        ((x[real] - t[real]).square().sum(-1) / t[real].square().sum(-1)).mean().item()
-        for x, t in [*pairs, (ends[1], ends[0])]
-    ]
+    states = [(x[real], t[real]) for x, t in [*pairs, (ends[1], ends[0])]]
+    far = [((x - t).square().sum(-1) / t.square().sum(-1)).mean().item() for x, t in states]
     assert losses[1] == pytest.approx(divergence + 2.0 * sum(far) / 5, rel=1e-4)
 
 
@@ -109,16 +107,14 @@ class Killed(BaseException):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed_at", [1, 13, 37])
-def test_a_killed_training_resumes_and_ends_the_same(
-    llama, tokenizer, monkeypatch, tmp_path, killed_at
-):
+@pytest.mark.parametrize("call", [1, 13, 37])
+def test_a_killed_training_resumes_and_ends_alike(llama, tokenizer, monkeypatch, tmp_path, call):
     want, _ = trained(llama, tokenizer)
     compute, calls = DistillationTrainer.compute_loss, []
 
     def killed(self, *args, **kwargs):
         calls.append(self.state.global_step)
-        if len(calls) == killed_at:
+        if len(calls) == call:
             raise Killed
         return compute(self, *args, **kwargs)
 
@@ -130,7 +126,7 @@ def test_a_killed_training_resumes_and_ends_the_same(
         cut_short.mkdir(exist_ok=True)
         (cut_short / "trainer_state.json").write_text('{"global_step": 99')
     got, outcome = trained(llama, tokenizer, checkpoints=tmp_path / "healing")
-    assert calls[killed_at] == (killed_at - 1) // 2 * 2, "resumed from the last checkpoint"
+    assert calls[call] == (call - 1) // 2 * 2, "resumed from the last checkpoint"
     assert outcome["steps"] == 40
     for name, tensor in want.state_dict().items():
         torch.testing.assert_close(got.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
