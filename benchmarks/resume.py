@@ -30,7 +30,8 @@ from counting import counted
 
 from llm_pruner import LayerStack, SmartPruner, load_data, load_model
 from llm_pruner.evaluation.likelihood import batch_nll
-from llm_pruner.healing.heal import HealingData, heal_lora
+from llm_pruner.healing.heal import HEALERS
+from llm_pruner.healing.job import HealingJob
 from llm_pruner.healing.lora_settings import LoraSettings
 
 KILLS = 5
@@ -109,12 +110,12 @@ def train(place: Path, n_samples: int, n_layers: int, steps: int) -> None:
     """A process that is killed while it heals."""
     model, tokenizer = load_model("demo", device="cpu")
     stack = LayerStack(model)
-    data = HealingData.of(model, tokenizer, load_data("demo", n_samples, healing=True).healing)
-    removed = tuple(range(4, 4 + n_layers))
+    items = load_data("demo", n_samples, healing=True).healing
     settings = LoraSettings(steps=steps, checkpoints=place / "healing")
+    job = HealingJob.of(stack, range(4, 4 + n_layers), tokenizer, items, settings)
     with announced(place, stack):
-        healed, _ = heal_lora(stack, removed, stack.remove(removed), tokenizer, data, settings)
-        loss = batch_nll(healed, data.gate)
+        healed, _ = HEALERS["lora"](job, stack.remove(job.removed))
+        loss = batch_nll(healed, job.held_out)
     (place / "result.json").write_text(json.dumps(loss))
     print("done", flush=True)
 

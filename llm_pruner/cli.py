@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .atomic_output import FIGURES, PAGE_FILE, PLAN_FILE, clear_checkpoints, hold_output
 from .cli_arguments import Request, check_request, parse_request
-from .distributed import group, launched, on_first, one_only, rank, told_by_first
+from .distributed import group, launched, on_first, one_only, rank, reported_by_first
 from .errors import InvalidPlanError, LLMPrunerError, UnknownNameError
 from .hub import how_to_repeat, push_to_hub
 from .pruners.registry import get_strategy, option_names
@@ -99,7 +99,7 @@ def _print_error(message: str) -> None:
     """Print an error; of several processes that have the same one the first alone does."""
     if launched() > 1:  # the launcher would end this process before it has said why
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if not told_by_first(message):
+    if not reported_by_first(message):
         process = f"rank {rank()}: " if rank() > 0 else ""
         print(f"error: {process}{message}", file=sys.stderr, flush=True)
 
@@ -253,7 +253,7 @@ def _run_in_memory(request: Request) -> None:
         print(plan.to_json() if request.json else plan_text(plan), end="")
     elif pruner.layers.offloaded:
         _export_yaml(request, pruner, plan)
-        held_out = plan.held_out or pruner.measure_choice(plan.remove, data.judging)
+        held_out = plan.held_out or pruner.measure_choice(plan.remove, data.held_out)
         _copy_on_disk(request, replace(plan, held_out=held_out))
     else:
         _carry_out(request, pruner, plan, data, lora)
@@ -296,7 +296,7 @@ def _carry_out(
         pruner,
         plan,
         request.output,
-        data.judging,
+        data.held_out,
         heal=request.heal,
         heal_data=data.healing,
         lora=replace(lora, checkpoints=checkpoints),
@@ -329,7 +329,7 @@ def _clear(request: Request) -> None:
 
 
 def _sweep(request: Request, n_layers: int, pruner: BasePruner, data: DataSplit) -> None:
-    curve = pruner.sweep(data.scoring, n_layers, model_id=request.model, held_out=data.judging)
+    curve = pruner.sweep(data.scoring, n_layers, model_id=request.model, held_out=data.held_out)
     written = []
     if not request.dry_run:
         written.append(request.beside("curve.json"))
@@ -356,7 +356,7 @@ def _make_plan(
     logger.info("Scoring %d layers: %s", pruner.num_layers, pruner.description())
     try:
         plan = pruner.plan(
-            data.scoring, model_id=request.model, budget=request.budget, held_out=data.judging
+            data.scoring, model_id=request.model, budget=request.budget, held_out=data.held_out
         )
         source = request.eval_dataset or "default"
         return replace(plan, data={**plan.data, "source": source, "seed": request.seed})

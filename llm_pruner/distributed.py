@@ -1,8 +1,8 @@
-"""Several processes on one job: each takes its portion of the work, and all know every result.
+"""Several processes on one job: each does its portion of the work, and all get every result.
 
-``torchrun`` (or ``accelerate launch`` on GPUs) starts them; they find each other inside `group`.
-Outside of it everything here is what one process needs, and torch.distributed is not imported.
-Every process has to come to the same calls in the same order.
+``torchrun`` (or ``accelerate launch`` on GPUs) starts them; they connect inside `group`. Outside
+it, everything here works as for one process, and torch.distributed is not imported. Every process
+must make the same calls in the same order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .errors import InvalidPlanError, LLMPrunerError, ProcessGroupError
 
 T = TypeVar("T")
 TIMEOUT = 1800.0  # seconds that one process waits for another
-PATIENCE = 5.0  # seconds that an error waits for the first process to tell the same
+REPORT_WAIT = 5.0  # seconds that an error waits for the first process to report the same
 
 
 @dataclass
@@ -31,62 +31,62 @@ class _Group:
     """The processes of this job.
 
     Attributes:
-        members: their process group, over which objects go (gloo).
+        members: their process group for exchanging objects (gloo).
         timeout: seconds that one waits for another.
-        apart: this process works for itself, inside `on_first`.
+        alone: whether this process works by itself, inside `on_first`.
     """
 
     members: Any
     timeout: float
-    apart: bool = False
+    alone: bool = False
 
 
 _group: _Group | None = None
-# Where all read and write while the launcher lives, also after the group: a store, and a key.
-_board: tuple[Any, str] | None = None
-_numbers = count()  # of the groups
+# A store and a key in it, shared by all processes while the launcher lives, even after the group.
+_error_board: tuple[Any, str] | None = None
+_groups = count()
 
 
 def launched() -> int:
-    """How many processes a launcher has started for this job; 1 without one."""
+    """Number of processes that a launcher started for this job; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def rank() -> int:
-    """The number of this process, from 0; it is the first that writes and prints."""
+    """The index of this process, from 0; the first one writes and prints."""
     return int(os.environ.get("RANK", "0")) if launched() > 1 else 0
 
 
 def local_rank() -> int:
-    """The number of this process among those of its machine, which is that of its GPU."""
+    """The index of this process on its machine, which is also the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if launched() > 1 else 0
 
 
 def launched_here() -> int:
-    """How many of the processes are on this machine."""
+    """Number of the processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() > 1 else 1
 
 
 def one_only() -> bool:
-    """Whether ``accelerate launch`` has started a single process on the CPU.
+    """Whether ``accelerate launch`` started a single process on the CPU.
 
-    It does so whatever ``--num_processes`` says, unless MPI is set up.
+    Without MPI it does so whatever ``--num_processes`` says.
     """
     return "WORLD_SIZE" not in os.environ and os.environ.get("ACCELERATE_USE_CPU") == "True"
 
 
 @contextmanager
 def group(timeout: float = TIMEOUT) -> Iterator[None]:
-    """Inside the block the launched processes work on one job; nothing happens if there is one.
+    """Inside the block the launched processes work on one job; a single process is left as is.
 
     Args:
         timeout: seconds that one process waits for another.
 
     Raises:
-        InvalidPlanError: `timeout` is no number of seconds.
-        ProcessGroupError: the processes do not find each other.
+        InvalidPlanError: `timeout` is not a positive, finite number of seconds.
+        ProcessGroupError: the processes cannot connect.
     """
-    global _group, _board
+    global _group, _error_board
     if not 0 < timeout < math.inf:
         raise InvalidPlanError(f"timeout={timeout} must be a number of seconds above 0.")
     if launched() == 1:
@@ -99,13 +99,13 @@ def group(timeout: float = TIMEOUT) -> Iterator[None]:
         if not dist.is_initialized():
             dist.init_process_group(_backend(), timeout=limit)
         members = dist.new_group(backend="gloo", timeout=limit)
-    except (RuntimeError, ValueError) as error:  # ValueError: the environment lacks something
+    except (RuntimeError, ValueError) as error:  # ValueError: an environment variable is missing
         raise ProcessGroupError(
-            f"The {launched()} processes did not find each other within {timeout:g} seconds "
+            f"The {launched()} processes could not connect within {timeout:g} seconds "
             f"({_first_line(error)}). Start them with torchrun --standalone, or on several "
             "machines with one --rdzv-endpoint."
         ) from error
-    _board = dist.distributed_c10d._get_default_store(), f"llm_pruner/error/{next(_numbers)}"
+    _error_board = dist.distributed_c10d._get_default_store(), f"llm_pruner/error/{next(_groups)}"
     _group = _Group(members, timeout)
     try:
         yield
@@ -118,7 +118,7 @@ def group(timeout: float = TIMEOUT) -> Iterator[None]:
 
 
 def _backend() -> str:
-    """What tensors go over: NCCL between GPUs, each process on its own."""
+    """What carries tensors: NCCL between GPUs, where each process has its own; else gloo."""
     import torch
 
     if not torch.cuda.is_available():
@@ -129,17 +129,17 @@ def _backend() -> str:
 
 
 def working_together() -> int:
-    """How many processes share the work here: all of the group, or 1."""
-    return 1 if _group is None or _group.apart else launched()
+    """Number of processes that divide the work here: the whole group, or 1."""
+    return 1 if _group is None or _group.alone else launched()
 
 
 def portion(costs: Sequence[float]) -> range:
-    """Places of the units that fall to this process: neighbours, about its share of the cost.
+    """Indices of the units that this process works on: neighbours of about equal total cost.
 
-    The portions of all processes, in their order, are all places; some may be empty.
+    The portions of all processes, in order, cover every unit once; some may be empty.
 
     Args:
-        costs: what each unit costs, in any measure.
+        costs: the cost of each unit, in any measure.
     """
     processes = working_together()
     if processes == 1:
@@ -152,7 +152,7 @@ def portion(costs: Sequence[float]) -> range:
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes in their order, in every process.
+    """The values of all processes, in order; the same list in every process.
 
     Args:
         value: anything that can be pickled.
@@ -160,52 +160,52 @@ def gather(value: T) -> list[T]:
     Raises:
         ProcessGroupError: another process has ended, or does not answer in time.
     """
-    if _group is None or _group.apart:
+    if _group is None or _group.alone:
         return [value]
     import torch.distributed as dist
 
-    found: list[Any] = [None] * launched()
+    values: list[Any] = [None] * launched()
     try:
-        dist.all_gather_object(found, value, group=_group.members)
+        dist.all_gather_object(values, value, group=_group.members)
     except RuntimeError as error:
         raise _lost(error) from error
-    return found
+    return values
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """What `work` returns in the first process; the others wait for it, or raise its error.
+    """Run `work` in the first process; every process returns its result, or raises its error.
 
-    The first process is by itself meanwhile: what is called in `work` does not reach the others.
+    Meanwhile the first process is on its own: calls within `work` do not involve the others.
 
     Raises:
         LLMPrunerError: what `work` raised, in every process.
         ProcessGroupError: the first process has ended, or does not answer in time.
     """
-    if _group is None or _group.apart:
+    if _group is None or _group.alone:
         return work()
-    told: tuple[Any, LLMPrunerError | None] = (None, None)
+    outcome: tuple[Any, LLMPrunerError | None] = (None, None)
+    fault: Exception | None = None
     if rank() == 0:
-        _group.apart = True
+        _group.alone = True
         try:
-            told = work(), None
+            outcome = work(), None
         except LLMPrunerError as error:
-            told = None, error
+            outcome = None, error
         except Exception as error:
-            _group.apart = False
-            gather((None, ProcessGroupError(f"Rank 0: {type(error).__name__}: {error}")))
-            raise
+            fault = error
+            outcome = None, ProcessGroupError(f"Rank 0: {type(error).__name__}: {error}")
         finally:
-            _group.apart = False
-    result, failure = gather(told)[0]
+            _group.alone = False
+    result, failure = gather(outcome)[0]
     if failure is not None:
-        raise failure
+        raise fault or failure
     done: T = result
     return done
 
 
 @contextmanager
-def told_plainly() -> Iterator[None]:
-    """Inside the block, which exchanges tensors by itself, losing a process is our own error.
+def lost_process_errors() -> Iterator[None]:
+    """Raise `ProcessGroupError` if a library that exchanges tensors in the block loses a process.
 
     Raises:
         ProcessGroupError: another process has ended, or does not answer in time.
@@ -215,31 +215,31 @@ def told_plainly() -> Iterator[None]:
     except RuntimeError as error:
         import torch.distributed as dist
 
-        alone = _group is None or isinstance(error, LLMPrunerError)
-        if alone or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if _group is None or isinstance(error, LLMPrunerError) or not lost:
             raise
         raise _lost(error) from error
 
 
-def told_by_first(message: str) -> bool:
-    """Whether the first process tells this error too, so that the others need not.
+def reported_by_first(message: str) -> bool:
+    """Whether the first process reports this same error, so that this one need not.
 
-    The first process leaves its message where the others look for it, for a few seconds.
+    The first process posts its message; the others wait for it for a few seconds.
     """
-    if _board is None:
+    if _error_board is None:
         return False
-    store, key = _board
+    store, key = _error_board
     try:
         if rank() == 0:
             store.set(key, message)
             return False
-        end = time.monotonic() + PATIENCE
-        while not store.check([key]):  # wait() would complain on stderr
+        end = time.monotonic() + REPORT_WAIT
+        while not store.check([key]):  # wait() would print to stderr
             if time.monotonic() > end:
                 return False
             time.sleep(0.05)
         return bool(store.get(key).decode() == message)
-    except RuntimeError:  # the launcher has gone
+    except RuntimeError:  # the launcher has ended
         return False
 
 
@@ -247,11 +247,11 @@ def _lost(error: BaseException) -> ProcessGroupError:
     assert _group is not None
     return ProcessGroupError(
         f"Another process has ended, or does not answer within {_group.timeout:g} seconds "
-        f"({_first_line(error)}). Its own message says why. Nothing half-written was left; go on "
+        f"({_first_line(error)}). Its own message says why. No partial output was left; continue "
         "with --resume, or give slow processes more time with --timeout."
     )
 
 
 def _first_line(error: BaseException) -> str:
-    """What a library says first, without the place in its source."""
+    """The first sentence of a library's message, without the source location."""
     return re.sub(r"^\[\S+\] ", "", str(error)).split("\n")[0].split(". ")[0][:200]

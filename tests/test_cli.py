@@ -250,7 +250,7 @@ def test_healing_on_the_way(run, saved):
 
 def test_an_interrupted_training_is_taken_up_again(run, saved, tmp_path, monkeypatch):
 
-    compute, calls = lora._Recovery.compute_loss, []
+    compute, calls = lora.DistillationTrainer.compute_loss, []
 
     def interrupted(self, *args, **kwargs):
         calls.append(self.state.global_step)
@@ -258,7 +258,7 @@ def test_an_interrupted_training_is_taken_up_again(run, saved, tmp_path, monkeyp
             raise KeyboardInterrupt
         return compute(self, *args, **kwargs)
 
-    monkeypatch.setattr(lora._Recovery, "compute_loss", interrupted)
+    monkeypatch.setattr(lora.DistillationTrainer, "compute_loss", interrupted)
     words = ("--layers", "3,4", "--heal-data", saved / "more.jsonl", "--output", "out")
     words = (*words, "--heal", "lora", "--heal-steps", "8")
     code, _, err = run(*words)

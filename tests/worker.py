@@ -1,4 +1,4 @@
-"""What each process of tests/test_processes.py runs; it writes what it finds to a file of its own.
+"""What each process of tests/test_distributed.py runs; each writes its results to its own file.
 
 torchrun ... tests/worker.py TASK FOLDER [arguments of the command]
 """
@@ -38,7 +38,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 class SmallestUpdate(BasePruner):
-    """Knows nothing of processes."""
+    """A strategy that is not aware of several processes."""
 
     def description(self) -> str:
         return "The strategy of CONTRIBUTING.md."
@@ -52,7 +52,7 @@ class SmallestUpdate(BasePruner):
 
 
 def found(journal: Path | None = None) -> dict[str, Any]:
-    """The scores of every strategy and the plan of `smart`, to the last bit; and who did what."""
+    """The exact scores of every strategy, the plan of `smart`, and the measurements made here."""
     model, tokenizer = tiny_llama(), word_tokenizer()
     results: dict[str, Any] = {"scores": {}, "measured": {}}
     for n_items in (ODD, 1):
@@ -73,7 +73,7 @@ def found(journal: Path | None = None) -> dict[str, Any]:
 
 
 def library(folder: Path) -> None:
-    """What the library finds, and what `on_first` does, in this process of several."""
+    """What the library finds and what `on_first` does, in one of several processes."""
     with distributed.group(60):
         results = found(folder / "journal.jsonl")
         results["alone"] = distributed.on_first(
@@ -99,7 +99,7 @@ def library(folder: Path) -> None:
         results["portion"] = list(distributed.portion([5, 1, 1, 1, 1, 1]))
         measure = get_strategy("ablation")(tiny_llama(), word_tokenizer()).quality(items()).measure
         try:
-            measure([(distributed.rank(),)])  # each another set
+            measure([(distributed.rank(),)])  # a different set in each
         except ProcessGroupError as error:
             results["errors"].append(str(error))
         results["after"] = distributed.gather(distributed.rank())
@@ -123,7 +123,7 @@ def command(folder: Path) -> None:
 
 
 def second_stops(folder: Path, how: Callable[[], None], after: int) -> None:
-    """The command, whose second process stops in the middle of its measurements."""
+    """The command; its second process stops in the middle of its measurements."""
     append = journal.Journal.append
     measured = 0
 
@@ -144,7 +144,7 @@ def disk_is_full(*args: Any) -> None:
 
 
 def write(folder: Path, results: dict[str, Any]) -> None:
-    """Leave what this process has found."""
+    """Save the results of this process."""
     (folder / f"{distributed.rank()}.json").write_text(json.dumps(results))
 
 

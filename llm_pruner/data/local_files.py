@@ -1,4 +1,4 @@
-"""Items from local .jsonl, .json, .csv and .txt files; what is wrong is told by file and line."""
+"""Items from local .jsonl, .json, .csv and .txt files; errors name the file and line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _broken(path: Path, line: int, reason: object) -> InvalidDataError:
 
 
 def _read_jsonl(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    for line, row in enumerate(text.split("\n"), start=1):  # splitlines() also cuts inside texts
+    for line, row in enumerate(text.split("\n"), start=1):  # splitlines() splits inside texts
         if row.strip():
             try:
                 yield f":{line}", json.loads(row)
@@ -60,13 +60,11 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[str, object]]:
 
 
 def _cell(value: str) -> object:
-    """A cell of a CSV file; lists and objects are written there as JSON."""
-    if value[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value  # a text that begins with a bracket
-    return value
+    """A CSV cell; lists and objects are in it as JSON."""
+    try:
+        return json.loads(value) if value[:1] in ("[", "{") else value
+    except (ValueError, RecursionError):
+        return value  # text that starts with a bracket
 
 
 def _read_txt(path: Path, text: str) -> Iterator[tuple[str, object]]:
@@ -78,7 +76,7 @@ READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".txt"
 
 
 def read_local(path: Path) -> list[EvalItem]:
-    """All items of a file, or of the files of a folder in the order of their names."""
+    """All items of a file, or of all files of a folder, by name."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS)
         if not files:

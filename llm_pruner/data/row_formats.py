@@ -1,12 +1,12 @@
-"""Rows of benchmarks as evaluation items: one format, whatever the fields were called.
+"""Rows of benchmarks as evaluation items: one format, whatever their fields are called.
 
 An item is ``{"task", "prompt", "reference"}``, with ``"choices"`` for multiple choice (the
 reference is one of them) and ``"aliases"`` for open questions with several accepted answers
 (the reference is the first of them), or a plain string for running text. The prompt is the bare
-question: chat templates and ``Question: ... Answer:`` belong to whoever gives it to a model.
-HellaSwag is an item like the others: its prompt is the context, its choices are the endings.
+question; chat templates and ``Question: ... Answer:`` are added when it is given to a model.
+HellaSwag is no exception: its prompt is the context, its choices are the endings.
 
-A new benchmark is one row of `DATASETS`, and one small function if its rows look like no other's.
+A new benchmark is one row of `DATASETS`, plus one small function if its layout is new.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Item = dict[str, Any]
 
 
 def digest(*parts: object) -> bytes:
-    """A hash that does not change between runs, to shuffle and split by."""
+    """A hash that is the same in every run, to shuffle and split by."""
     return hashlib.sha256(repr(parts).encode()).digest()
 
 
 def _text(value: object, field: str) -> str:
-    """`value` as stripped text; numbers are written out."""
+    """`value` as stripped text; numbers become text."""
     if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
         value = str(value)
     if not isinstance(value, str):
@@ -50,19 +50,19 @@ def _text(value: object, field: str) -> str:
 def _bare_question(value: object, context: object = "") -> str:
     """The question without its ``Question:`` and ``Answer:`` labels, after its passage if any."""
     text = _text(value, "the question")
-    if text.count("Question:") <= 1:  # more than one: a few-shot prompt, which is left alone
+    if text.count("Question:") <= 1:  # more than one: a few-shot prompt, left as it is
         text = text.removeprefix("Question:").removesuffix("\nAnswer:").strip()
     passage = _text(context, "the context") if context and context != value else ""
     return f"{passage}\n{text}" if passage else _text(text, "the question")
 
 
 def _accepted(answers: Iterable[object]) -> list[str]:
-    """The different answers in their order, blank ones left out."""
+    """The distinct answers, in order, without blank ones."""
     texts = [_text(answer, "an answer") for answer in answers if str(answer).strip()]
     return list(dict.fromkeys(texts))
 
 
-def _own(prompt: object, reference: object, choices: object = None, aliases: object = None) -> Item:
+def _qa(prompt: object, reference: object, choices: object = None, aliases: object = None) -> Item:
     item: Item = {"prompt": _bare_question(prompt), "reference": _text(reference, "the reference")}
     if choices:
         item["choices"] = _choice_texts(choices)[0]
@@ -94,38 +94,31 @@ def _choice(question: object, choices: object, gold: object, context: object = "
     key = str(gold).strip()
     found = {text for text, label in zip(texts, labels, strict=False) if label == key}
     if not found:
-        found = {texts[i] for i in _positions(gold) if i < len(texts)}
+        found = {texts[i] for i in _indices(gold) if i < len(texts)}
         found |= {text for text in texts if text == gold}
     if len(found) != 1:
         raise InvalidDataError(
             f"answer {gold!r:.80} names {len(found)} of the choices {texts!r:.200}: it must be one "
             "label, one position counted from 0, one letter or the text of one choice."
         )
-    return {
-        "prompt": _bare_question(question, context),
-        "reference": found.pop(),
-        "choices": texts,
-    }
+    prompt = _bare_question(question, context)
+    return {"prompt": prompt, "reference": found.pop(), "choices": texts}
 
 
-def _positions(gold: object) -> set[int]:
-    """Where an answer given as a number (from 0) or a letter points."""
+def _indices(gold: object) -> set[int]:
+    """The indices that an answer given as a number (from 0) or a letter can mean."""
     key = str(gold).strip()
     if re.fullmatch(r"[0-9]{1,3}", key):
         return {int(key)}
     return {ord(key) - ord("A")} if re.fullmatch(r"[A-Z]", key) else set()
 
 
-def _shuffled(question: object, answer: object, others: Iterable[object]) -> Item:
-    """An item whose choices stand in an order that only their texts decide."""
+def _shuffle(question: object, answer: object, *others: object) -> Item:
+    """An item whose choices are in an order that depends on the texts alone."""
     prompt, reference = _bare_question(question), _text(answer, "the answer")
     texts = _accepted([answer, *others])
     choices = sorted(texts, key=lambda text: digest(prompt, text))
     return {"prompt": prompt, "reference": reference, "choices": _choice_texts(choices)[0]}
-
-
-def _sciq(question: object, answer: object, *distractors: object) -> Item:
-    return _shuffled(question, answer, distractors)
 
 
 def _truthfulqa(question: object, targets: object) -> Item:
@@ -136,15 +129,15 @@ def _truthfulqa(question: object, targets: object) -> Item:
         pairs = list(zip(targets["choices"], targets["labels"], strict=False))
     else:
         pairs = list(targets.items())
-    right = [answer for answer, label in pairs if label == 1]
-    if len(right) != 1:
-        raise InvalidDataError(f"mc1_targets marks {len(right)} answers as true, not one.")
-    return _shuffled(question, right[0], [answer for answer, label in pairs if label != 1])
+    true = [answer for answer, label in pairs if label == 1]
+    if len(true) != 1:
+        raise InvalidDataError(f"mc1_targets marks {len(true)} answers as true, not one.")
+    return _shuffle(question, true[0], *(answer for answer, label in pairs if label != 1))
 
 
 def _truthfulqa_gen(question: object, best: object, correct: object) -> Item:
     answers = correct.split(";") if isinstance(correct, str) else correct
-    return _own(question, best, aliases=answers)
+    return _qa(question, best, aliases=answers)
 
 
 def _hellaswag(context: object, endings: object, label: object, **parts: object) -> Item:
@@ -183,15 +176,15 @@ def _open(question: object, answer: object, aliases: object = None, context: obj
         answer, aliases = answers[0], answers[1:]
     if answer == "<unk>":
         raise InvalidDataError("the row has no answer (value '<unk>'): use a split with labels.")
-    return _own(_bare_question(question, context), answer, aliases=aliases)
+    return _qa(_bare_question(question, context), answer, aliases=aliases)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Fields a row must have (``a|b``: one of them), and what makes an item of their values.
+    """Fields a row must have (``a|b``: one of them), and the function that makes an item of them.
 
-    Field names are compared in lower case, with ``_`` for spaces. The values are passed to
-    `convert` in the order of `fields`, those of `optional` that are there by name.
+    Field names are compared in lower case, with ``_`` for spaces. `convert` takes the values in
+    the order of `fields`, and those of `optional` that are present by name.
     """
 
     convert: Callable[..., Item]
@@ -204,8 +197,8 @@ class Layout:
         return None if None in names else [row[name] for name in names if name]
 
 
-OWN = Layout(_own, ("prompt", "reference"), ("choices", "aliases"))
-SCIQ = Layout(_sciq, ("question", "correct_answer", "distractor1", "distractor2", "distractor3"))
+ITEM = Layout(_qa, ("prompt", "reference"), ("choices", "aliases"))
+SCIQ = Layout(_shuffle, ("question", "correct_answer", "distractor1", "distractor2", "distractor3"))
 TRUTHFULQA = Layout(_truthfulqa, ("question", "mc1_targets"))
 TRUTHFULQA_GEN = Layout(_truthfulqa_gen, ("question", "best_answer", "correct_answers"))
 HELLASWAG = Layout(_hellaswag, ("ctx", "endings", "label"), ("activity_label", "ctx_a", "ctx_b"))
@@ -216,15 +209,13 @@ CHOICE = Layout(
 )
 GSM8K = Layout(_gsm8k, ("question", "answer"))
 OPEN = Layout(_open, ("question|context", "answer"), ("aliases", "context"))
-CONTINUATION = Layout(_own, ("context", "continuation"))
-LAYOUTS = (
-    OWN, SCIQ, TRUTHFULQA, TRUTHFULQA_GEN, HELLASWAG, CHOICE, OPEN, CONTINUATION,
-)  # fmt: skip
+CONTINUATION = Layout(_qa, ("context", "continuation"))
+LAYOUTS = (ITEM, SCIQ, TRUTHFULQA, TRUTHFULQA_GEN, HELLASWAG, CHOICE, OPEN, CONTINUATION)
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark lives on the hub, a split of it that has labels, and its layout."""
+    """Where a benchmark is on the hub, a split of it that has labels, and its layout."""
 
     repo_id: str
     subset: str | None
@@ -249,7 +240,7 @@ DEFAULT_SOURCES = ("gsm8k", "arc_easy", "sciq", "truthfulqa", "openbookqa", "tri
 
 
 def find_benchmarks(dataset_name: str, subset: str | None = None) -> list[str]:
-    """Short names of the benchmarks that a short name, a hub id or an old bare id stands for."""
+    """Short names of the benchmarks that a short name, a hub id or an old bare id refers to."""
     key = dataset_name.lower()
     names = []
     for name, row in DATASETS.items():
@@ -263,10 +254,10 @@ def normalize_item(item: Mapping[str, Any] | str, dataset_name: str) -> EvalItem
     """One row of any known layout as an item.
 
     Args:
-        item: the row, as a file or the hub gives it. Text, or a row that has nothing but a
-            `text` to offer, is running text and becomes a string.
-        dataset_name: a short name of `DATASETS`, a hub id, or anything else: then the fields
-            alone decide. It becomes the item's task unless the row names one.
+        item: the row, as a file or the hub gives it. Text, or a row whose only usable field is
+            `text`, is running text and becomes a string.
+        dataset_name: a short name of `DATASETS`, a hub id, or any other name, for which the
+            fields alone decide. It becomes the item's task unless the row names one.
 
     Raises:
         InvalidDataError: no known layout has these fields, or a value cannot be used.

@@ -30,23 +30,23 @@ def _check_count(name: str, n: object) -> None:
 def _sample(
     source: str, subset: str | None, split: str | None, k: int, seed: int
 ) -> list[EvalItem]:
-    """At most `k` items of a benchmark, a local path or a hub id, looked for in this order."""
-    known = find_benchmarks(source)
-    path = DEMO_DIR / DEMO_FILES[source] if source in DEMO_FILES else Path(source).expanduser()
-    local = source in DEMO_FILES or path.exists() or path.suffix.lower() in READERS
-    if local and not known:
-        items = read_local(path)
-        chosen = random.Random(seed).sample(range(len(items)), min(k, len(items)))
-        return [items[index] for index in sorted(chosen)]
-    if not known and "/" not in source:
-        raise UnknownNameError.of("dataset", source, [*DATASETS, *DEMO_FILES])
+    """At most `k` items of a benchmark, a local path or a hub id, tried in this order."""
+    if not find_benchmarks(source):
+        demo = source in DEMO_FILES
+        path = DEMO_DIR / DEMO_FILES[source] if demo else Path(source).expanduser()
+        if demo or path.exists() or path.suffix.lower() in READERS:
+            items = read_local(path)
+            chosen = random.Random(seed).sample(range(len(items)), min(k, len(items)))
+            return [items[index] for index in sorted(chosen)]
+        if "/" not in source:
+            raise UnknownNameError.of("dataset", source, [*DATASETS, *DEMO_FILES])
     return read_hub_dataset(source, subset, split, k, seed)
 
 
 def safe_sample(
     dataset_name: str, subset: str | None, split: str | None, k: int, *, seed: int = 0
 ) -> list[EvalItem]:
-    """At most `k` items of one source, drawn by `seed`; none, and a warning, if it fails.
+    """At most `k` items of one source, drawn by `seed`; none and a warning if it fails.
 
     Args:
         dataset_name: a short name of `DATASETS`, a hub id, or a local file or folder.
@@ -64,24 +64,24 @@ def safe_sample(
 def load_eval_dataset(
     n: int, source: str | None = None, *, seed: int = 0, up_to: bool = False
 ) -> list[EvalItem]:
-    """`n` evaluation items, drawn by `seed`; fewer, with a warning, if there are not so many.
+    """`n` evaluation items, drawn by `seed`; fewer, with a warning, if the source has fewer.
 
     Args:
-        source: None for a mixture of `DEFAULT_SOURCES` in equal shares, where the others fill
-            the share of one that fails; or ``demo``, ``demo-eval`` or ``demo-heal`` (own items),
-            a short name of `DATASETS`, a file (.jsonl, .json, .csv, .txt), a folder of such
-            files, or a hub id. Write ``./sciq`` for a folder with the name of a benchmark.
-        up_to: `n` is the most that is wanted: no warning if there are fewer.
+        source: None for an even mixture of `DEFAULT_SOURCES`, in which the others make up for one
+            that fails; or ``demo``, ``demo-eval`` or ``demo-heal`` (items of this package), a
+            short name of `DATASETS`, a file (.jsonl, .json, .csv, .txt), a folder of such files,
+            or a hub id. Write ``./sciq`` for a folder with the name of a benchmark.
+        up_to: `n` is an upper limit: no warning if there are fewer.
 
     Raises:
-        InvalidDataError: `n` below 1, or a file with something that cannot be used.
-        LoadError: the source, or every source of the mixture, cannot be had.
+        InvalidDataError: `n` below 1, or a file with unusable content.
+        LoadError: the source, or every source of the mixture, cannot be loaded.
         UnknownNameError: no such source.
     """
     _check_count("n", n)
     items = _mixture(n, seed) if source is None else _sample(str(source), None, None, n, seed)
     if len(items) < n and not up_to:
-        logger.warning("%d items asked for, only %d available: using these.", n, len(items))
+        logger.warning("%d items requested, only %d available: using these.", n, len(items))
     return items
 
 
@@ -106,26 +106,25 @@ def _mixture(n: int, seed: int) -> list[EvalItem]:
 def split_items(
     items: Sequence[EvalItem], first: float = 0.5, *, seed: int = 0
 ) -> tuple[list[EvalItem], list[EvalItem]]:
-    """Split into two lists, scoring and held-out, that have no prompt in common.
+    """Split into two lists that have no prompt in common.
 
-    Which side a prompt goes to depends on `seed` and the prompts, not on their order.
+    Which list a prompt goes to depends on `seed` and the prompts, not on their order.
 
     Args:
-        first: size of the first list: a share between 0 and 1, or a number of items. Repeated
-            prompts stay together and may make it fewer, never more.
+        first: size of the first list: a fraction between 0 and 1, or a number of items. Repeated
+            prompts stay together, which can make the list shorter, never longer.
 
     Raises:
         InvalidDataError: the items cannot be used, or one list would be empty.
     """
-
     groups: dict[str, list[int]] = {}
     for index, item in enumerate(check_items(items)):
         prompt = item if isinstance(item, str) else item["prompt"]
         groups.setdefault(" ".join(prompt.split()), []).append(index)
-    share = isinstance(first, float) and 0 < first < 1
-    if not share and type(first) is not int:
-        raise InvalidDataError(f"first={first!r} must be a share between 0 and 1 or an integer.")
-    wanted = max(1, round(first * len(items))) if share else first
+    fraction = isinstance(first, float) and 0 < first < 1
+    if not fraction and type(first) is not int:
+        raise InvalidDataError(f"first={first!r} must be a fraction between 0 and 1 or an integer.")
+    wanted = max(1, round(first * len(items))) if fraction else first
     taken: set[int] = set()
     for prompt in sorted(groups, key=lambda prompt: digest(seed, prompt)):
         if len(taken) + len(groups[prompt]) <= wanted:
@@ -140,7 +139,7 @@ def split_items(
     return left, right
 
 
-HEAL_ITEMS = 12  # healing takes this many times as many items as scoring, where there are as many
+HEAL_ITEMS = 12  # healing items per scoring item, if the source has as many
 DEMO_HEALING = "demo-heal"
 
 
@@ -150,13 +149,18 @@ class DataSplit:
 
     Attributes:
         scoring: what layers are chosen on.
-        healing: what weights are repaired on; empty without healing.
-        judging: what quality before and after is reported on.
+        healing: what weights are healed on; empty without healing.
+        held_out: what quality before and after is reported on.
     """
 
     scoring: list[EvalItem]
     healing: list[EvalItem]
-    judging: list[EvalItem]
+    held_out: list[EvalItem]
+
+    @property
+    def judging(self) -> list[EvalItem]:
+        """The former name of `held_out`."""
+        return self.held_out
 
 
 def load_data(
@@ -168,46 +172,41 @@ def load_data(
     taken: Collection[str] = (),
     seed: int = 0,
 ) -> DataSplit:
-    """Load `n_samples` items to score and as many others to judge; more to heal with if asked.
+    """Load `n_samples` items to score on and as many held out; more to heal with if asked.
 
     Args:
-        source: see `load_eval_dataset`; ``demo`` takes judging and healing items from the demo's
-            own sets.
+        source: see `load_eval_dataset`; ``demo`` has its own held-out and healing items.
         n_samples: items for each purpose; healing takes up to twelve times as many.
         heal_source: another source for the healing items; the rest of `source` if None. Items
-            whose prompt or text serves another purpose already are left out.
-        healing: whether items to heal with are needed.
-        taken: `prompt_keys` of items to leave out everywhere, such as those that a plan rests on.
+            whose prompt or text already serves another purpose are left out.
+        healing: whether to load healing items.
+        taken: `prompt_keys` of items to leave out everywhere, such as those a plan is based on.
         seed: of the sampling.
 
     Raises:
         LoadError, InvalidDataError: the source cannot be read or holds too few items.
     """
-    if source == DEMO_MODEL and heal_source is None:
-        heal_source = DEMO_HEALING
     pool = load_eval_dataset(n_samples * (2 + HEAL_ITEMS), source, seed=seed, up_to=True)
     pool = _others(pool, taken)
     if source == DEMO_MODEL:
-        judging = load_eval_dataset(n_samples, "demo-eval", seed=seed)
+        heal_source = DEMO_HEALING if heal_source is None else heal_source
+        held_out = load_eval_dataset(n_samples, "demo-eval", seed=seed)
     else:
-        judging, pool = split_items(pool, min(n_samples, len(pool) // 2), seed=seed)
-    scoring = pool
-    rest: list[EvalItem] = []
-    if len(pool) > n_samples:  # the same items to score on, whether or not there is healing
+        held_out, pool = split_items(pool, min(n_samples, len(pool) // 2), seed=seed)
+    scoring, rest = pool, list[EvalItem]()
+    if len(pool) > n_samples:  # the same items to score on, with or without healing
         scoring, rest = split_items(pool, n_samples, seed=seed)
     elif healing and heal_source is None:
         scoring, rest = split_items(pool, len(pool) // 2, seed=seed)
-    heal_items: list[EvalItem] = rest if healing else []
-    if healing and heal_source is not None:
+    if not healing:
+        return DataSplit(scoring, [], held_out)
+    if heal_source is not None:
         loaded = load_eval_dataset(n_samples * HEAL_ITEMS, heal_source, seed=seed, up_to=True)
-        heal_items = _others(loaded, {*taken, *prompt_keys([*scoring, *judging])})
-        if len(heal_items) < len(loaded):
-            logger.info(
-                "%d of %d healing items serve another purpose already and are left out.",
-                len(loaded) - len(heal_items),
-                len(loaded),
-            )
-    return DataSplit(scoring, heal_items, judging)
+        rest = _others(loaded, {*taken, *prompt_keys([*scoring, *held_out])})
+        if left_out := len(loaded) - len(rest):
+            message = "%d of %d healing items serve another purpose already and are left out."
+            logger.info(message, left_out, len(loaded))
+    return DataSplit(scoring, rest, held_out)
 
 
 def _others(items: Sequence[EvalItem], taken: Collection[str]) -> list[EvalItem]:

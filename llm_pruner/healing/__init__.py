@@ -1,11 +1,14 @@
-"""Repairing the weights of a pruned model: closed form and training, each judged."""
+"""Healing a pruned model's weights, in closed form or by training; each result is judged."""
 
 from ..lazy_names import lazy_names
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "heal": "heal_model",
+        "heal": "HEALERS heal_model",
+        "job": "HealingJob",
+        "linear": "heal_linear",
+        "lora": "heal_lora",
         "lora_settings": "LoraSettings",
     },
 )

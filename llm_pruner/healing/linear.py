@@ -1,10 +1,11 @@
-"""Repair without training: least-squares updates of the weights that write to the stream."""
+"""Healing without training: least-squares updates of the weights that write to the stream."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -13,277 +14,220 @@ from torch import nn
 from ..data.tokens import Batch
 from ..errors import NonFiniteError, UnsupportedModelError
 from ..evaluation.likelihood import batch_nll
+from ..model.bypass import hidden_out
 from ..model.forward import HINT
 from ..model.layer_stack import LayerStack
 from ..model.removal import share_copy
 from ..utils import logger, progress
+from .job import HealingJob
 from .residual_writers import Writer, find_writers, gain_slope, hooked, run_layers
 
-# Strengths of the ridge that are tried, in units of the mean of the Gram matrix's diagonal.
+# Ridge strengths to choose from, in units of the mean of the Gram matrix's diagonal.
 RIDGES = (1e-9, 1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-ENOUGH = 1e-12  # share of the stream's size below which a deviation is none
-Record = dict[str, Any]
+NEGLIGIBLE = 1e-12  # deviation, relative to the residual stream's size, that needs no update
 
 
-def heal_linear(
-    stack: LayerStack,
-    removed: Sequence[int],
-    pruned: Any,
-    train: Sequence[Batch],
-    held_out: Sequence[Batch],
-) -> tuple[Any, list[Record]]:
-    """Let the layers from the first cut on bring the stream back to where the full model has it.
+def heal_linear(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
+    """Bring the residual stream back to the full model's, in every layer from the first cut on.
 
-    From the bottom up, every part w that a kept layer adds to the residual stream (`writers`) is
-    fitted anew on the stream as it is after the repairs below. With h the input of the linear map
-    that makes the part (a constant 1 appended if it has a bias), x the stream after the part, and
-    t the full model's stream at the same place, D = (H'QH + a I)^-1 H'Q(T - X) minimises
-    sum_i q_i |D'h_i - (t_i - x_i)|^2 + a |D|^2, and the map's weight becomes W + D': no parameter
-    is added. The last part of a layer before a cut gets the stream after the removed block as its
-    t, so that it stands in for the block; all others make good for what it could not do. Where a
-    norm makes the part (sandwich norms), the same is done for its gain, channel by channel.
+    From the bottom up, every part that a kept layer adds to the residual stream (see
+    `residual_writers`) is refitted on the stream as the layers healed below leave it. With h the
+    input of the linear map that makes the part (a constant 1 appended if it has a bias), x the
+    stream after the part, and t the full model's stream there, D = (H'QH + a I)^-1 H'Q(T - X)
+    minimises sum_i q_i |D'h_i - (t_i - x_i)|^2 + a |D|^2. The map's weight becomes W + D': no
+    parameter is added. The last part of a layer before a cut gets the stream after the removed
+    block as its t, so it learns to do the block's work; all others correct what is left of the
+    deviation. Where a norm makes the part (sandwich norms), its gain is refitted per channel.
 
     Sums are float64 over real tokens, one layer's at a time. A token weighs q = 1 / |t|^2, since
-    whatever reads the stream normalises it. The ridge a is the one of `RIDGES` with the least
-    error on the held-out tokens; a layer whose repair does not lower the held-out loss is left as
-    it was.
+    whatever reads the stream normalises it. The ridge a is the one of `RIDGES` with the smallest
+    error on the validation tokens; a layer that does not lower the validation loss is restored.
 
     Source: ReplaceMe (Shopkhoev et al., arXiv:2505.02819), section 3, which fits one map on the
     output of the feed-forward part before one cut. Departures: the map is fitted on the input of
-    that part's last linear map, which can do more; every layer above is fitted too; tokens are
-    weighted; the ridge pulls towards no change, and is chosen on held-out tokens.
+    that part's last linear map, which is more expressive; every layer above is fitted too; tokens
+    are weighted; the ridge pulls towards no change, and is chosen on validation tokens.
 
     Args:
-        stack: the layers of the full model.
-        removed: the 0-based layers that `pruned` lacks.
+        job: fits on ``train`` and chooses the ridge on ``validation``. Of all their tokens, the
+            states of two layers are kept at a time, one of either model, on the CPU.
         pruned: the pruned model; not changed.
-        train: tokens to fit on. Of all of them, the states of two layers are kept at a time, one
-            of either model, on the CPU.
-        held_out: tokens to choose the ridge on.
 
     Returns:
-        The repaired model, which shares all other weights with `pruned`, and a record per repaired
-        layer: ``layer`` (0-based, of the full model), ``parts`` (part -> ridge), ``error`` (what is
-        left of the squared deviation on held-out tokens), ``loss`` (held-out, nats per token),
-        ``kept``.
+        The healed model, which shares all other weights with `pruned`, and under ``layers`` a
+        record per healed layer: ``layer`` (0-based, of the full model), ``parts`` (part -> ridge),
+        ``error`` (what is left of the squared deviation on validation tokens), ``loss``
+        (validation, nats per token), ``kept``.
 
     Raises:
         UnsupportedModelError: no layer from the cut on adds anything by a linear rule.
         NonFiniteError: the states are NaN or infinite.
     """
     healed = share_copy(pruned)
-    own = LayerStack(healed, stack.paths[0])
-    kept = [index for index in range(len(stack)) if index not in set(removed)]
-    bottom = min(removed)
-    first = kept.index(bottom - 1) if bottom else 0
-    writers = {place: find_writers(own, place) for place in range(first, len(own))}
-    if not any(writer.tuned for found in writers.values() for writer in found):
+    layers, kept, cut = job.layers_of(healed), job.kept, min(job.removed)
+    first = kept.index(cut - 1) if cut else 0
+    writers = {index: find_writers(layers, index) for index in range(first, len(layers))}
+    if not any(writer.tuned for parts in writers.values() for writer in parts):
         raise UnsupportedModelError(
-            f"heal='linear' is not for {type(stack.model).__name__}: no part of its layers from "
-            f"{kept[first]} on is added to the stream by a linear map or a norm's gain (experts, "
-            "or a norm after the sum). Use heal='lora'."
+            f"heal='linear' is not for {type(job.stack.model).__name__}: none of its layers from "
+            f"{kept[first]} on adds to the residual stream by a linear map or a norm's gain "
+            "(experts, or a norm after the sum). Use heal='lora'."
         )
-    walks = [_Walk(stack, own, kept, batches) for batches in (train, held_out)]
-    loss = batch_nll(healed, held_out)
-    records: list[Record] = []
-    for place in progress(range(first, len(own)), "Healing (linear)"):
-        weights = _Weights(own[place])
+    # For each layer of the pruned model: itself, and in the full model with the block cut above it.
+    own = [(index, index) for index in range(len(layers))]
+    with_block = [(a, b - 1) for a, b in pairwise([*kept, len(job.stack)])]
+    pairs = [
+        (_Run(job.stack, with_block, batches), _Run(layers, own, batches))
+        for batches in (job.train_batches(), job.validation)
+    ]
+    loss = batch_nll(healed, job.validation)
+    records: list[dict[str, Any]] = []
+    for index in progress(range(first, len(layers)), "Healing (linear)"):
+        before = [(module, dict(module._parameters)) for module in layers[index].modules()]
         parts: dict[str, float] = {}
         error = math.nan
-        for writer in writers[place]:
-            # A part that is not the last of its layer is compared with the same part of the full
-            # model, from which it does not differ in the layer below the first cut.
-            same = kept[place] < bottom and writer.later
-            if writer.tuned and not same:
-                ridge, error = _refit(own[place], place, writer, walks)
+        for writer in writers[index]:
+            # Below the cut only the layer's last part has a deviation: the removed block's work.
+            if writer.tuned and not (writer.later and kept[index] < cut):
+                ridge, error = _refit(layers[index], index, writer, pairs)
                 if ridge is not None:
                     parts[writer.part] = ridge
         if parts:
-            after = batch_nll(healed, held_out)
+            after = batch_nll(healed, job.validation)
             better = after < loss
-            loss = after if better else loss
-            if not better:
-                weights.put_back()
-            record = {"layer": kept[place], "parts": parts, "error": error}
+            if better:
+                loss = after
+            else:
+                for module, parameters in before:
+                    module._parameters.update(parameters)
+            record = {"layer": kept[index], "parts": parts, "error": error}
             records.append({**record, "loss": after, "kept": better})
-            logger.info(
-                "Layer %d: held-out loss %.4f%s", kept[place], after, "" if better else ", undone"
-            )
-        for walk in walks:
-            walk.advance(place)
-    return healed, records
+            note = "" if better else ", undone"
+            logger.info("Layer %d: validation loss %.4f%s", kept[index], after, note)
+        for run in chain(*pairs):
+            run.advance(index)
+    return healed, {"layers": records}
 
 
-class _Weights:
-    """The parameters that a layer's modules have, to be put back."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._was = [(module, dict(module._parameters)) for module in layer.modules()]
-
-    def put_back(self) -> None:
-        for module, parameters in self._was:
-            module._parameters.update(parameters)
-
-
-class _Walk:
-    """Full and pruned model side by side on the same tokens, layer by layer.
+class _Run:
+    """A model on the same batches again and again, one layer of the pruned model after another.
 
     Args:
-        full, cut: their layers.
-        kept: for each layer of the pruned model its index in the full one.
+        stack: the model's layers.
+        spans: for each layer of the pruned model the first and last layer of `stack` that match it.
         batches: the tokens.
     """
 
     def __init__(
-        self, full: LayerStack, cut: LayerStack, kept: Sequence[int], batches: Sequence[Batch]
+        self, stack: LayerStack, spans: Sequence[tuple[int, int]], batches: Sequence[Batch]
     ) -> None:
-        _ = full.can_replay, cut.can_replay  # found out by passes that are not to be watched
-        self._full, self._cut, self._kept, self._batches = full, cut, kept, batches
-        nothing: list[torch.Tensor | None] = [None] * len(batches)
-        self._entering = {full: nothing, cut: list(nothing)}
+        _ = stack.can_replay  # tested by passes that no hook of ours may see
+        self._stack, self._spans, self.batches = stack, spans, batches
+        self._entering: list[torch.Tensor | None] = [None] * len(batches)
 
-    def advance(self, place: int) -> None:
-        """Go on to what enters the layer after `place` of the pruned model."""
-        for number, batch in enumerate(self._batches):
-            for stack in (self._full, self._cut):
-                run = self._leaving(stack, place, number, batch)
-                self._entering[stack][number] = run.cpu()
+    def advance(self, index: int) -> None:
+        """Keep what enters the layer after layer `index` of the pruned model."""
+        for number in range(len(self.batches)):
+            self._entering[number] = self._leaving(number, *self._spans[index]).cpu()
 
-    def deviations(
-        self, place: int, writer: Writer, features: Callable[[nn.Module, Any], torch.Tensor]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Of the real tokens of every batch: features, deviation from the full model, weight.
+    def stream_after(self, writer: Writer, index: int, number: int) -> torch.Tensor:
+        """The residual stream of a batch after one part of a layer, (sequences, tokens, hidden).
 
-        Shapes: (tokens, features), (tokens, hidden), (tokens, 1); float64.
+        After the layer's last part that is the stream after the whole span.
         """
-        for number, batch in enumerate(self._batches):
-            real = batch.attention_mask.bool()
-            found: dict[str, torch.Tensor] = {}
-            stream = self._after(self._cut, place, number, batch, writer, found, features)
-            target = self._after(self._full, place, number, batch, writer, {}, None)
-            found["features"] = found["features"].view(*real.shape, -1)  # some layers flatten
-            home = "cpu" if stream.device.type == "mps" else stream.device  # where float64 exists
-            wanted, is_there, seen = (
-                part[real.to(part.device)].to(home).double()
-                for part in (target, stream, found["features"])
-            )
-            deviation = wanted - is_there
-            if not deviation.isfinite().all():
-                raise NonFiniteError(f"heal='linear': {HINT}")
-            size = wanted.square().mean(-1, keepdim=True)
-            yield seen, deviation, 1 / size.clamp(min=torch.finfo(torch.float32).tiny)
+        first, last = self._spans[index]
+        later: list[torch.Tensor] = []
 
-    def _after(
-        self,
-        stack: LayerStack,
-        place: int,
-        number: int,
-        batch: Batch,
-        writer: Writer,
-        found: dict[str, torch.Tensor],
-        features: Callable[[nn.Module, Any], torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """The stream after a part of a layer; of the full model, after the block that follows."""
-        layer = stack[self._range(stack, place)[0]]
-        sums: list[torch.Tensor] = []
-
-        def add(scale: float) -> Callable[..., None]:
-            def call(module: nn.Module, args: Any, output: Any) -> None:
-                part = output if isinstance(output, torch.Tensor) else output[0]
-                sums.append(scale * part)
-
-            return call
-
-        def enter(module: nn.Module, args: Any, output: Any) -> None:
-            if features:
-                found["features"] = features(module, args[0])
+        def collect(scale: float) -> Callable[..., None]:
+            return lambda module, args, output: later.append(scale * hidden_out(output))
 
         with ExitStack() as hooks:
             for other in writer.later:
-                hooks.enter_context(hooked(layer.get_submodule(other.part), add(other.scale)))
-            if features:
-                hooks.enter_context(hooked(layer.get_submodule(writer.tuned or ""), enter))
-            alone = bool(writer.later)  # a cut is bridged by the last part alone
-            leaving = self._leaving(stack, place, number, batch, alone=alone)
-        for part in sums:
-            leaving = leaving - part.view_as(leaving)
-        return leaving
+                part = self._stack[first].get_submodule(other.part)
+                hooks.enter_context(hooked(part, collect(other.scale)))
+            stream = self._leaving(number, first, first if writer.later else last)
+        for added in later:
+            stream = stream - added.view_as(stream)
+        return stream
 
-    def _range(self, stack: LayerStack, place: int) -> tuple[int, int]:
-        """The first and last layer of a stack that belong to layer `place` of the pruned model."""
-        if stack is self._cut:
-            return place, place
-        following = self._kept[place + 1] if place + 1 < len(self._kept) else len(self._full)
-        return self._kept[place], following - 1
-
-    def _leaving(
-        self, stack: LayerStack, place: int, number: int, batch: Batch, *, alone: bool = False
-    ) -> torch.Tensor:
-        start, end = self._range(stack, place)
-        state = self._entering[stack][number]
-        if state is not None:
-            state = state.to(stack.device)
-        return run_layers(stack, batch, start, start if alone else end, state)[1]
+    def _leaving(self, number: int, first: int, last: int) -> torch.Tensor:
+        state = self._entering[number]
+        state = state if state is None else state.to(self._stack.device)
+        return run_layers(self._stack, self.batches[number], first, last, state)[1]
 
 
 def _refit(
-    layer: nn.Module, place: int, writer: Writer, walks: Sequence[_Walk]
+    layer: nn.Module, index: int, writer: Writer, pairs: Sequence[tuple[_Run, _Run]]
 ) -> tuple[float | None, float]:
-    """Fit one part anew; the ridge and what is left of the deviation, or None and 1."""
+    """Refit one part; the ridge and the fraction of the deviation left, or None and 1."""
     module: Any = layer.get_submodule(writer.tuned or "")
     is_map = module.weight.dim() == 2
 
-    def features(module: Any, entering: torch.Tensor) -> torch.Tensor:
+    def features(entering: torch.Tensor) -> torch.Tensor:
         if not is_map:
             return writer.scale * gain_slope(module, entering)
         if module.bias is not None:
             entering = torch.cat([entering, torch.ones_like(entering[..., :1])], dim=-1)
         return writer.scale * entering
 
-    sums = [_Sums(walk.deviations(place, writer, features), is_map) for walk in walks]
-    fit, test = sums
-    if min(fit.size, test.size) < ENOUGH:
-        return None, 1.0
-    best: tuple[float, float, torch.Tensor] | None = None
+    def tokens(full: _Run, cut: _Run) -> Iterator[tuple[torch.Tensor, ...]]:
+        for number, batch in enumerate(full.batches):
+            seen: list[torch.Tensor] = []
+            with hooked(module, lambda _, args, output, seen=seen: seen.append(features(args[0]))):
+                stream = cut.stream_after(writer, index, number)
+            target = full.stream_after(writer, index, number)
+            real = batch.attention_mask.bool()
+            home = "cpu" if stream.device.type == "mps" else stream.device  # where float64 exists
+            entering, actual, wanted = (
+                part[real.to(part.device)].to(home).double()
+                for part in (seen[0].view(*real.shape, -1), stream, target)  # some layers flatten
+            )
+            deviation = wanted - actual
+            if not deviation.isfinite().all():
+                raise NonFiniteError(f"heal='linear': {HINT}")
+            size = wanted.square().mean(-1, keepdim=True)
+            yield entering, deviation, 1 / size.clamp(min=torch.finfo(torch.float32).tiny)
+
+    train, validation = (_Sums(tokens(*pair), is_map) for pair in pairs)
+    best: tuple[float | None, float] = None, 1.0
+    if min(train.size, validation.size) < NEGLIGIBLE:
+        return best
     for ridge in RIDGES:
-        update = fit.solve(ridge)
-        if update is not None and (left := test.error(update)) < (best[1] if best else 1.0):
-            best = ridge, left, update
-    if best is None:
-        return None, 1.0
-    _apply(module, best[2])
-    return best[0], best[1]
+        update = train.solve(ridge)
+        if update is not None and (left := validation.error(update)) < best[1]:
+            best, chosen = (ridge, left), update
+    if best[0] is not None:
+        _apply(module, chosen)
+    return best
 
 
 class _Sums:
     """H'QH, H'Q(T - X) and the weighted square of T - X, per token.
 
     Args:
-        tokens: features H, deviations T - X and weights Q, batch by batch.
-        full: whether every feature acts on every channel, or only on its own (a gain).
+        tokens: for each batch the features H (tokens, features), the deviations T - X (tokens,
+            hidden) and the weights Q (tokens, 1); float64.
+        is_map: whether every feature acts on every channel, or only on its own (a gain).
     """
 
-    def __init__(
-        self, tokens: Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], full: bool
-    ) -> None:
-        self._full, count = full, 0
+    def __init__(self, tokens: Iterator[tuple[torch.Tensor, ...]], is_map: bool) -> None:
+        self._is_map, count = is_map, 0
         gram: Any = 0.0
         cross: Any = 0.0
         square: Any = 0.0
         for features, deviation, weight in tokens:
-            heavy = features * weight
-            gram = gram + (heavy.T @ features if full else (heavy * features).sum(0))
-            cross = cross + (heavy.T @ deviation if full else (heavy * deviation).sum(0))
+            weighted = features * weight
+            gram = gram + (weighted.T @ features if is_map else (weighted * features).sum(0))
+            cross = cross + (weighted.T @ deviation if is_map else (weighted * deviation).sum(0))
             square = square + (weight * deviation.square()).sum()
             count += len(features)
         self._gram, self._cross = gram / count, cross / count
         self._square: float = (square / count).item()
-        channels = deviation.shape[1]
-        self.size = self._square / channels  # relative to the stream's own
+        self.size = self._square / deviation.shape[1]  # relative to the stream's own
 
     def solve(self, ridge: float) -> torch.Tensor | None:
         """The update D; None if the matrix is singular to working precision."""
-        if not self._full:
+        if not self._is_map:
             return torch.as_tensor(self._cross / (self._gram + ridge * self._gram.mean()))
         diagonal = self._gram.diagonal().mean()
         if not diagonal > 0:
@@ -293,24 +237,20 @@ class _Sums:
         return None if failed else torch.cholesky_solve(self._cross, factor)
 
     def error(self, update: torch.Tensor) -> float:
-        """What an update leaves of the squared deviation: a share, 1 if it changes nothing."""
-        done = self._gram @ update if self._full else self._gram * update
-        gained: float = (update * (done - 2 * self._cross)).sum().item()
-        return 1 + gained / self._square
+        """The fraction of the squared deviation that an update leaves; 1 if it changes nothing."""
+        product = self._gram @ update if self._is_map else self._gram * update
+        change: float = (update * (product - 2 * self._cross)).sum().item()
+        return 1 + change / self._square
 
 
 def _apply(module: Any, update: torch.Tensor) -> None:
-    """Give a module weights of its own, changed by `update`: (features, hidden), or (hidden,)."""
-    weight, bias = module.weight, getattr(module, "bias", None)
-    rows = update
-    if weight.dim() == 2 and bias is not None:
-        rows = update[:-1]
-        module.bias = _changed(bias, update[-1])
-    if weight.dim() == 2 and isinstance(module, nn.Linear):
-        rows = rows.T
-    module.weight = _changed(weight, rows)
+    """Replace a module's parameters by copies plus `update`, (features, hidden) or (hidden,)."""
 
+    def changed(parameter: nn.Parameter, difference: torch.Tensor) -> nn.Parameter:
+        new = (parameter.detach().double() + difference.to(parameter.device)).to(parameter.dtype)
+        return nn.Parameter(new, requires_grad=parameter.requires_grad)
 
-def _changed(parameter: nn.Parameter, update: torch.Tensor) -> nn.Parameter:
-    new = (parameter.detach().double() + update.to(parameter.device)).to(parameter.dtype)
-    return nn.Parameter(new, requires_grad=parameter.requires_grad)
+    if update.dim() == 2 and module.bias is not None:
+        module.bias = changed(module.bias, update[-1])
+        update = update[:-1]
+    module.weight = changed(module.weight, update.T if isinstance(module, nn.Linear) else update)

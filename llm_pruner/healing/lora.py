@@ -1,7 +1,7 @@
-"""Repair by training: low-rank adapters that learn from the full model, merged in the end.
+"""Healing by training: low-rank adapters that learn from the full model, merged at the end.
 
-Training is `transformers.Trainer`'s: mixed precision, accumulation, checkpoints, several processes.
-Imported when it is needed: the trainer is slow to load.
+Training is `transformers.Trainer`'s: mixed precision, accumulation, training checkpoints, several
+processes. Import this module only where it is used: the trainer is slow to load.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import random
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,43 +32,57 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from ..atomic_output import KEY_FILE, own_checkpoints, write_atomically
-from ..data.tokens import IGNORED, Batch, Row, pad_rows
-from ..distributed import told_plainly
-from ..errors import InvalidPlanError, MissingDependencyError, NonFiniteError
+from ..data.tokens import IGNORED, Row, pad_rows
+from ..distributed import lost_process_errors
+from ..errors import InvalidPlanError, MissingDependencyError, NonFiniteError, UnsupportedModelError
 from ..evaluation.likelihood import batch_nll
 from ..model.forward import evaluating
 from ..model.layer_stack import LayerStack
 from ..model.removal import share_copy
 from ..utils import logger, progress
+from .job import HealingJob
 from .lora_settings import LoraSettings, default_rate
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+EPOCHS, MAX_STEPS = 30, 1000  # the default number of steps: 30 passes over the data, at most 1,000
+CHECKS = 20  # times that a training measures the validation loss and writes a checkpoint
 
 
-EPOCHS, MOST_STEPS = 30, 1000  # the default number of steps: so many epochs, at most so many
-CHECKS = 20  # times in a training that held-out loss is measured and a checkpoint written
+def heal_lora(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
+    """Train LoRA adapters on the pruned model to match the full model, then merge them.
 
+    The loss is the Kullback-Leibler divergence of the student's next-token distribution from the
+    full model's, averaged over all real tokens (nats); see `LoraSettings` for others. The teacher
+    is the original model itself, whose kept weights the student shares: there is no second copy.
+    Adapters (peft) sit on every linear map of the layers. The state with the lowest validation
+    loss is merged, and training stops early when that loss stops falling.
 
-def train_lora(
-    stack: LayerStack,
-    removed: Sequence[int],
-    pruned: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Sequence[Row],
-    held_out: Sequence[Batch],
-    settings: LoraSettings,
-    key: str,
-) -> tuple[Any, dict[str, Any]]:
-    """See `healing.heal_lora`; `key` says which training a checkpoint belongs to."""
-    peft = _require_peft()
-    flags = [
-        (parameter, parameter.requires_grad)
-        for model in (stack.model, pruned)
-        for parameter in model.parameters()
-    ]
-    steps = settings.steps or min(MOST_STEPS, EPOCHS * -(-len(train) // settings.batch_size))
-    with _seeds_kept(settings.seed), _quiet(), _folder(settings.checkpoints) as folder:
+    Under ``torchrun`` or ``accelerate launch`` every process trains on its portion of the batches,
+    and all return the same model.
+
+    Returns:
+        The healed model, and ``steps`` done and ``best_step``.
+
+    Raises:
+        MissingDependencyError: peft is not installed.
+        NonFiniteError: the loss became NaN or infinite.
+        InvalidPlanError: the model is on a device that the trainer does not use.
+        UnsupportedModelError: peft cannot adapt the architecture.
+        OutputError: the folder for training checkpoints holds something else.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingDependencyError(
+            "heal='lora' needs peft: pip install 'llm_pruner[heal]'."
+        ) from error
+    from accelerate.utils import broadcast_object_list
+
+    settings = job.lora
+    steps = settings.steps or min(MAX_STEPS, EPOCHS * -(-len(job.train) // settings.batch_size))
+    trainable = [parameter.requires_grad for parameter in pruned.parameters()]
+    named = settings.checkpoints is not None
+    place = nullcontext(str(settings.checkpoints)) if named else tempfile.TemporaryDirectory()
+    with _trainer_contained(settings.seed), place as folder:
         try:
             config = peft.LoraConfig(
                 r=settings.rank,
@@ -77,108 +91,96 @@ def train_lora(
                 task_type="CAUSAL_LM",
                 fan_in_fan_out=any(isinstance(module, Conv1D) for module in pruned.modules()),
             )
-            student = peft.get_peft_model(share_copy(pruned), config)
+            try:
+                student = peft.get_peft_model(share_copy(pruned), config)
+            except ValueError as error:  # peft refuses Mamba, for one
+                raise UnsupportedModelError(
+                    f"heal='lora' is not for {type(pruned).__name__}: {error} Use heal='linear'."
+                ) from error
             student.peft_config["default"].base_model_name_or_path = None  # not to be looked up
-            arguments = _arguments(student, steps, settings)
-            arguments.output_dir = _agreed(str(folder))
+            arguments = _arguments(student, steps, settings, folder)
+            arguments.output_dir = str(broadcast_object_list([folder])[0])  # the first process's
             with arguments.main_process_first():
-                start = _claim(Path(arguments.output_dir), f"{key}:{settings.identity()}")
-            trainer = _Recovery(
-                model=student,
-                args=arguments,
-                train_dataset=list(train),
-                data_collator=_Collator(tokenizer),
-                callbacks=[EarlyStoppingCallback(settings.patience), _Bar()],
-                teacher=stack,
-                removed=removed,
-                held_out=held_out,
-                settings=settings,
-            )
-            trainer.remove_callback(PrinterCallback)
-            with told_plainly():
-                trainer.train(resume_from_checkpoint=start)
+                resumed = _claim(Path(arguments.output_dir), f"{job.key}:{settings.identity()}")
+            trainer = DistillationTrainer(job, student, arguments)
+            with lost_process_errors():
+                trainer.train(resume_from_checkpoint=resumed)
                 trainer.accelerator.wait_for_everyone()  # the best state is in the folder
-            state = trainer.state
-            outcome = {"steps": state.global_step, "best_step": state.best_global_step}
             merged = _merged(student)
-            if hasattr(pruned.config, "use_cache"):  # the trainer switches it off
-                merged.config.use_cache = pruned.config.use_cache
-        finally:
-            for parameter, flag in flags:
+        finally:  # peft has frozen them
+            for parameter, flag in zip(pruned.parameters(), trainable, strict=True):
                 parameter.requires_grad_(flag)
-    for parameter, twin in zip(merged.parameters(), pruned.parameters(), strict=True):
-        parameter.requires_grad_(twin.requires_grad)
-    return merged.eval(), outcome
+    for parameter, flag in zip(merged.parameters(), trainable, strict=True):
+        parameter.requires_grad_(flag)
+    if hasattr(pruned.config, "use_cache"):  # which the trainer switches off
+        merged.config.use_cache = pruned.config.use_cache
+    state = trainer.state
+    return merged.eval(), {"steps": state.global_step, "best_step": state.best_global_step}
 
 
-class _Recovery(Trainer):
-    """A trainer whose loss is the distance from the full model, and whose evaluation is the NLL."""
+class DistillationTrainer(Trainer):
+    """Trains on the distance from the full model; evaluates the validation loss."""
 
-    def __init__(
-        self,
-        *,
-        teacher: LayerStack,
-        removed: Sequence[int],
-        held_out: Sequence[Batch],
-        settings: LoraSettings,
-        **options: Any,
-    ) -> None:
-        super().__init__(eval_dataset=held_out, **options)
+    def __init__(self, job: HealingJob, student: Any, arguments: TrainingArguments) -> None:
+        data: dict[str, Any] = {"train_dataset": job.train, "eval_dataset": job.validation}
+        super().__init__(
+            model=student,
+            args=arguments,
+            data_collator=self._collate,
+            callbacks=[EarlyStoppingCallback(job.lora.patience), _Progress()],
+            **data,
+        )
+        self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # our loss is a mean already
-        self._teacher, self._held_out, self._settings = teacher, held_out, settings
-        kept = [index for index in range(len(teacher)) if index not in set(removed)]
-        # For each kept layer the full model's layer after which the stream should be the same.
-        self._ends = [index - 1 for index in [*kept[1:], len(teacher)]]
+        self._job = job
+        # For each kept layer, the full model's layer whose output it should reproduce.
+        self._teachers = [index - 1 for index in [*job.kept[1:], len(job.stack)]]
+
+    def _collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        (batch,) = pad_rows(self._job.tokenizer, rows, len(rows))
+        return {**batch.inputs(), "labels": batch.labels}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Mean over real (or scored) tokens, in nats, and the hidden states' part."""
-        settings = self._settings
+        """Mean over real (or scored) tokens, in nats, plus the weighted hidden-state distance."""
+        teacher, settings = self._job.stack, self._job.lora
         given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        states: dict[int, torch.Tensor] = {}
-        with ExitStack() as observing:
-            if settings.hidden_weight:
-                inner = self.accelerator.unwrap_model(model).get_base_model()
-                own = LayerStack(inner, self._teacher.paths[0])
-                observing.enter_context(own.observe(_keep(states)))
-            found = model(**given, use_cache=False).logits
+        weight = settings.hidden_weight
+        own = self.accelerator.unwrap_model(model).get_base_model
+        logits, states = _forward(model, given, self._job.layers_of(own()) if weight else None)
         if settings.target == "text":
-            scored = inputs["labels"][:, 1:] != IGNORED
-            labels = inputs["labels"][:, 1:][scored]
-            loss = cross_entropy(found[:, :-1][scored].float(), labels)
+            labels = inputs["labels"][:, 1:]
+            scored = labels != IGNORED
+            loss = cross_entropy(logits[:, :-1][scored].float(), labels[scored])
         else:
-            targets: dict[int, torch.Tensor] = {}
-            with ExitStack() as observing:
-                observing.enter_context(evaluating(self._teacher.model))
-                if settings.hidden_weight:
-                    observing.enter_context(self._teacher.observe(_keep(targets)))
-                wanted = self._teacher.model(**given, use_cache=False).logits
+            with evaluating(teacher.model):
+                wanted, targets = _forward(teacher.model, given, teacher if weight else None)
             real = given["attention_mask"].bool()
-            target = wanted[real].to(found.device).float().log_softmax(-1)
-            output = found[real].float().log_softmax(-1)
+            target = wanted[real].to(logits.device).float().log_softmax(-1)
+            output = logits[real].float().log_softmax(-1)
             loss = (target.exp() * (target - output)).sum(-1).mean()
-            if settings.hidden_weight:
-                pairs = [(states[place], targets[end]) for place, end in enumerate(self._ends)]
+            if weight:
+                pairs = [(states[index], targets[end]) for index, end in enumerate(self._teachers)]
                 distances = [_distance(*pair, real).to(loss.device) for pair in pairs]
-                loss = loss + settings.hidden_weight * torch.stack(distances).mean()
+                loss = loss + weight * torch.stack(distances).mean()
         if not torch.isfinite(loss):
-            raise NonFiniteError(self._advice(f"loss became {loss.item()}"))
+            raise self._not_finite(f"loss became {loss.item()}")
         return loss
 
-    def _advice(self, what: str) -> str:
-        return (
+    def _not_finite(self, what: str) -> NonFiniteError:
+        return NonFiniteError(
             f"Healing: {what} at step {self.state.global_step}. Lower the learning rate (it is "
             f"{self.args.learning_rate:.2g}), or load the model in float32."
         )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out loss in nats per scored token; the same in every process."""
+        """Validation loss in nats per scored token; the same in every process."""
         model: Any = self.model
         try:
-            metrics = {"eval_loss": batch_nll(model, self._held_out)}
+            metrics = {"eval_loss": batch_nll(model, self._job.validation)}
         except NonFiniteError as error:
-            raise NonFiniteError(self._advice("held-out loss is not finite")) from error
+            raise self._not_finite("validation loss is not finite") from error
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -186,37 +188,31 @@ class _Recovery(Trainer):
         return metrics
 
 
-def _keep(states: dict[int, torch.Tensor]) -> Callable[[int, torch.Tensor, torch.Tensor], None]:
-    def keep(index: int, entering: torch.Tensor, leaving: torch.Tensor) -> None:
-        states[index] = leaving
+def _forward(
+    model: Any, given: dict[str, torch.Tensor], observed: LayerStack | None
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """Logits, and by layer the hidden state after each of the observed layers."""
+    states: dict[int, torch.Tensor] = {}
+    with ExitStack() as hooks:
+        if observed is not None:
+            hooks.enter_context(observed.observe(lambda i, _, after: states.update({i: after})))
+        return model(**given, use_cache=False).logits, states
 
-    return keep
 
-
-def _distance(found: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+def _distance(state: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Squared distance relative to the wanted state's size, averaged over real tokens."""
-    target = wanted.to(found.device)[real.to(found.device)].float()
-    gap = found[real.to(found.device)].float() - target
+    real = real.to(state.device)
+    target = wanted.to(state.device)[real].float()
+    gap = state[real].float() - target
     return (gap.square().sum(-1) / target.square().sum(-1).clamp(min=1e-12)).mean()
 
 
-class _Collator:
-    """Rows to a padded batch."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-
-    def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        (batch,) = pad_rows(self._tokenizer, rows, len(rows))
-        return {**batch.inputs(), "labels": batch.labels}
-
-
-class _Bar(TrainerCallback):
+class _Progress(TrainerCallback):
     """Our progress bar, and a line for every check."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        left = range(state.global_step, state.max_steps)
-        self._bar: Iterator[int] = iter(progress(left, "Healing (lora)"))
+        steps = range(state.global_step, state.max_steps)
+        self._bar: Iterator[int] = iter(progress(steps, "Healing (lora)"))
         next(self._bar, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -224,15 +220,19 @@ class _Bar(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         loss = kwargs["metrics"]["eval_loss"]
-        logger.info("Step %d of %d: held-out loss %.4f", state.global_step, state.max_steps, loss)
+        logger.info("Step %d of %d: validation loss %.4f", state.global_step, state.max_steps, loss)
 
 
-def _arguments(student: Any, steps: int, settings: LoraSettings) -> TrainingArguments:
+def _arguments(student: Any, steps: int, settings: LoraSettings, folder: str) -> TrainingArguments:
     weight = next(student.parameters())
-    precision = _precision(weight, settings.precision)
+    precision = settings.precision
+    if precision == "auto":
+        half = weight.dtype in (torch.float16, torch.bfloat16)
+        old_gpu = weight.device.type == "cuda" and not torch.cuda.is_bf16_supported()
+        precision = ("fp16" if old_gpu else "bf16") if half else "no"
     every = max(1, steps // CHECKS)
     arguments = TrainingArguments(
-        output_dir=tempfile.gettempdir(),  # the real one is set by the caller
+        output_dir=folder,
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
@@ -256,7 +256,7 @@ def _arguments(student: Any, steps: int, settings: LoraSettings) -> TrainingArgu
         dataloader_pin_memory=False,
         seed=settings.seed,
         use_cpu=weight.device.type == "cpu",
-        restore_callback_states_from_checkpoint=True,  # how often in a row it was no better
+        restore_callback_states_from_checkpoint=True,  # the count of checks without improvement
         bf16=precision == "bf16",
         fp16=precision == "fp16",
     )
@@ -264,114 +264,68 @@ def _arguments(student: Any, steps: int, settings: LoraSettings) -> TrainingArgu
     spread = getattr(student, "hf_device_map", None)
     if not spread and weight.device.type == "cuda" and weight.device != arguments.device:
         raise InvalidPlanError(
-            f"heal='lora' trains on {arguments.device}, and the model is on {weight.device}: make "
+            f"heal='lora' trains on {arguments.device}, but the model is on {weight.device}: make "
             f"that the first device, CUDA_VISIBLE_DEVICES={weight.device.index}."
         )
     return arguments
 
 
-def _precision(weight: torch.Tensor, wanted: str) -> str:
-    if wanted != "auto":
-        return wanted
-    if weight.dtype not in (torch.float16, torch.bfloat16):
-        return "no"
-    old_gpu = weight.device.type == "cuda" and not torch.cuda.is_bf16_supported()
-    return "fp16" if old_gpu else "bf16"
-
-
 def _merged(student: Any) -> Any:
-    """The student without adapters, their weights in those they adapted: copies, not the shared."""
+    """The student with its adapters merged into copies of the weights, which others share."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in student.modules():
         if isinstance(module, BaseTunerLayer):
-            base: Any = module.get_base_layer()  # a map, or experts whose tensors are adapted
+            base: Any = module.get_base_layer()  # a linear map, or experts in one tensor
             for name, weight in base.named_parameters(recurse=False):
                 setattr(base, name, nn.Parameter(weight.detach().clone(), requires_grad=False))
     return student.merge_and_unload(safe_merge=True)
 
 
-def _require_peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise MissingDependencyError(
-            "heal='lora' needs peft: pip install 'llm_pruner[heal]'."
-        ) from error
-    return peft
-
-
-# --- checkpoints ------------------------------------------------------------------------------
-@contextmanager
-def _folder(checkpoints: str | Path | None) -> Iterator[Path]:
-    """Where checkpoints go; a folder of its own for this run if none is named."""
-    if checkpoints is not None:
-        path = Path(checkpoints)
-        path.mkdir(parents=True, exist_ok=True)
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
-
-
-def _agreed(folder: str) -> str:
-    """The folder of the first process, where there are several."""
-    from accelerate.utils import broadcast_object_list
-
-    return str(broadcast_object_list([folder])[0])
-
-
 def _claim(folder: Path, key: str) -> str | None:
-    """Make a folder this training's, and return the checkpoint it goes on from, if any.
+    """Reserve a folder for this training; return the training checkpoint it resumes from, if any.
 
-    Checkpoints of another training are deleted, and those that were cut short: a checkpoint is
-    whole when its ``trainer_state.json`` is, which is written last.
+    Checkpoints of another training and incomplete ones are deleted: ``trainer_state.json`` is
+    written last, so a checkpoint is complete when that file is.
 
     Raises:
         OutputError: the folder holds something else.
     """
-    mark = folder / KEY_FILE
-    found = own_checkpoints(folder)
-    own = mark.exists() and mark.read_text(encoding="utf-8") == key
+    key_file = folder / KEY_FILE
+    checkpoints = own_checkpoints(folder)
+    same = key_file.exists() and key_file.read_text(encoding="utf-8") == key
     last = None
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            whole = True
-        except (OSError, ValueError):
-            whole = False
-        if own and whole:
+    for path in checkpoints:
+        if same and _is_complete(path):
             last = str(path)
         else:
             shutil.rmtree(path)
-    write_atomically(mark, key)
+    write_atomically(key_file, key)
     if last:
-        logger.info("Going on from %s", last)
+        logger.info("Resuming from %s", last)
     return last
 
 
-# --- what is borrowed -------------------------------------------------------------------------
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 @contextmanager
-def _seeds_kept(seed: int) -> Iterator[None]:
-    """Seeded inside the block; the caller's random states are back afterwards."""
+def _trainer_contained(seed: int) -> Iterator[None]:
+    """Seed torch, silence the trainer, and restore the random states and the log level."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    verbosity = transformers_logging.get_verbosity()
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about names the trainer itself uses
+        transformers_logging.set_verbosity(logging.ERROR)
+        torch.manual_seed(seed)
         try:
-            torch.manual_seed(seed)
             yield
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The trainer's notes are not the user's, nor are its warnings about names it still uses."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
+            transformers_logging.set_verbosity(verbosity)

@@ -1,15 +1,13 @@
-"""What a layer adds to the residual stream, part by part: found by trial, not by name.
+"""What a layer adds to the residual stream, part by part; found by trial, not by name.
 
-A decoder layer is x + w_1 + w_2 + ...: attention adds something, the feed-forward part adds
-something, perhaps times a constant. A writer is the module that makes such a part. If its output is
-shifted, and the parts added later are left out, the layer's output shifts in proportion; nothing
-else does that.
+A decoder layer computes x + w_1 + w_2 + ...: attention adds a part, the feed-forward network adds
+a part, perhaps times a constant. A writer is the module that makes such a part. Shift its output,
+with all later parts set to zero, and the layer's output shifts in proportion. Nothing else does.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -24,16 +22,17 @@ from ..model.forward import evaluating
 from ..model.layer_stack import LayerStack
 
 PROBE = 4  # tokens that a trial runs on
+Change = Callable[[torch.Tensor], torch.Tensor | None]  # None: leave the output as it is
 
 
 @dataclass(frozen=True)
 class Writer:
-    """One part that a layer adds to the stream.
+    """One part that a layer adds to the residual stream.
 
     Attributes:
         part: name, inside the layer, of the module whose output is added.
-        tuned: name of the module whose weights set that part by a linear rule: a linear map, or
-            the gain of a norm; None if there is none (experts).
+        tuned: name of the module whose weights determine that part by a linear rule: a linear map,
+            or the gain of a norm; None if there is none (experts).
         scale: what the part is multiplied by before it is added, 1 in most architectures.
         later: the writers of the parts that are added after this one.
     """
@@ -45,12 +44,12 @@ class Writer:
 
 
 class _Reached(Exception):
-    """The layer of interest has run; what comes above it is not needed."""
+    """The last layer of interest has run; those above it need not."""
 
 
 @contextmanager
 def hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    """Inside the block ``hook(module, args, output)`` is called after the module."""
+    """Inside the block, call ``hook(module, args, output)`` after the module."""
     handle = module.register_forward_hook(hook)
     try:
         yield
@@ -61,16 +60,16 @@ def hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
 def run_layers(
     stack: LayerStack, batch: Batch, first: int, last: int, entering: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a few layers on a batch; what enters the first and what leaves the last of them.
+    """Run some layers on a batch; return what enters the first and what leaves the last of them.
 
-    Both are (sequences, tokens, hidden), as they are: padding included.
+    Both are (sequences, tokens, hidden), padding included.
 
     Args:
         stack: the layers.
         batch: the tokens.
         first, last: 0-based, both included.
-        entering: what enters layer `first`, if it is known and the model can begin there
-            (`LayerStack.can_replay`); without it, all layers below run too.
+        entering: what enters layer `first`, if known. Without it, or where a pass cannot start
+            there (`LayerStack.can_replay`), all layers below run too.
 
     Raises:
         UnsupportedModelError: the layers do not run, or are not one list.
@@ -85,10 +84,10 @@ def run_layers(
             raise _Reached
 
     inputs = batch.to(stack.device).inputs()
-    with ExitStack() as stands, evaluating(stack.model):
+    with ExitStack() as stack_changes, evaluating(stack.model):
         if entering is not None and first > 0 and stack.can_replay:
-            stands.enter_context(stack.replay(first, entering))
-        stands.enter_context(stack.observe(watch))
+            stack_changes.enter_context(stack.replay(first, entering))
+        stack_changes.enter_context(stack.observe(watch))
         with suppress(_Reached):
             stack.model(**inputs, use_cache=False)
     if len(seen) < 2:
@@ -99,150 +98,130 @@ def run_layers(
 
 
 def find_writers(stack: LayerStack, index: int) -> list[Writer]:
-    """The parts that layer `index` adds to the stream, in the order in which they are added.
+    """The parts that layer `index` adds to the residual stream, in the order of addition.
 
-    Parts that are added at once (attention and feed-forward part side by side) come in the order
-    in which they are computed. Empty for a layer that does not end in a sum, as where a norm
-    follows it (post-norm models).
+    Parts added at once (attention and feed-forward network side by side) come in the order of
+    computation. Empty for a layer that does not end in a sum, as where a norm follows (post-norm).
     """
     return _Trial(stack, index).writers()
 
 
 class _Trial:
-    """Runs one layer again and again on a few tokens, parts of it shifted or left out."""
+    """Runs one layer repeatedly on a few tokens, with the outputs of some modules changed."""
 
     def __init__(self, stack: LayerStack, index: int) -> None:
         self._stack, self._index, self._layer = stack, index, stack[index]
         ids = torch.tensor([range(PROBE)])
         self._batch = Batch(ids, torch.ones_like(ids), ids, (0,))
         self._entering: torch.Tensor | None = None
-        _ = stack.can_replay  # found out by passes of its own, which are not to be shifted
-        self._finished: dict[str, torch.Tensor] = {}  # part -> its output, in order of execution
-        base = self._run({}, note=True)
+        _ = stack.can_replay  # tested by passes of its own, which must run unchanged
+        outputs: dict[str, list[torch.Tensor]] = {}  # module -> outputs, in order of execution
+
+        def record(name: str) -> Change:
+            return lambda output: outputs.setdefault(name, []).append(output)
+
+        names = [name for name, _ in self._layer.named_modules() if name]
+        base = self._run({name: record(name) for name in names})
+        # A module that runs twice makes no part by itself.
+        self._names = [
+            name
+            for name, (out, *more) in outputs.items()
+            if not more and out.numel() == base.numel() and out.shape[-1] == base.shape[-1]
+        ]
         generator = torch.Generator().manual_seed(0)
         shift = torch.randn(base.shape, generator=generator, dtype=torch.float64)
         self._shift = (shift * base.double().cpu().square().mean().sqrt()).to(base)
 
     def writers(self) -> list[Writer]:
+        """The parts from the last to the first; each is found with those after it set to zero."""
         found: tuple[Writer, ...] = ()
         while scales := self._scales([writer.part for writer in found]):
             part = list(scales)[-1]
-            muted = [part, *(writer.part for writer in found)]
-            same = [name for name in scales if not self._matters(name, muted)]
-            fit = (name for name in reversed(same) if is_tunable(self._layer.get_submodule(name)))
-            found = (Writer(part, next(fit, None), scales[part], found), *found)
+            zeroed = [part, *(writer.part for writer in found)]
+            still = self._leaving(zeroed)
+            within = [name for name in scales if torch.equal(self._leaving(zeroed, name), still)]
+            tuned = (n for n in reversed(within) if is_tunable(self._layer.get_submodule(n)))
+            found = (Writer(part, next(tuned, None), scales[part], found), *found)
         return list(found)
 
-    def _scales(self, later: Sequence[str]) -> dict[str, float]:
-        """By how much the layer's output shifts as a module's does, without the parts `later`.
+    def _scales(self, zeroed: Sequence[str]) -> dict[str, float]:
+        """The modules in whose proportion the layer's output shifts, and the factor.
 
-        Of the modules with which it shifts in proportion, in order of execution.
+        In order of execution; the modules `zeroed` add nothing.
         """
-        still = self._run(set(), later)
+        still = self._leaving(zeroed)
         scales: dict[str, float] = {}
         exact = self._shift.dtype in (torch.float32, torch.float64)
         shift = self._shift.double()
-        for name in self._finished:
-            if name in later:
+        for name in self._names:
+            if name in zeroed:
                 continue
-            moved = (self._run({name}, later) - still).double()
+            moved = (self._leaving(zeroed, name) - still).double()
             scale = float((moved * shift).sum() / shift.square().sum())
-            off = float((moved - scale * shift).abs().max() / shift.abs().max())
-            if abs(scale) > 1e-3 and off < (1e-4 if exact else 5e-2) * max(1.0, abs(scale)):
+            error = float((moved - scale * shift).abs().max() / shift.abs().max())
+            if abs(scale) > 1e-3 and error < (1e-4 if exact else 5e-2) * max(1.0, abs(scale)):
                 scales[name] = scale
         return scales
 
-    def _matters(self, name: str, later: Sequence[str]) -> bool:
-        """Whether the module makes a difference at all, without the parts `later`."""
-        return not torch.equal(self._run({name}, later), self._run(set(), later))
+    def _leaving(self, zeroed: Sequence[str], shifted: str | None = None) -> torch.Tensor:
+        """The layer's output with some modules' outputs set to zero and another's shifted."""
+        changes: dict[str, Change] = dict.fromkeys(zeroed, torch.zeros_like)
+        if shifted is not None:
+            changes.setdefault(shifted, lambda output: output + self._shift.view_as(output))
+        return self._run(changes)
 
-    def _run(
-        self, shifted: set[str] | dict[str, Any], muted: Sequence[str] = (), note: bool = False
-    ) -> torch.Tensor:
-        """The layer's output, with some modules' outputs shifted and others' set to zero."""
-        calls: Counter[str] = Counter()
-
-        def hook(name: str) -> Callable[..., Any]:
+    def _run(self, changes: Mapping[str, Change]) -> torch.Tensor:
+        def hook(change: Change) -> Callable[..., Any]:
             def call(module: nn.Module, args: Any, output: Any) -> Any:
-                whole = output if isinstance(output, torch.Tensor) else None
-                if whole is None and isinstance(output, tuple) and output:
-                    whole = output[0] if isinstance(output[0], torch.Tensor) else None
-                if whole is None:
-                    return None
-                if note:
-                    self._finished[name] = whole
-                    calls[name] += 1
-                if name in muted:
-                    whole = torch.zeros_like(whole)
-                elif name in shifted and whole.numel() == self._shift.numel():
-                    whole = whole + self._shift.view_as(whole)
-                else:
-                    return None
-                if isinstance(output, torch.Tensor):
-                    return whole
+                whole = output[0] if isinstance(output, tuple) and output else output
+                changed = change(whole) if isinstance(whole, torch.Tensor) else None
+                if changed is None or whole is output:
+                    return changed
                 build: Callable[..., Any] = getattr(type(output), "_make", tuple)  # a named tuple
-                return build([whole, *output[1:]])
+                return build([changed, *output[1:]])
 
             return call
 
-        watched = [
-            (name, module)
-            for name, module in self._layer.named_modules()
-            if name and (note or name in shifted or name in muted)
-        ]
         with ExitStack() as hooks:
-            for name, module in watched:
-                hooks.enter_context(hooked(module, hook(name)))
+            for name, change in changes.items():
+                hooks.enter_context(hooked(self._layer.get_submodule(name), hook(change)))
             self._entering, leaving = run_layers(
                 self._stack, self._batch, self._index, self._index, self._entering
             )
-        if note:
-            self._finished = {
-                name: part
-                for name, part in self._finished.items()
-                if part.numel() == leaving.numel()
-                and part.shape[-1] == leaving.shape[-1]
-                and calls[name] == 1  # one that is used twice makes no part of its own
-            }
         return leaving
 
 
 def is_tunable(module: nn.Module) -> bool:
-    """Whether a module's output depends on its weights by a linear rule that is known.
+    """Whether a module's output depends on its weights by a known linear rule.
 
-    A plain linear map, or a norm whose gain is its one-dimensional ``weight``; tried out, so that
-    quantised maps and others that do more are told apart.
+    That is a plain linear map, or a norm whose gain is its one-dimensional ``weight``. The module
+    is tried on a probe, which tells quantised maps and others apart.
     """
     from transformers.pytorch_utils import Conv1D
 
     weight: Any = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         return False
-    if isinstance(module, nn.Linear | Conv1D):
-        return weight.dim() == 2 and _is_plain(module, weight)
-    return weight.dim() == 1 and _is_gain(module, weight)
-
-
-def _is_plain(module: Any, weight: torch.Tensor) -> bool:
-    matrix = weight.detach() if isinstance(module, nn.Linear) else weight.detach().T
-    probe = torch.linspace(-1, 1, 2 * matrix.shape[1]).view(2, -1).to(weight)
-    with torch.no_grad():
-        return bool(torch.allclose(module(probe), linear(probe, matrix, module.bias), atol=1e-3))
-
-
-def _is_gain(module: nn.Module, weight: torch.Tensor) -> bool:
+    is_map = isinstance(module, nn.Linear | Conv1D)
+    if weight.dim() != (2 if is_map else 1):
+        return False
+    matrix = weight.detach() if isinstance(module, nn.Linear) else weight.detach().t()
+    probe = torch.linspace(-1, 1, 2 * matrix.shape[-1]).view(2, -1).to(weight)
+    if is_map:
+        bias: Any = module.bias
+        with torch.no_grad():
+            return bool(torch.allclose(module(probe), linear(probe, matrix, bias), atol=1e-3))
     if not {name for name, _ in module.named_parameters()} <= {"weight", "bias"}:
         return False
-    probe = torch.linspace(-1, 1, 2 * len(weight)).view(2, -1).to(weight)
     once, twice = gain_slope(module, probe), gain_slope(module, probe, 2.0) / 2
     return bool(torch.allclose(once.float(), twice.float(), rtol=0.05, atol=0.02))
 
 
 def gain_slope(module: Any, entering: torch.Tensor, step: float = 1.0) -> torch.Tensor:
-    """How a norm's output changes if its gain grows by `step`, channel by channel: its slope."""
+    """How a norm's output changes, channel by channel, when its gain grows by `step`."""
     weight = module.weight
     with torch.no_grad():
-        same: torch.Tensor = module.forward(entering)  # not by a call, which would run its hooks
+        same: torch.Tensor = module.forward(entering)  # a call would run its hooks
         try:
             module.weight = nn.Parameter(weight + step, requires_grad=False)
             more: torch.Tensor = module.forward(entering)

@@ -1,4 +1,4 @@
-"""Cutting and repairing in turns: what is cut next is chosen on the repaired model."""
+"""Cutting and healing in turns: each next cut is chosen on the healed model."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any
 
 from ..data.items import EvalItem
 from ..errors import InvalidPlanError, UnsupportedModelError
-from ..healing.heal import Heal
+from ..healing.heal import HEALERS, Heal
 from ..healing.lora_settings import LoraSettings
 from ..model.layer_stack import LayerStack
 from ..search.layer_search import OnStep, Step, check_number, search_layers
 from ..search.removal_quality import RemovalQuality
 from ..utils import logger
 
-# Measures that compare a cut model with the full one: of a repaired model they tell nothing.
-OWN_REFERENCE = ("kl", "agreement")
+# Measures that compare a cut model with the uncut one, so they cannot judge a healed model.
+RELATIVE_MEASURES = ("kl", "agreement")
 
 
 @dataclass(frozen=True)
 class Repairs:
-    """How a search repairs on its way.
+    """How a search heals the model between cuts.
 
     Attributes:
-        items: what to repair with; other items than layers are chosen on.
-        every: cuts between two repairs.
+        items: what to heal with; other items than the layers are chosen on.
+        every: cuts between two healings.
         heal: ``linear`` or ``lora``.
         lora: how to train, for ``lora``.
 
     Raises:
-        InvalidPlanError: `every` is no number of cuts, or `heal` no repair.
+        InvalidPlanError: `every` is not a number of cuts, or `heal` is unknown.
     """
 
     items: Sequence[EvalItem]
@@ -41,14 +41,16 @@ class Repairs:
     def __post_init__(self) -> None:
         if type(self.every) is not int or self.every < 1:
             raise InvalidPlanError(f"every={self.every!r} must be a whole number from 1.")
-        if self.heal not in ("linear", "lora"):
-            raise InvalidPlanError(f"heal={self.heal!r} must be linear or lora to repair with.")
+        if self.heal not in HEALERS:
+            raise InvalidPlanError(
+                f"heal={self.heal!r} must be {' or '.join(HEALERS)} to heal between cuts."
+            )
 
 
 def search_in_rounds(
     stack: LayerStack,
-    measured: Callable[[LayerStack], RemovalQuality],
-    repaired: Callable[[Sequence[int]], tuple[Any, dict[str, Any]]],
+    quality_of: Callable[[LayerStack], RemovalQuality],
+    heal_without: Callable[[Sequence[int]], tuple[Any, dict[str, Any]]],
     candidates: Sequence[int],
     *,
     every: int = 1,
@@ -56,77 +58,73 @@ def search_in_rounds(
     tolerance: float | None = None,
     on_step: OnStep | None = None,
 ) -> list[int]:
-    """Cut a few layers, repair, choose the next ones on the repaired model; and so on.
+    """Cut a few layers, heal, choose the next ones on the healed model, and so on.
 
-    In every round the search of `search_layers` runs on the model as it was repaired last, and all
-    layers cut so far are then removed from the full model and repaired anew, against the full
-    model. A round whose repaired model is worse than the full one by more than the tolerance is
-    rolled back and ends the search.
+    Each round runs `search_layers` on the model healed last. All layers chosen so far are then
+    removed from the full model, which is healed afresh. A round whose healed model is worse than
+    the full one by more than the tolerance is rolled back and ends the search.
 
     Args:
         stack: the layers of the full model.
-        measured: makes the measuring instrument for the layers of a model.
-        repaired: makes the repaired model without a set of layers, and the record of its healing.
-        candidates: 0-based layers of the full model that may go.
-        every: cuts between two repairs.
-        n_layers: how many go; as many as `tolerance` allows if None.
-        tolerance: largest relative loss of the repaired model; None for no limit.
-        on_step: see `search_layers`; a repair is a step too, with ``action`` ``repair``.
+        quality_of: makes the measuring instrument for the layers of a model.
+        heal_without: makes the healed model without a set of layers, and the healing record.
+        candidates: 0-based layers of the full model that may be removed.
+        every: cuts between two healings.
+        n_layers: how many to remove; as many as `tolerance` allows if None.
+        tolerance: largest relative loss of the healed model; None for no limit.
+        on_step: see `search_layers`; a healing is a step too, with ``action`` ``repair``.
 
     Returns:
         0-based indices, ascending.
 
     Raises:
-        InvalidPlanError: `n_layers` cannot be, or the objective compares with the full model.
+        InvalidPlanError: `n_layers` is impossible, or the objective compares with the full model.
         Also what `search_layers` and `heal_model` raise.
     """
-    start = measured(stack)
-    if unfit := [name for name in OWN_REFERENCE if name in start.full()]:
+    start = quality = quality_of(stack)
+    if relative := [name for name in RELATIVE_MEASURES if name in start.full()]:
         raise InvalidPlanError(
-            f"Objective {unfit[0]!r} compares a cut model with its own full one, so it cannot "
-            "judge repaired models: use nll, accuracy or similarity, or do not repair in between."
+            f"Objective {relative[0]!r} compares a cut model with its own uncut one, so it cannot "
+            "judge healed models: use nll, accuracy or similarity, or do not heal between cuts."
         )
-    most = check_number(start, candidates, n_layers)
+    limit = check_number(start, candidates, n_layers)
     removed: list[int] = []
-    quality = start
-    while len(removed) < most:
+    while len(removed) < limit:
         kept = [index for index in range(len(stack)) if index not in removed]
-        places = [place for place, index in enumerate(kept) if index in candidates]
-        count = min(every, most - len(removed))
-        made: list[Step] = []
+        pool = [i for i, index in enumerate(kept) if index in candidates]
+        cuts: list[Step] = []
         try:
-            found = search_layers(quality, places, n_layers=count, on_step=made.append)
+            count = min(every, limit - len(removed))
+            chosen = search_layers(quality, pool, n_layers=count, on_step=cuts.append)
         except UnsupportedModelError as error:
             if tolerance is None or not removed:
                 raise
-            logger.info("%s", error)  # so many layers are all there are
+            logger.info("%s", error)  # no further layer can be removed
             break
-        grown = sorted([*removed, *(kept[place] for place in found)])
-        healed, record = repaired(grown)
-        quality = measured(LayerStack(healed, stack.paths[0]))
+        grown = sorted([*removed, *(kept[i] for i in chosen)])
+        healed, record = heal_without(grown)
+        quality = quality_of(LayerStack(healed, stack.paths[0]))
         change = quality.change_from(start)
         allowed = tolerance is None or change >= -tolerance
-        logger.info("Repaired without %s: total change %+.4f", grown, change)
-        if on_step:  # cuts are told when their repair has been judged: till then nothing is kept
-            for step in made:
-                told = _translated(step, kept, removed)
-                on_step(told if allowed else {**told, "kept": False, "removed": removed})
-            repair: Step = {"action": "repair", "method": record["method"], "kept": allowed}
-            repair |= {"removed": grown if allowed else removed, "change": change}
-            on_step({**repair, "samples": quality.samples(), "loss": record["healed"]})
+        logger.info("Healed without %s: total change %+.4f", grown, change)
+        if on_step:  # only now: cuts count once the healed model has been judged
+            outcome = {} if allowed else {"kept": False, "removed": removed}
+            for step in cuts:
+                on_step({**_in_full_model(step, kept, removed), **outcome})
+            healing: Step = {"action": "repair", "method": record["method"], "kept": allowed}
+            healing |= {"removed": grown if allowed else removed, "change": change}
+            on_step({**healing, "samples": quality.samples(), "loss": record["healed"]})
         if not allowed:
             break
         removed = grown
     return removed
 
 
-def _translated(step: Step, kept: Sequence[int], removed: Sequence[int]) -> Step:
-    """A step on a cut model, told in layers of the full one."""
-    told = {**step, "removed": sorted([*removed, *(kept[i] for i in step["removed"])])}
+def _in_full_model(step: Step, kept: Sequence[int], removed: Sequence[int]) -> Step:
+    """A search step on a cut model, with the layer indices of the full one."""
+    renamed = {**step, "removed": sorted([*removed, *(kept[i] for i in step["removed"])])}
     if "layer" in step:
-        told["layer"] = kept[step["layer"]]
-        told["tried"] = {str(kept[int(i)]): value for i, value in step["tried"].items()}
-    for name in ("out", "in"):
-        if name in step:
-            told[name] = [kept[i] for i in step[name]]
-    return told
+        renamed["layer"] = kept[step["layer"]]
+        renamed["tried"] = {str(kept[int(i)]): value for i, value in step["tried"].items()}
+    renamed |= {name: [kept[i] for i in step[name]] for name in ("out", "in") if name in step}
+    return renamed

@@ -174,7 +174,7 @@ def test_choices_with_an_index_a_letter_or_a_text(gold, field):
 
 def test_an_ambiguous_answer_is_refused():
     row = {"question": "1+1?", "choices": ["1", "3", "2", "0"], "answer": "2"}
-    assert normalize_item(row, "sums")["reference"] == "2"  # position and text agree
+    assert normalize_item(row, "sums")["reference"] == "2"  # index and text agree
     row["choices"] = ["2", "3", "1"]
     with pytest.raises(InvalidDataError, match=r"answer '2' names 2 of the choices"):
         normalize_item(row, "sums")
@@ -423,14 +423,14 @@ def test_demo_sets_are_the_packages_own(tmp_path, monkeypatch):
     assert [item["prompt"] for item in load_eval_dataset(3, "demo-eval")] == ["q10", "q11", "q12"]
 
 
-def test_sampling_is_by_seed_and_shortage_is_said(tmp_path, caplog):
+def test_sampling_is_by_seed_and_a_shortage_is_reported(tmp_path, caplog):
     path = write(tmp_path / "x.jsonl", qa(20))
     one, same, other = (load_eval_dataset(5, path, seed=seed) for seed in (1, 1, 2))
     assert one == same != other
     assert len({item["prompt"] for item in one}) == 5
     assert not caplog.records
     assert len(load_eval_dataset(30, path)) == 20
-    assert "30 items asked for, only 20 available" in caplog.text
+    assert "30 items requested, only 20 available" in caplog.text
 
 
 @pytest.mark.parametrize("n", [0, -1, True, 2.0, "3"])
@@ -441,7 +441,7 @@ def test_impossible_counts(n):
         safe_sample("gsm8k", None, None, n)
 
 
-# --- The hub, by a stand-in for load_dataset -------------------------------------------------
+# --- The hub, by a substitute for load_dataset -----------------------------------------------
 
 
 @pytest.fixture
@@ -496,7 +496,7 @@ def test_default_is_an_even_mixture(hub):
     assert items[:8] == load_eval_dataset(8, seed=1)
 
 
-def test_the_share_of_a_failing_source_is_filled(hub, caplog):
+def test_the_others_make_up_for_a_failing_source(hub, caplog):
     fill(hub, ["sciq", "triviaqa"])
     hub["openai/gsm8k", "main"] = datasets.exceptions.DatasetGenerationError("disk full")
     items = load_eval_dataset(20)
@@ -510,7 +510,7 @@ def test_short_sources_give_what_they_have(hub, caplog):
     fill(hub, ["gsm8k"], n=9)
     assert sorted(tasks(load_eval_dataset(10))) == ["gsm8k"] * 8 + ["sciq"] * 2
     assert len(load_eval_dataset(99)) == 11
-    assert "99 items asked for, only 11 available" in caplog.text
+    assert "99 items requested, only 11 available" in caplog.text
 
 
 def test_when_all_sources_fail_each_reason_is_listed(hub):
@@ -658,8 +658,8 @@ def test_impossible_splits(first):
 
 
 @pytest.mark.parametrize("first", [1.5, 0.0, True, "half", float("nan")])
-def test_impossible_shares(first):
-    with pytest.raises(InvalidDataError, match=r"first=.* must be a share between 0 and 1"):
+def test_impossible_fractions(first):
+    with pytest.raises(InvalidDataError, match=r"first=.* must be a fraction between 0 and 1"):
         split_items(qa(3), first)
 
 

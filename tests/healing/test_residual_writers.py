@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from functools import partial
+
 import pytest
 import torch
 import zoo
 from conftest import items, tiny_gpt2, tiny_llama
 from torch import nn
 
-from llm_pruner.data.tokens import encode_batches
+from llm_pruner.data.tokens import Batch, encode_batches
 from llm_pruner.errors import UnsupportedModelError
-from llm_pruner.healing.residual_writers import find_writers, gain_slope, is_tunable, run_layers
+from llm_pruner.healing.residual_writers import (
+    find_writers,
+    gain_slope,
+    hooked,
+    is_tunable,
+    run_layers,
+)
+from llm_pruner.model.bypass import hidden_out
 from llm_pruner.model.layer_stack import LayerStack
 
 # Architecture: the modules whose weights set what is added, in order; None where none does.
@@ -44,34 +54,26 @@ def test_the_weights_behind_every_part_are_found(built):
 
 def test_the_parts_add_up_to_what_the_layer_does(built):
     _, stack = built
-    if not (writers := find_writers(stack, 2)):
-        return
     parts: list[torch.Tensor] = []
-    for writer in writers:
-        stack[2].get_submodule(writer.part).register_forward_hook(
-            lambda m, a, out, scale=writer.scale: parts.append(
-                scale * (out if isinstance(out, torch.Tensor) else out[0])
-            )
-        )
-    (batch,) = encode_ids([5, 6, 7, 8, 9])
-    entering, leaving = run_layers(stack, batch, 2, 2)
+    with ExitStack() as hooks:
+        for writer in (writers := find_writers(stack, 2)):
+            module = stack[2].get_submodule(writer.part)
+            hook = partial(lambda by, m, a, out: parts.append(by * hidden_out(out)), writer.scale)
+            hooks.enter_context(hooked(module, hook))
+        entering, leaving = run_layers(stack, batch_of(5, 6, 7, 8, 9), 2, 2)
     total = entering + sum(part.view_as(leaving) for part in parts)
-    torch.testing.assert_close(total, leaving, rtol=1e-5, atol=1e-5)
-    for writer in writers:
-        stack[2].get_submodule(writer.part)._forward_hooks.clear()
+    if writers:
+        torch.testing.assert_close(total, leaving, rtol=1e-5, atol=1e-5)
 
 
-def encode_ids(ids: list[int]):
-    from llm_pruner.data.tokens import Batch
-
+def batch_of(*ids: int) -> Batch:
     row = torch.tensor([ids])
-    return [Batch(row, torch.ones_like(row), row, (0,))]
+    return Batch(row, torch.ones_like(row), row, (0,))
 
 
 def test_scale_and_order():
     minicpm = LayerStack(zoo.build("minicpm3").eval())
-    config = minicpm.model.config
-    want = config.scale_depth / config.num_hidden_layers**0.5
+    want = minicpm.model.config.scale_depth / minicpm.model.config.num_hidden_layers**0.5
     first, last = find_writers(minicpm, 0)
     assert first.scale == pytest.approx(want, rel=1e-4)
     assert (first.later, last.later) == ((last,), ())
@@ -89,22 +91,15 @@ def test_layers_run_alone_give_what_the_whole_pass_gives(make, tokenizer):
     torch.testing.assert_close(entering, states[3])
     torch.testing.assert_close(leaving, states[6])
     ran = []
-    handles = [
-        layer.register_forward_hook(lambda m, a, o, i=i: ran.append(i))
-        for i, layer in enumerate(stack)
-    ]
-    again = run_layers(stack, batch, 3, 5, entering)
-    torch.testing.assert_close(again[1], leaving)
+    with stack.observe(lambda index, before, after: ran.append(index)):
+        torch.testing.assert_close(run_layers(stack, batch, 3, 5, entering)[1], leaving)
     assert ran == [3, 4, 5], "no layer below, none above"
-    for handle in handles:
-        handle.remove()
 
 
 def test_a_layer_that_text_does_not_reach_is_refused():
     stack = LayerStack(zoo.build("mllama").eval())
-    batch = encode_ids([5, 6, 7])[0]
     with pytest.raises(UnsupportedModelError, match=r"Layers 2 to 2 of Mllama.*on text alone"):
-        run_layers(stack, batch, 2, 2)
+        run_layers(stack, batch_of(5, 6, 7), 2, 2)
 
 
 def test_trials_leave_the_model_as_it_was(model):

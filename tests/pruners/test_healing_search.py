@@ -1,4 +1,4 @@
-"""Cutting and repairing in turns, and what of it reaches plans and checkpoints."""
+"""Cutting and healing in turns, and what of it reaches plans and checkpoints."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_plan_tells_how_it_was_repaired_on_the_way(llama, tokenizer):
 @pytest.mark.parametrize("objective", ["kl", "agreement", "nll=1,kl=1"])
 def test_measures_that_refer_to_the_cut_model_itself_are_refused(llama, tokenizer, objective):
     pruner = pruner_with(llama, tokenizer, Repairs(HEALING), objective=objective)
-    with pytest.raises(InvalidPlanError, match="cannot judge repaired models"):
+    with pytest.raises(InvalidPlanError, match="cannot judge healed models"):
         pruner.optimize_selection(None, SCORING, n_layers=2)
 
 

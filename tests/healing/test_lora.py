@@ -1,0 +1,225 @@
+"""Healing by training: the loss, the best state, training checkpoints, and what is restored."""
+
+from __future__ import annotations
+
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import items
+
+from llm_pruner.atomic_output import clear_checkpoints
+from llm_pruner.errors import InvalidPlanError, MissingDependencyError, NonFiniteError, OutputError
+from llm_pruner.evaluation import likelihood
+from llm_pruner.evaluation.likelihood import batch_nll
+from llm_pruner.healing import lora
+from llm_pruner.healing.job import HealingJob
+from llm_pruner.healing.lora import DistillationTrainer, heal_lora
+from llm_pruner.healing.lora_settings import LoraSettings, default_rate
+from llm_pruner.model.layer_stack import LayerStack
+
+REMOVED = [3, 4, 6]
+
+
+def job_for(model, tokenizer, **settings):
+    how = LoraSettings(**{"steps": 40, **settings})
+    return HealingJob.of(LayerStack(model), REMOVED, tokenizer, items(60), how)
+
+
+def trained(model, tokenizer, **settings):
+    job = job_for(model, tokenizer, **settings)
+    return heal_lora(job, job.stack.remove(REMOVED))
+
+
+def gained(model, tokenizer, healed):
+    job = job_for(model, tokenizer)
+    cut, after = (batch_nll(m, job.validation) for m in (job.stack.remove(REMOVED), healed))
+    return cut - after
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"target": "text"}, {"hidden_weight": 0.5}, {"accumulate": 2}, {"precision": "bf16"}],
+    ids=str,
+)
+def test_every_kind_of_training_lowers_the_loss(llama, tokenizer, settings):
+    healed, outcome = trained(llama, tokenizer, **settings)
+    assert gained(llama, tokenizer, healed) > 0
+    assert outcome["best_step"] <= outcome["steps"] <= 40
+
+
+def test_the_loss_is_the_divergence_from_the_full_model(llama, tokenizer, monkeypatch):
+    """The first step's loss, before anything is learned, computed independently."""
+    losses, batches = [], []
+    compute = DistillationTrainer.compute_loss
+
+    def watched(self, model, inputs, *args, **kwargs):
+        batches.append({name: tensor.clone() for name, tensor in inputs.items()})
+        losses.append(compute(self, model, inputs, *args, **kwargs).item())
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", watched)
+    trained(llama, tokenizer, steps=1)
+    trained(llama, tokenizer, steps=1, hidden_weight=2.0)
+    stack = LayerStack(llama)
+    pruned = stack.remove(REMOVED)
+    given = {name: batches[0][name] for name in ("input_ids", "attention_mask")}
+    real = given["attention_mask"].bool()
+    with torch.no_grad():
+        full = llama(**given, output_hidden_states=True)
+        cut = pruned(**given, output_hidden_states=True)
+    p, q = (torch.softmax(out.logits[real].double(), -1) for out in (full, cut))
+    divergence = (p * (p / q).log()).sum(-1).mean().item()
+    assert losses[0] == pytest.approx(divergence, rel=1e-4)
+    assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
+    # After layers 0, 1, 2, 5 and 7 the stream should be what enters 1, 2, 5, 7 and the final norm.
+    ends: list[torch.Tensor] = []
+    for m in (llama, pruned):
+        m.model.norm.register_forward_hook(lambda m, a, out: ends.append(a[0]))
+        with torch.no_grad():
+            m(**given)
+    pairs = [(cut.hidden_states[i + 1], full.hidden_states[j]) for i, j in enumerate([1, 2, 5, 7])]
+    states = [(x[real], t[real]) for x, t in [*pairs, (ends[1], ends[0])]]
+    far = [((x - t).square().sum(-1) / t.square().sum(-1)).mean().item() for x, t in states]
+    assert losses[1] == pytest.approx(divergence + 2.0 * sum(far) / 5, rel=1e-4)
+
+
+def test_the_state_with_the_lowest_loss_is_returned(llama, tokenizer, monkeypatch):
+    losses = []
+    real = likelihood.batch_nll
+
+    def watched(model, batches):
+        losses.append(real(model, batches))
+        return losses[-1]
+
+    monkeypatch.setattr(lora, "batch_nll", watched)
+    healed, outcome = trained(llama, tokenizer, learning_rate=0.05)
+    validation = job_for(llama, tokenizer).validation
+    assert real(healed, validation) == pytest.approx(min(losses), rel=1e-4)
+    assert min(losses) < losses[-1], "at this rate the last state is not the best"
+    assert outcome["best_step"] == 2 * (1 + losses.index(min(losses)))
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [1, 13, 37])
+def test_a_killed_training_resumes_and_ends_alike(llama, tokenizer, monkeypatch, tmp_path, call):
+    want, _ = trained(llama, tokenizer)
+    compute, calls = DistillationTrainer.compute_loss, []
+
+    def killed(self, *args, **kwargs):
+        calls.append(self.state.global_step)
+        if len(calls) == call:
+            raise Killed
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", killed)
+    with pytest.raises(Killed):
+        trained(llama, tokenizer, checkpoints=tmp_path / "healing")
+    for path in (tmp_path / "healing").glob("checkpoint-*"):
+        cut_short = path.with_name("checkpoint-999")
+        cut_short.mkdir(exist_ok=True)
+        (cut_short / "trainer_state.json").write_text('{"global_step": 99')
+    got, outcome = trained(llama, tokenizer, checkpoints=tmp_path / "healing")
+    assert calls[call] == (call - 1) // 2 * 2, "resumed from the last checkpoint"
+    assert outcome["steps"] == 40
+    for name, tensor in want.state_dict().items():
+        torch.testing.assert_close(got.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_checkpoints_of_another_training_are_not_used(llama, tokenizer, tmp_path):
+    trained(llama, tokenizer, checkpoints=tmp_path)
+    assert list(tmp_path.glob("checkpoint-*"))
+    want, _ = trained(llama, tokenizer, seed=1)
+    got, _ = trained(llama, tokenizer, seed=1, checkpoints=tmp_path)
+    for name, tensor in want.state_dict().items():
+        torch.testing.assert_close(got.state_dict()[name], tensor)
+
+
+def test_patience_is_counted_on_when_a_training_resumes(llama, tokenizer, tmp_path):
+    """A training that stopped because nothing improved does not start over."""
+    options = {"learning_rate": 0.5, "patience": 2, "checkpoints": tmp_path}
+    _, first = trained(llama, tokenizer, **options)
+    _, again = trained(llama, tokenizer, **options)
+    assert first["steps"] < 40
+    assert again["steps"] <= first["steps"] + 2, "one more check at the most"
+    assert again["best_step"] == first["best_step"]
+
+
+def test_a_folder_that_holds_something_else_is_refused(llama, tokenizer, tmp_path):
+    for name in ("checkpoint-7", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(OutputError, match="holds something that llm_pruner did not write"):
+        trained(llama, tokenizer, checkpoints=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-7", "checkpoint-best"}
+    clear_checkpoints(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_clearing_leaves_what_is_not_a_checkpoint(llama, tokenizer, tmp_path):
+    folder = tmp_path / "healing"
+    trained(llama, tokenizer, steps=2, checkpoints=folder)
+    (folder / "notes.txt").write_text("mine")
+    clear_checkpoints(folder)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    (folder / "notes.txt").unlink()
+    trained(llama, tokenizer, steps=2, checkpoints=folder)
+    clear_checkpoints(folder)
+    assert not folder.exists()
+
+
+def test_training_leaves_random_states_modes_and_hooks_as_they_were(llama, tokenizer):
+    def draw_after(work):
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(5)
+        work()
+        return random.random(), np.random.rand(), torch.rand(1)
+
+    llama.train()
+    want = draw_after(lambda: None)
+    assert draw_after(lambda: trained(llama, tokenizer, steps=2, hidden_weight=1.0)) == want
+    assert all(module.training for module in llama.modules())
+    assert not any(module._forward_hooks for module in llama.modules())
+
+
+def test_the_default_rate_is_that_of_lora_at_the_usual_width(llama):
+    llama.config.hidden_size = 4096
+    assert default_rate(llama.config) == pytest.approx(2e-4)
+    llama.config.hidden_size = 1024
+    assert default_rate(llama.config) == pytest.approx(4e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps=0 must be a whole number from 1"),
+        ({"rank": 1.5}, "rank=1.5 must be a whole number"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 must be a positive number"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be"),
+        ({"hidden_weight": -1}, "hidden_weight=-1 must be a number from 0"),
+        ({"target": "labels"}, "target='labels' must be one of teacher, text"),
+        ({"precision": "fp8"}, "precision='fp8' must be one of auto, no, bf16, fp16"),
+        ({"target": "text", "hidden_weight": 1.0}, "no meaning for target='text'"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(InvalidPlanError, match=message):
+        LoraSettings(**settings)
+
+
+def test_a_loss_that_is_not_finite_is_an_error(llama, tokenizer):
+    with pytest.raises(NonFiniteError, match=r"not finite at step \d+\. Lower the learning"):
+        trained(llama, tokenizer, learning_rate=1e30)
+
+
+def test_training_needs_peft(llama, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'llm_pruner\[heal\]'"):
+        trained(llama, tokenizer)
