@@ -1,4 +1,4 @@
-"""Healing without training: least-squares updates of the weights that write to the stream."""
+"""Healing without training: least-squares updates of what writes to the residual stream."""
 
 from __future__ import annotations
 

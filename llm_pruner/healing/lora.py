@@ -80,9 +80,9 @@ def heal_lora(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
     settings = job.lora
     steps = settings.steps or min(MAX_STEPS, EPOCHS * -(-len(job.train) // settings.batch_size))
     trainable = [parameter.requires_grad for parameter in pruned.parameters()]
-    named = settings.checkpoints is not None
-    place = nullcontext(str(settings.checkpoints)) if named else tempfile.TemporaryDirectory()
-    with _trainer_contained(settings.seed), place as folder:
+    keep = settings.checkpoints is not None
+    output = nullcontext(str(settings.checkpoints)) if keep else tempfile.TemporaryDirectory()
+    with _trainer_contained(settings.seed), output as folder:
         try:
             config = peft.LoraConfig(
                 r=settings.rank,
