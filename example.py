@@ -42,12 +42,12 @@ def main() -> None:
     # Every strategy chooses; what each choice costs is measured on items it has not seen.
     plans, pruners, costs = {}, {}, {}
     print(f"{'strategy':12}{'removed (0-based)':24}{'perplexity':>12}")
-    print(f"{'none':12}{'':24}{perplexity(model, tokenizer, data.judging):12.3f}")
+    print(f"{'none':12}{'':24}{perplexity(model, tokenizer, data.held_out):12.3f}")
     for name in BUILTIN:
         pruner = pruners[name] = get_strategy(name)(model, tokenizer)
         plan = plans[name] = pruner.plan(data.scoring, model_id=args.model, ratio=args.ratio)
         cut = pruner.layers.remove(plan.remove)
-        costs[name] = perplexity(cut, tokenizer, data.judging)
+        costs[name] = perplexity(cut, tokenizer, data.held_out)
         print(f"{name:12}{plan.remove!s:24}{costs[name]:12.3f}")
 
     # The best one is carried out, repaired without training, and compared with the original:
@@ -57,7 +57,7 @@ def main() -> None:
         pruners[best],
         plans[best],
         args.output,
-        data.judging,
+        data.held_out,
         heal="linear",
         heal_data=data.healing,
         overwrite=True,
@@ -79,7 +79,7 @@ def main() -> None:
     plot_similarity_matrix(blocks.scores, save_path=figures / "similarity_matrix.png")
     deepest = len(blocks.remove) + 1
     curves = [
-        pruners[name].sweep(data.scoring, deepest, held_out=data.judging)
+        pruners[name].sweep(data.scoring, deepest, held_out=data.held_out)
         for name in ("smart", "pruneme")
     ]
     plot_depth_curve(curves, save_path=figures / "depth_curve.png")

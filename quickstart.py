@@ -23,9 +23,9 @@ def main(model_id: str = "demo") -> None:
     pruned, _ = pruner.prune_and_save(layers, OUTPUT, model_id, overwrite=True)
 
     print(f"removed layers {layers} of {pruner.num_layers} (0-based), saved in {OUTPUT}")
-    question = data.judging[0]["prompt"]
+    question = data.held_out[0]["prompt"]
     for name, candidate in (("full", model), ("pruned", pruned)):
-        print(f"{name}: perplexity {perplexity(candidate, tokenizer, data.judging):.3f}")
+        print(f"{name}: perplexity {perplexity(candidate, tokenizer, data.held_out):.3f}")
         print(f"  {question} -> {ModelEvaluator(candidate, tokenizer).generate([question])[0]}")
 
 

@@ -77,8 +77,8 @@ def main() -> None:
         f"{args.model}: {len(stack)} layers, protected {protect}, {len(data.scoring)} items to ",
         end="",
     )
-    print(f"choose, {len(data.judging)} others.")
-    full = perplexity(model, tokenizer, data.judging)
+    print(f"choose, {len(data.held_out)} others.")
+    full = perplexity(model, tokenizer, data.held_out)
     held_out: dict[Mask, float] = {}
     for count in counts:
         print(
@@ -91,7 +91,7 @@ def main() -> None:
             mask = chosen[count]
             if mask not in held_out:
                 with stack.bypass(mask) as cut:
-                    held_out[mask] = perplexity(cut, tokenizer, data.judging)
+                    held_out[mask] = perplexity(cut, tokenizer, data.held_out)
             cells = [name, ", ".join(map(str, mask)), f"{cost(mask):.4f}"]
             cells.append(f"{excess(mask, count):.1f} %")
             print(f"| {' | '.join(cells)} | {held_out[mask]:.3f} |")

@@ -1,13 +1,13 @@
-"""What a killed run loses: it is killed, taken up again, and compared with one that was not.
+"""What a killed run loses: it is killed, resumed, and compared with one that was not.
 
-    python benchmarks/resume.py                # a search, taken up from its journal
+    python benchmarks/resume.py                # a search, resumed from its journal
     python benchmarks/resume.py --training     # healing by LoRA, from its last checkpoint
 
 Prints a Markdown table. A search of `smart` on the demo model, or the training that heals a cut of
 it, runs in a process of its own; that process is killed (SIGKILL) at five moments, drawn at random
 from five equal parts of the time the run takes, and started again. Layer executions are counted
 by hooks, one per layer and token, padding included, into a file that outlives the kill. "Kept" are
-the journal's readings, or the training's steps at its last checkpoint.
+the journal's readings, or the training's steps at its last training checkpoint.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def train(place: Path, n_samples: int, n_layers: int, steps: int) -> None:
 
 @contextmanager
 def announced(place: Path, layers: LayerStack) -> Iterator[None]:
-    """Tell that the work begins, and keep the count of its executions in a file."""
+    """Announce that the work begins, and keep the count of its executions in a file."""
     (place / "executions").write_bytes(bytes(8))
     with (place / "executions").open("r+b") as file, mmap.mmap(file.fileno(), 8) as shown:
 

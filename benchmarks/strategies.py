@@ -49,12 +49,12 @@ def main() -> None:
 
     print(f"{args.model}: {len(choices[name])} of {pruner.num_layers} layers removed, ", end="")
     print(f"protected {pruner.protect}, {len(data.scoring)} items to choose, ", end="")
-    print(f"{len(data.judging)} others to measure; best and worst of {len(sets)} sets.\n")
+    print(f"{len(data.held_out)} others to measure; best and worst of {len(sets)} sets.\n")
     print("| choice | layers removed (0-based) | perplexity | similarity | task mean |")
     print("|---|---|---|---|---|")
     for name, layers in choices.items():
         pruned = pruner.layers.remove(layers) if layers else model
-        row, _ = measure_quality(pruned, tokenizer, data.judging)
+        row, _ = measure_quality(pruned, tokenizer, data.held_out)
         print(f"| {name} | {', '.join(map(str, layers))} | {_cells(row)} |")
 
 

@@ -44,13 +44,13 @@ def main() -> None:
     plot_similarity_matrix(blocks, save_path=FOLDER / "similarity_matrix.png")
     smart = SmartPruner(model, tokenizer)
     curves = [
-        pruner.sweep(data.scoring, 6, model_id="demo", held_out=data.judging)
+        pruner.sweep(data.scoring, 6, model_id="demo", held_out=data.held_out)
         for pruner in (smart, pruners[STRATEGIES.index("pruneme")])
     ]
     plot_depth_curve(curves, save_path=FOLDER / "depth_curve.png")
-    plan = smart.plan(data.scoring, model_id="demo", n_layers=N_LAYERS, held_out=data.judging)
+    plan = smart.plan(data.scoring, model_id="demo", n_layers=N_LAYERS, held_out=data.held_out)
     with tempfile.TemporaryDirectory() as folder:
-        report, pruned = carry_out(smart, plan, Path(folder) / "pruned", data.judging)
+        report, pruned = carry_out(smart, plan, Path(folder) / "pruned", data.held_out)
         for path in draw_figures(smart, pruned, report, data):
             (FOLDER / path.name).write_bytes(path.read_bytes())
     for path in sorted(FOLDER.iterdir()):

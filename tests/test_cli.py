@@ -100,7 +100,7 @@ def test_the_report_tells_the_truth(pruned, saved, tokenizer):
     assert report.plan.strategy == "avss"
     assert "--strategy avss --n-layers 2" in report.command
     assert report["decode, batch 1"].before > 0
-    held_out = load_data(str(saved / "texts.jsonl"), 8).judging
+    held_out = load_data(str(saved / "texts.jsonl"), 8).held_out
     for side, place in (("before", saved / "model"), ("after", folder / "out")):
         model, _ = load_model(str(place), device="cpu")
         reported = getattr(report["perplexity"], side)

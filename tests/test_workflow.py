@@ -28,15 +28,15 @@ def source(tmp_path):
 @pytest.mark.parametrize("n", [4, 20, 60])
 def test_no_item_serves_two_purposes(source, n, healing):
     data = load_data(source, n, healing=healing)
-    parts = [set(data.scoring), set(data.healing), set(data.judging)]
+    parts = [set(data.scoring), set(data.healing), set(data.held_out)]
     assert sum(map(len, parts)) == len(set().union(*parts))
     assert bool(data.healing) == healing
     assert data.scoring
-    assert data.judging
+    assert data.held_out
     assert len(data.scoring) <= n
-    assert len(data.judging) <= n
+    assert len(data.held_out) <= n
     if n == 4:
-        assert (len(data.scoring), len(data.judging)) == (4, 4)
+        assert (len(data.scoring), len(data.held_out)) == (4, 4)
 
 
 def test_the_demo_is_judged_on_its_own_evaluation_set():
@@ -44,10 +44,10 @@ def test_the_demo_is_judged_on_its_own_evaluation_set():
 
     data = load_data("demo", 30, healing=True)
     own = {item["prompt"] for item in load_eval_dataset(200, "demo-eval")}
-    assert {item["prompt"] for item in data.judging} <= own
+    assert {item["prompt"] for item in data.held_out} <= own
     assert not {item["prompt"] for item in [*data.scoring, *data.healing]} & own
     assert not {i["prompt"] for i in data.scoring} & {i["prompt"] for i in data.healing}
-    assert len(data.scoring) == len(data.judging) == 30
+    assert len(data.scoring) == len(data.held_out) == 30
     assert len(data.healing) >= 90
 
 
@@ -56,7 +56,7 @@ def test_healing_items_that_serve_another_purpose_are_left_out(source, caplog):
     caplog.set_level("INFO", logger="llm_pruner")
     data = load_data(source, 20, heal_source=source, healing=True)
     assert len(data.healing) == 160
-    assert not set(data.healing) & {*data.scoring, *data.judging}
+    assert not set(data.healing) & {*data.scoring, *data.held_out}
     assert "40 of 200 healing items serve another purpose already" in caplog.text
 
 
@@ -64,8 +64,8 @@ def test_items_that_a_plan_rests_on_are_left_out(source):
     """Also with another seed and another number: what was scored on is in no other part."""
     scored = load_data(source, 20, seed=0).scoring
     data = load_data(source, 30, healing=True, taken=prompt_keys(scored), seed=1)
-    assert not set(scored) & {*data.scoring, *data.healing, *data.judging}
-    assert len(data.judging) == 30
+    assert not set(scored) & {*data.scoring, *data.healing, *data.held_out}
+    assert len(data.held_out) == 30
 
 
 def test_the_same_seed_gives_the_same_split(source):
@@ -77,7 +77,7 @@ def test_healing_does_not_change_what_layers_are_chosen_on(source):
     for n in (4, 5):
         plain, healing = (load_data(source, n, healing=h) for h in (False, True))
         assert plain.scoring == healing.scoring
-        assert plain.judging == healing.judging
+        assert plain.held_out == healing.held_out
 
 
 def test_too_little_data_is_an_error(tmp_path):

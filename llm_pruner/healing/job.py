@@ -67,8 +67,8 @@ class HealingJob:
                 "Healing needs heal_data: pass items (prompt and reference, or text) other than "
                 "those the layers were chosen on."
             )
-        train, rest = split_items(items, TRAIN) if len(items) > 1 else (list(items), [])
-        if len(items) < MIN_ITEMS or len(rest) < 2:
+        train, rest = split_items(items, TRAIN) if len(items) >= MIN_ITEMS else ([], [])
+        if len(rest) < 2:
             raise InvalidDataError(
                 f"heal_data has {len(items)} items; healing needs at least {MIN_ITEMS} with "
                 "different prompts, to train, to validate and to judge the result on. Split long "
@@ -80,16 +80,13 @@ class HealingJob:
             for part in (train, *split_items(rest, VALIDATION))
         ]
         padding = tokenizer.pad_token_id
-        if padding is not None and any(
-            all(set(row.ids) <= {padding} for row in part) for part in parts
-        ):
+        if any(all(set(row.ids) <= {padding} for row in part) for part in parts):
             raise InvalidDataError(
                 "heal_data (or a part of it) holds nothing but padding tokens: pass text."
             )
         validation, held_out = (pad_rows(tokenizer, part, BATCH_SIZE) for part in parts[1:])
-        key = fingerprint(items)
-        how = lora or LoraSettings()
-        return cls(stack, tuple(removed), tokenizer, parts[0], validation, held_out, key, how)
+        settings = fingerprint(items), lora or LoraSettings()
+        return cls(stack, tuple(removed), tokenizer, parts[0], validation, held_out, *settings)
 
     @property
     def kept(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""Healing without training: least-squares updates of the weights that write to the stream."""
+"""Healing without training: least-squares updates of what writes to the residual stream."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def heal_linear(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
             else:
                 for module, parameters in before:
                     module._parameters.update(parameters)
-            record = {"layer": kept[index], "parts": parts, "error": error}
-            records.append({**record, "loss": after, "kept": better})
+            fit = {"layer": kept[index], "parts": parts, "error": error}
+            records.append({**fit, "loss": after, "kept": better})
             note = "" if better else ", undone"
             logger.info("Layer %d: validation loss %.4f%s", kept[index], after, note)
         for run in chain(*pairs):
@@ -112,10 +112,7 @@ def heal_linear(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
 class _Run:
     """A model on the same batches again and again, one layer of the pruned model after another.
 
-    Args:
-        stack: the model's layers.
-        spans: for each layer of the pruned model the first and last layer of `stack` that match it.
-        batches: the tokens.
+    `spans` are, for each layer of the pruned model, the first and last layer of `stack` it covers.
     """
 
     def __init__(
@@ -212,9 +209,7 @@ class _Sums:
 
     def __init__(self, tokens: Iterator[tuple[torch.Tensor, ...]], is_map: bool) -> None:
         self._is_map, count = is_map, 0
-        gram: Any = 0.0
-        cross: Any = 0.0
-        square: Any = 0.0
+        gram = cross = square = torch.zeros((), dtype=torch.float64)
         for features, deviation, weight in tokens:
             weighted = features * weight
             gram = gram + (weighted.T @ features if is_map else (weighted * features).sum(0))

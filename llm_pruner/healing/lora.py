@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,9 @@ def heal_lora(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
     settings = job.lora
     steps = settings.steps or min(MAX_STEPS, EPOCHS * -(-len(job.train) // settings.batch_size))
     trainable = [parameter.requires_grad for parameter in pruned.parameters()]
-    named = settings.checkpoints is not None
-    place = nullcontext(str(settings.checkpoints)) if named else tempfile.TemporaryDirectory()
-    with _trainer_contained(settings.seed), place as folder:
+    keep = settings.checkpoints is not None
+    output = nullcontext(str(settings.checkpoints)) if keep else tempfile.TemporaryDirectory()
+    with _trainer_contained(settings.seed), output as folder:
         try:
             config = peft.LoraConfig(
                 r=settings.rank,
@@ -178,9 +178,12 @@ class DistillationTrainer(Trainer):
         """Validation loss in nats per scored token; the same in every process."""
         model: Any = self.model
         try:
-            metrics = {"eval_loss": batch_nll(model, self._job.validation)}
+            loss = batch_nll(model, self._job.validation)
         except NonFiniteError as error:
             raise self._not_finite("validation loss is not finite") from error
+        step, steps = self.state.global_step, self.state.max_steps
+        logger.info("Step %d of %d: validation loss %.4f", step, steps, loss)
+        metrics = {"eval_loss": loss}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -208,7 +211,7 @@ def _distance(state: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor) -> 
 
 
 class _Progress(TrainerCallback):
-    """Our progress bar, and a line for every check."""
+    """Our progress bar instead of the trainer's."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         steps = range(state.global_step, state.max_steps)
@@ -217,10 +220,6 @@ class _Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         next(self._bar, None)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        loss = kwargs["metrics"]["eval_loss"]
-        logger.info("Step %d of %d: validation loss %.4f", state.global_step, state.max_steps, loss)
 
 
 def _arguments(student: Any, steps: int, settings: LoraSettings, folder: str) -> TrainingArguments:
@@ -239,11 +238,8 @@ def _arguments(student: Any, steps: int, settings: LoraSettings, folder: str) ->
         learning_rate=settings.learning_rate or default_rate(student.config),
         lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 20),
-        weight_decay=0.0,
-        max_grad_norm=1.0,
         eval_strategy="steps",
         eval_steps=every,
-        save_strategy="steps",
         save_steps=every,
         save_total_limit=2,
         load_best_model_at_end=True,
@@ -296,7 +292,11 @@ def _claim(folder: Path, key: str) -> str | None:
     same = key_file.exists() and key_file.read_text(encoding="utf-8") == key
     last = None
     for path in checkpoints:
-        if same and _is_complete(path):
+        complete = False
+        with suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            complete = True
+        if same and complete:
             last = str(path)
         else:
             shutil.rmtree(path)
@@ -304,14 +304,6 @@ def _claim(folder: Path, key: str) -> str | None:
     if last:
         logger.info("Resuming from %s", last)
     return last
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How the training that repairs a pruned model is set up."""
+"""Settings of the training that heals a pruned model."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ class LoraSettings:
     """Settings of ``heal="lora"``; the defaults suit most models.
 
     Attributes:
-        steps: optimizer steps at most; 30 passes over the data, at most 1,000, if None.
-        target: what is learned: ``teacher``, the full model's next-token distribution
+        steps: maximum number of optimizer steps; 30 passes over the data, at most 1,000, if None.
+        target: what to learn: ``teacher``, the full model's next-token distribution
             (Kullback-Leibler divergence), or ``text``, the scored tokens of the data themselves.
-        hidden_weight: weight, beside the divergence, of the squared distance of the hidden states
-            after every kept layer from the full model's, relative to their size.
-        learning_rate: peak of the cosine schedule; by `default_rate` if None.
+        hidden_weight: weight, added to the divergence, of the squared distance of the hidden
+            states after every kept layer from the full model's, relative to their size.
+        learning_rate: peak of the cosine schedule; see `default_rate` if None.
         rank: of the adapters, which sit on every linear map of the layers; alpha is twice the rank.
         batch_size: sequences per forward pass and process.
         accumulate: forward passes per step.
         precision: of the arithmetic; ``auto`` is mixed where the weights are half precision.
-        patience: checks (20 in a training) without improvement after which it ends.
-        checkpoints: folder for checkpoints, empty or used for them before. A training that finds
-            its own there goes on from the last; others' are deleted. A temporary folder if None.
+        patience: checks (20 in a training) without improvement before the training stops.
+        checkpoints: folder for training checkpoints, empty or used for them before. A training
+            resumes from its own last one and deletes those of others. Temporary if None.
         seed: of the adapters and the order of the data.
 
     Raises:
-        InvalidPlanError: a setting that cannot be.
+        InvalidPlanError: an impossible setting.
     """
 
     steps: int | None = None
@@ -54,8 +54,7 @@ class LoraSettings:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise InvalidPlanError(f"{name}={value!r} must be a whole number from 1.")
-        rate = self.learning_rate
-        if rate is not None and not 0 < rate < math.inf:
+        if (rate := self.learning_rate) is not None and not 0 < rate < math.inf:
             raise InvalidPlanError(f"learning_rate={rate!r} must be a positive number, e.g. 2e-4.")
         if not 0 <= self.hidden_weight < math.inf:
             raise InvalidPlanError(f"hidden_weight={self.hidden_weight!r} must be a number from 0.")
@@ -67,19 +66,19 @@ class LoraSettings:
         if self.target == "text" and self.hidden_weight:
             raise InvalidPlanError(
                 f"hidden_weight={self.hidden_weight} has no meaning for target='text', which does "
-                "without the full model: leave it out."
+                "not use the full model: leave it out."
             )
 
     def identity(self) -> str:
-        """What has to be equal for one training to go on where another stopped."""
+        """What must be equal for one training to resume another."""
         names = [field.name for field in fields(self) if field.name != "checkpoints"]
         return ",".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def default_rate(config: Any) -> float:
-    """2e-4 at a hidden size of 4,096, as is common for LoRA, and more for smaller models.
+    """The usual 2e-4 of LoRA at a hidden size of 4,096, scaled by 1 / sqrt(hidden size).
 
-    It grows as 1 / sqrt(hidden size): 1.1e-3 at 128.
+    1.1e-3 at 128.
     """
     size: int = config.get_text_config().hidden_size
     return 2e-4 * math.sqrt(4096 / size)

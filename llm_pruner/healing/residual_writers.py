@@ -153,9 +153,7 @@ class _Trial:
         scales: dict[str, float] = {}
         exact = self._shift.dtype in (torch.float32, torch.float64)
         shift = self._shift.double()
-        for name in self._names:
-            if name in zeroed:
-                continue
+        for name in [name for name in self._names if name not in zeroed]:
             moved = (self._leaving(zeroed, name) - still).double()
             scale = float((moved * shift).sum() / shift.square().sum())
             error = float((moved - scale * shift).abs().max() / shift.abs().max())

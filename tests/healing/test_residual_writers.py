@@ -1,4 +1,4 @@
-"""What layers add to the stream: found in architectures that differ, and adding up to the layer."""
+"""What layers add to the residual stream: found in many architectures, and adding up to it."""
 
 from __future__ import annotations
 

@@ -25,14 +25,14 @@ def pruner_with(model, tokenizer, repairs=None, **options):
 
 
 def by_hand(llama, tokenizer, n_layers):
-    """One layer a round, on models that are really cut and repaired, all candidates measured."""
+    """One layer a round, on models that are really cut and healed, all candidates measured."""
     stack, removed = LayerStack(llama), []
     pruner = pruner_with(llama, tokenizer)
     current, kept = llama, list(range(len(stack)))
     while len(removed) < n_layers:
         quality = RemovalQuality(LayerStack(current), tokenizer, SCORING)
-        places = [place for place, index in enumerate(kept) if 1 <= index < len(stack) - 1]
-        best = max(places, key=lambda place: (quality.change([place]), place))
+        pool = [i for i, index in enumerate(kept) if 1 <= index < len(stack) - 1]
+        best = max(pool, key=lambda i: (quality.change([i]), i))
         removed = sorted([*removed, kept[best]])
         current, _ = pruner.heal(removed, "linear", HEALING)
         kept = [index for index in range(len(stack)) if index not in removed]
@@ -40,8 +40,8 @@ def by_hand(llama, tokenizer, n_layers):
 
 
 @pytest.mark.parametrize("n_layers", [2, 3])
-def test_rounds_of_one_are_greedy_on_repaired_models(llama, tokenizer, n_layers):
-    """With few items every candidate is measured, and a single cut leaves exchanges nothing."""
+def test_rounds_of_one_are_greedy_on_healed_models(llama, tokenizer, n_layers):
+    """With few items every candidate is measured, and after a single cut no swap is possible."""
     want, _ = by_hand(llama, tokenizer, n_layers)
     pruner = pruner_with(llama, tokenizer, Repairs(HEALING))
     assert pruner.optimize_selection(None, SCORING, n_layers=n_layers) == want
@@ -50,19 +50,19 @@ def test_rounds_of_one_are_greedy_on_repaired_models(llama, tokenizer, n_layers)
     assert pruner.steps[-1]["removed"] == want
 
 
-def test_changes_are_those_of_the_repaired_against_the_full_model(llama, tokenizer):
+def test_changes_are_those_of_the_healed_against_the_full_model(llama, tokenizer):
     pruner = pruner_with(llama, tokenizer, Repairs(HEALING, every=2))
     chosen = pruner.optimize_selection(None, SCORING, n_layers=2)
     healed, record = pruner.heal(chosen, "linear", HEALING)
     full = RemovalQuality(LayerStack(llama), tokenizer, SCORING)()
     want = RemovalQuality(LayerStack(healed), tokenizer, SCORING)() / full - 1
-    repair = pruner.steps[-1]
-    assert (repair["action"], repair["method"]) == ("repair", "linear")
-    assert repair["change"] == pytest.approx(want)
-    assert repair["loss"] == record["healed"]
+    healing = pruner.steps[-1]
+    assert (healing["action"], healing["method"]) == ("repair", "linear")
+    assert healing["change"] == pytest.approx(want)
+    assert healing["loss"] == record["healed"]
 
 
-def test_steps_speak_of_layers_of_the_full_model(llama, tokenizer):
+def test_steps_name_layers_of_the_full_model(llama, tokenizer):
     pruner = pruner_with(llama, tokenizer, Repairs(HEALING))
     chosen = pruner.optimize_selection(None, SCORING, n_layers=3)
     cuts = [step for step in pruner.steps if step["action"] == "cut"]
@@ -77,19 +77,19 @@ def test_steps_speak_of_layers_of_the_full_model(llama, tokenizer):
 
 
 def test_a_round_beyond_the_tolerance_is_rolled_back(llama, tokenizer, monkeypatch):
-    """The repaired model is what the tolerance limits, not the cut one."""
+    """The tolerance limits the loss of the healed model, not of the cut one."""
     changes = iter([-0.01, -0.03, -0.06])
     monkeypatch.setattr(RemovalQuality, "change_from", lambda self, other: next(changes))
     pruner = pruner_with(llama, tokenizer, Repairs(HEALING))
     chosen = pruner.optimize_selection(None, SCORING, tolerance=0.05)
     assert len(chosen) == 2
-    repairs = [step for step in pruner.steps if step["action"] == "repair"]
-    assert [step["kept"] for step in repairs] == [True, True, False]
+    healings = [step for step in pruner.steps if step["action"] == "repair"]
+    assert [step["kept"] for step in healings] == [True, True, False]
     assert pruner.steps[-1]["removed"] == chosen
     assert pruner.steps[-1]["change"] == -0.06
 
 
-def test_the_last_repair_is_not_made_twice(llama, tokenizer, tmp_path, monkeypatch):
+def test_the_last_healing_is_not_done_twice(llama, tokenizer, tmp_path, monkeypatch):
     made = []
     real = heal.heal_model
     monkeypatch.setattr(base, "heal_model", lambda *a, **k: (made.append(a[1]), real(*a, **k))[1])
@@ -108,7 +108,7 @@ def test_the_last_repair_is_not_made_twice(llama, tokenizer, tmp_path, monkeypat
     assert len(made) == 3
 
 
-def test_a_plan_tells_how_it_was_repaired_on_the_way(llama, tokenizer):
+def test_a_plan_records_how_it_was_healed_between_cuts(llama, tokenizer):
     pruner = pruner_with(llama, tokenizer, Repairs(HEALING, every=2))
     plan = pruner.plan(SCORING, n_layers=2)
     assert plan.options["repairs"] == {"every": 2, "heal": "linear"}
@@ -116,7 +116,7 @@ def test_a_plan_tells_how_it_was_repaired_on_the_way(llama, tokenizer):
 
 
 @pytest.mark.parametrize("objective", ["kl", "agreement", "nll=1,kl=1"])
-def test_measures_that_refer_to_the_cut_model_itself_are_refused(llama, tokenizer, objective):
+def test_measures_relative_to_the_uncut_model_are_refused(llama, tokenizer, objective):
     pruner = pruner_with(llama, tokenizer, Repairs(HEALING), objective=objective)
     with pytest.raises(InvalidPlanError, match="cannot judge healed models"):
         pruner.optimize_selection(None, SCORING, n_layers=2)
@@ -136,7 +136,7 @@ def test_impossible_requests_are_refused(llama, tokenizer):
         )
 
 
-def test_the_items_layers_were_chosen_on_do_not_repair(llama, tokenizer, tmp_path):
+def test_the_items_that_layers_were_chosen_on_do_not_heal(llama, tokenizer, tmp_path):
     """Not one of them, however many others there are."""
     pruner = pruner_with(llama, tokenizer)
     plan = pruner.plan(SCORING, n_layers=1)
@@ -161,7 +161,7 @@ def test_items_serve_one_purpose_in_a_whole_job(llama, tokenizer, tmp_path):
 
 
 def test_an_interrupted_round_is_not_in_the_partial_plan(llama, tokenizer, monkeypatch):
-    """Its cuts have not been judged on the repaired model."""
+    """Its cuts have not been judged on the healed model."""
     pruner, repair, made = pruner_with(llama, tokenizer, Repairs(HEALING)), SmartPruner.heal, []
 
     def interrupted(self, layers, *rest):
@@ -176,7 +176,7 @@ def test_an_interrupted_round_is_not_in_the_partial_plan(llama, tokenizer, monke
     assert list(pruner.partial_plan.remove) == made[0]
 
 
-def test_repaired_models_are_not_kept(llama, tokenizer):
+def test_healed_models_are_not_kept(llama, tokenizer):
     pruner = pruner_with(llama, tokenizer, Repairs(HEALING))
     pruner.optimize_selection(None, SCORING, n_layers=3)
     assert len(pruner._qualities) == 1
@@ -185,10 +185,10 @@ def test_repaired_models_are_not_kept(llama, tokenizer):
 def test_a_tolerance_ends_where_no_further_layer_can_go(llama, tokenizer, monkeypatch):
     real = layer_search.search_layers
 
-    def refused(quality, places, **options):
+    def refused(quality, pool, **options):
         if len(quality.stack) < 7:
             raise UnsupportedModelError("No further layer can be removed.")
-        return real(quality, places, **options)
+        return real(quality, pool, **options)
 
     monkeypatch.setattr(healing_search, "search_layers", refused)
     pruner = pruner_with(llama, tokenizer, Repairs(HEALING))
