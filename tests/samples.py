@@ -1,4 +1,4 @@
-"""Results made by hand, as the report and the figures get them."""
+"""Small results for tests of the report and of the figures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from llm_pruner.results import Comparison, LayerScores, PruningPlan, PruningReport
+from llm_pruner.results import Comparison, DepthCurve, LayerScores, PruningPlan, PruningReport
 
 UNIT = "angular distance (arccos(cos)/pi)"
 
@@ -43,3 +43,9 @@ def make_report(name="my/model", **changes):
     stages = [{"method": name, "loss": 1.25, "kept": True}, {"method": "lora", "skipped": name}]
     values |= {"heal": {"method": "linear", "full": 1.0, "cut": 2.0, "stages": stages}}
     return PruningReport(plan, "out", **{**values, **changes})
+
+
+def make_curve():
+    held = {"change": -0.2, "low": -0.3, "high": -0.1}
+    points = [{"n_layers": 1, "removed": [2], "change": -0.1, "held_out": held}]
+    return DepthCurve("my/model", 6, "pruneme", "likelihood", points)

@@ -95,7 +95,7 @@ def test_the_report_tells_the_truth(run, saved, tmp_path, tokenizer):
 
 
 def test_a_report_for_people():
-    """Groups in their order, changes of size in percent, what is not told apart marked."""
+    """Groups in their order, changes of size in percent, unclear differences marked."""
     plan = PruningPlan("m", 4, (1,), held_out={
         "change": -0.1, "low": -0.2, "high": -0.05, "unit": "u", "items": 9,
     })  # fmt: skip
@@ -117,7 +117,7 @@ def test_a_report_for_people():
         "perplexity 2.000 2.500 +0.500 +0.250 to +0.750",
         "tasks",
         "task mean 0.500 0.438 -0.062 -0.125 to +0.000 ~ (floor 0.250)",
-        "~ not told apart from no change: the interval holds 0.",
+        "~ no clear difference: the interval contains 0.",
     ]
     sure = replace(report, comparisons=rows[:1])
     assert "~" not in report_text(sure)
@@ -273,7 +273,7 @@ def test_repairs_on_the_way(run, saved, tmp_path):
     ]
     code, out, _ = run(*words, "--heal", "linear", "--heal-every", "2", "--dry-run")
     assert code == 0
-    assert "repaired (linear): total change" in out
+    assert "healed (linear): total change" in out
 
 
 def test_an_interrupted_training_is_taken_up_again(run, saved, tmp_path, monkeypatch):
