@@ -45,7 +45,13 @@ def make_report(name="my/model", **changes):
     return PruningReport(plan, "out", **{**values, **changes})
 
 
-def make_curve():
-    held = {"change": -0.2, "low": -0.3, "high": -0.1}
-    points = [{"n_layers": 1, "removed": [2], "change": -0.1, "held_out": held}]
-    return DepthCurve("my/model", 6, "pruneme", "likelihood", points)
+def make_depth_curve(
+    changes, strategy="smart", measured=True, model_id="m", num_layers=80, unit="likelihood"
+):
+    """Points 1, 2, ...; on held-out data, if measured, 2 points worse, from 4 worse to 1 better."""
+    points = []
+    for count, change in enumerate(changes, 1):
+        held = {"change": change - 0.02, "low": change - 0.04, "high": change + 0.01, "unit": unit}
+        point = {"n_layers": count, "removed": list(range(count)), "change": change}
+        points.append({**point, "held_out": held if measured else None})
+    return DepthCurve(model_id, num_layers, strategy, unit, points)

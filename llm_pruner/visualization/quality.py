@@ -24,7 +24,6 @@ from .style import (
     legend_columns,
     level_marks,
     paired_bars,
-    printable,
     ticks,
     wrap,
     wrap_name,
@@ -68,7 +67,7 @@ def plot_depth_curve(
     last = max(depth for line in lines for depth in line.chosen)
     depths = sorted({curve.num_layers for curve in given})
     width, most_ticks = layer_width(last)
-    labels = [wrap(printable(line.name), 0.45 * width) for line in lines]
+    labels = [wrap(line.name, 0.45 * width) for line in lines]
     rows = max(3, sum(1 + label.count("\n") for label in labels))
     if title is None:
         alone = f": {given[0].strategy}" if len(given) == 1 else ""
@@ -114,11 +113,10 @@ def plot_holistic_benchmark(
     places = [row + 0.4 * (task == "mean") for row, task in enumerate(tasks)]
     row_of = dict(zip(tasks, places, strict=True))
     levels = _check_chance(chance or {}, row_of)
-    names = [f"{task} (n={counts[task]})" if task in counts else task for task in tasks]
-    names = [wrap_name(name, 1.4) for name in names]
+    names = [_bar_name(task, counts.get(task), 1.4) for task in tasks]
     values = [[side[task] for task in tasks] for side in (before, after)]
     errors = [[_error(task, side, counts) for task in tasks] for side in (before, after)]
-    height = 0.9 + 0.33 * (places[-1] + 1)
+    height = 0.9 + _row_height(names) * (places[-1] + 1)
     with drawing(title, path, show, COLUMN, [height]) as (figure, [[axes]]):
         paired_bars(axes, places, names, values, errors, ("before", "after"))
         level_marks(axes, levels, "chance")
@@ -155,12 +153,11 @@ def plot_comparisons(
         raise InvalidDataError(
             f"The comparisons have units {units}: give at least one, and all of one unit."
         )
-    names = [printable(e.name) + (f" (n={e.count})" if e.count else "") for e in entries]
-    names = [wrap_name(name, 1.9, 2) for name in names]
+    names = [_bar_name(entry.name, entry.count, 1.9) for entry in entries]
     places = list(map(float, range(len(entries))))
     values = [[entry.before for entry in entries], [entry.after for entry in entries]]
     floors = {p: e.floor for p, e in zip(places, entries, strict=True) if e.floor is not None}
-    height = 0.9 + 0.33 * len(entries)
+    height = 0.9 + _row_height(names) * len(entries)
     with drawing(title, path, show, PAGE, [height], (1.0, 1.0)) as (figure, [[left, right]]):
         paired_bars(left, places, names, values, labels=("before", "after"))
         level_marks(left, floors, "floor")
@@ -169,6 +166,17 @@ def plot_comparisons(
         right.set_ylim(left.get_ylim())
         legend_below(figure, [*left.get_legend_handles_labels()[0], *keys])
     return figure
+
+
+def _bar_name(name: str, count: int | None, inches: float) -> str:
+    """The name beside a pair of bars, with the number of items, in at most three lines."""
+    counted = f" (n={count})" if count else ""
+    text = wrap_name(name + counted, inches)
+    return text if text.count("\n") < 3 else f"{wrap_name(name, inches, 2)}\n{counted.strip()}"
+
+
+def _row_height(names: list[str]) -> float:
+    return 0.38 if any(name.count("\n") > 1 for name in names) else 0.33
 
 
 def _draw_changes(axes: Any, entries: list[Comparison]) -> list[Any]:

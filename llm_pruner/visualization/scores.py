@@ -20,7 +20,6 @@ from .style import (
     drawing,
     layer_width,
     legend_below,
-    printable,
     ticks,
     wrap,
 )
@@ -115,7 +114,7 @@ def plot_score_comparison(
     cuts = [sorted(_check_removed(cut, one)) for cut, one in zip(cuts, given, strict=True)]
     layers = range(min(map(min, given)), max(map(max, given)) + 1)
     width, most_ticks = layer_width(len(layers))
-    labels = [wrap(printable(one.strategy), 1.2, 2) for one in given]
+    labels = [wrap(one.strategy, 1.2, 2) for one in given]
     lines = 1 + max(label.count("\n") for label in labels)
     height = max(1.0, 0.55 + (0.1 + 0.13 * lines) * len(given))
     with drawing(title, path, show, width, [height]) as (figure, [[axes]]):

@@ -102,16 +102,19 @@ def printable(text: str) -> str:
 
     glyphs = get_font(findfont(STYLE["font.family"])).get_charmap()
     return "".join(
-        c if c.isprintable() and ord(c) in glyphs else c.encode("unicode_escape").decode()
+        c
+        if (c.isprintable() or c == "\u00a0") and ord(c) in glyphs
+        else c.encode("unicode_escape").decode()
         for c in text.replace("\n", "\u21b5")
     )
 
 
 def wrap(text: str, inches: float, most: int | None = None) -> str:
-    """`text` in lines of that width, measured in the font; at most `most` of them."""
+    """`text`, made printable, in at most `most` lines of that width, measured in the font."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
+    text = printable(" ".join(text.splitlines()))
     measured = text_to_path.get_text_width_height_descent(text, FontProperties(size=7), False)
     room = int(0.9 * inches * 72 * len(text) / max(measured[0], 1.0))
     return textwrap.fill(text, max(8, room), max_lines=most, placeholder=" \u2026")

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from samples import COMPARISONS, make_curve, make_report
+from samples import COMPARISONS, make_depth_curve, make_report
 
 from llm_pruner.errors import InvalidDataError
 from llm_pruner.report.html_page import write_html
@@ -54,7 +54,7 @@ def page(tmp_path, report, **options):
 
 def test_the_page_stands_alone_and_every_picture_is_described(tmp_path):
     figures = {"semantic_comparison": plot_comparisons(COMPARISONS[1:3])}
-    found = page(tmp_path, make_report(), figures=figures, curve=make_curve())
+    found = page(tmp_path, make_report(), figures=figures, curve=make_depth_curve([-0.1]))
     pictures = found.all("img")
     assert len(pictures) == 6
     for picture in pictures:
@@ -84,7 +84,7 @@ def test_what_is_untrusted_is_text(tmp_path):
     numbered = enumerate(COMPARISONS)
     evil = [replace(entry, name=f"{EVIL}{place}", note=EVIL) for place, entry in numbered]
     evil += [Comparison(EVIL, EVIL, EVIL, 1.0, 2.0)]
-    curve = replace(make_curve(), unit=EVIL, strategy=EVIL)
+    curve = make_depth_curve([-0.1], EVIL, unit=EVIL)
     steps = [{"action": EVIL, "kept": True, "change": -0.1, "samples": 5}]
     report = make_report(EVIL, comparisons=evil)
     report = replace(report, plan=replace(report.plan, steps=steps, options={EVIL: EVIL}))

@@ -1,7 +1,7 @@
 """The words of all reports, and the figures that page and files share."""
 
 import pytest
-from samples import COMPARISONS, make_curve, make_report
+from samples import COMPARISONS, make_depth_curve, make_report
 
 from llm_pruner.report import figures as report_pictures
 from llm_pruner.report.console import curve_text, plan_text
@@ -73,13 +73,13 @@ def test_steps_and_stages_in_words():
 
 
 def test_columns_of_a_curve_stand_below_their_heads():
-    _, _, heads, row = curve_text(make_curve()).splitlines()
-    for head, cell in (("k", "1"), ("chosen on", "-10.0%"), ("held out", "-20.0%")):
+    _, _, heads, row = curve_text(make_depth_curve([-0.1])).splitlines()
+    for head, cell in (("k", "1"), ("chosen on", "-10.0%"), ("held out", "-12.0%")):
         assert heads.index(head) + len(head) == row.index(cell) + len(cell)
 
 
 def test_what_the_report_lacks_is_not_drawn():
-    assert list(report_figures(make_report(), curve=make_curve())) == NAMES
+    assert list(report_figures(make_report(), curve=make_depth_curve([-0.1]))) == NAMES
     bare = PruningReport(PruningPlan("m", 3, (1,)), "out", [COMPARISONS[3], COMPARISONS[6]])
     assert list(report_figures(bare)) == ["comparisons"]
 
@@ -97,7 +97,7 @@ def test_protected_layers_are_those_of_the_plan_unless_given(monkeypatch):
 
 
 def test_the_page_and_the_files_draw_nothing_anew(tmp_path, monkeypatch):
-    report, curve = make_report(), make_curve()
+    report, curve = make_report(), make_depth_curve([-0.1])
     figures = report_figures(report, protected=[0, 5], curve=curve)
     for name in NAMES:
         monkeypatch.setattr(report_pictures, f"plot_{name}", lambda *_, **__: pytest.fail("drawn"))
