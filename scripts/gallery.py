@@ -6,6 +6,7 @@ python scripts/gallery.py
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from llm_pruner import (
@@ -14,12 +15,14 @@ from llm_pruner import (
     get_strategy,
     load_data,
     load_model,
+    plot_activation_comparison,
     plot_block_distances,
     plot_depth_curve,
     plot_score_comparison,
+    plot_semantic_comparison,
     plot_similarity_matrix,
 )
-from llm_pruner.workflow import draw_figures
+from llm_pruner.report.figures import report_figures, save_figures
 
 FOLDER = Path(__file__).parent.parent / "docs" / "gallery"
 STRATEGIES = ("ablation", "pruneme", "bi", "avss")
@@ -49,10 +52,17 @@ def main() -> None:
     ]
     plot_depth_curve(curves, save_path=FOLDER / "depth_curve.png")
     plan = smart.plan(data.scoring, model_id="demo", n_layers=N_LAYERS, held_out=data.judging)
+    plan = replace(plan, scores=smart.compute_layer_scores(data.scoring))
     with tempfile.TemporaryDirectory() as folder:
         report, pruned = carry_out(smart, plan, Path(folder) / "pruned", data.judging)
-        for path in draw_figures(smart, pruned, report, data):
-            (FOLDER / path.name).write_bytes(path.read_bytes())
+        prompt = report.samples[0]["prompt"]
+        figures = report_figures(report, protected=kept, skip={"comparisons"}) | {
+            "activation_comparison": plot_activation_comparison(
+                model, tokenizer, prompt, plan.remove
+            ),
+            "semantic_comparison": plot_semantic_comparison(model, pruned, tokenizer, prompt),
+        }
+        save_figures(figures, FOLDER)
     for path in sorted(FOLDER.iterdir()):
         print(path)
 

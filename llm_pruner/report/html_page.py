@@ -72,11 +72,12 @@ def write_html(
         return "".join(_picture(figures[name], name, said) for name in shown)
 
     choice = pictures("layer_importance", "block_distances", "similarity_matrix")
+    choice = choice and f'<div class="pair">\n{choice}</div>\n'
     inside = pictures("activation_comparison", "semantic_comparison")
     sections = (
         _summary(report),
         _section("What changed", _comparisons(report) + pictures("comparisons")),
-        _section("How the layers were chosen", _choice(plan) + _pair(choice)),
+        _section("How the layers were chosen", _choice(plan) + choice),
         _section("Cost by number of layers", pictures("depth_curve")),
         _section("Healing", _healing(report.heal)),
         _section("Inside the model", inside),
@@ -153,46 +154,41 @@ def _count_verdicts(comparisons: Iterable[Comparison]) -> str:
 
 
 def _comparisons(report: PruningReport) -> str:
-    entries = report.comparisons
-    if not entries:
-        return ""
-    heads = ("before", "after", "change", "verdict")
     body = ""
-    for group, members in by_group(entries).items():
+    for group, members in by_group(report.comparisons).items():
         title = escape(GROUPS.get(group, group))
         body += f'<tr><th class="group" colspan="5" scope="colgroup">{title}</th></tr>\n'
-        body += "".join(_comparison_row(entry, heads) for entry in members)
+        body += "".join(map(_comparison_row, members))
+    if not body:
+        return ""
     source = evaluated_on(report)
     caption = f"Measured on {source}." if source else ""
+    heads = ("before", "after", "change (95 % interval)", "verdict")
+    columns = "".join(f'<th class="n" scope="col">{head}</th>' for head in heads)
     return (
         f'<table class="stacks"><caption>{escape(caption)}</caption><thead><tr><th scope="col">'
-        f"quantity</th>{''.join(map(_head, heads))}</tr></thead>\n<tbody>\n{body}</tbody></table>\n"
+        f"quantity</th>{columns}</tr></thead>\n<tbody>\n{body}</tbody></table>\n"
     )
 
 
-def _head(text: str) -> str:
-    note = " (95 % interval)" if text == "change" else ""
-    return f'<th class="n" scope="col">{escape(text)}{note}</th>'
-
-
-def _comparison_row(entry: Comparison, heads: Sequence[str]) -> str:
-    details = [f"{entry.count:,} {_counted(entry)}"] if entry.count is not None else []
-    details += [f"floor {number_text(entry.floor, 3)}"] if entry.floor is not None else []
-    details += [entry.note] if entry.note else []
+def _comparison_row(entry: Comparison) -> str:
+    details = []
+    if entry.count is not None:
+        details.append(f"{entry.count:,} {'runs' if entry.group == 'speed' else 'items'}")
+    if entry.floor is not None:
+        details.append(f"floor {number_text(entry.floor, 3)}")
+    if entry.note:
+        details.append(entry.note)
     small = f'<span class="soft">{escape("; ".join(details))}</span>' if details else ""
-    cells = (number_text(entry.before), number_text(entry.after), change_text(entry))
-    row = "".join(
-        f'<td class="n" data-label="{escape(head)}">{escape(cell)}</td>'
-        for head, cell in zip(heads, cells, strict=False)
-    )
-    look = entry.verdict or "none"
-    row += f'<td class="n" data-label="{heads[-1]}"><span class="{look}">'
-    row += f"{escape(verdict_text(entry))}</span></td>"
+    verdict = f'<span class="{entry.verdict or "none"}">{escape(verdict_text(entry))}</span>'
+    cells = {
+        "before": number_text(entry.before),
+        "after": number_text(entry.after),
+        "change": escape(change_text(entry)),
+        "verdict": verdict,
+    }
+    row = "".join(f'<td class="n" data-label="{head}">{cell}</td>' for head, cell in cells.items())
     return f'<tr><th scope="row">{escape(label(entry))}{small}</th>{row}</tr>\n'
-
-
-def _counted(entry: Comparison) -> str:
-    return "runs" if entry.group == "speed" else "items"
 
 
 def _choice(plan: PruningPlan) -> str:
@@ -223,24 +219,17 @@ def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) ->
     if not rows:
         return ""
     looks = ["", *[' class="n"'] * (len(heads) - 2), ""]
-    head = "".join(
-        f'<th{look} scope="col">{escape(name)}</th>'
-        for look, name in zip(looks, heads, strict=True)
-    )
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td{look}>{escape(cell)}</td>" for look, cell in zip(looks, row, strict=True))
-        + "</tr>\n"
-        for row in rows
-    )
+
+    def row(tag: str, cells: Sequence[str], scope: str = "") -> str:
+        pairs = zip(looks, cells, strict=True)
+        parts = (f"<{tag}{look}{scope}>{escape(cell)}</{tag}>" for look, cell in pairs)
+        return f"<tr>{''.join(parts)}</tr>\n"
+
+    head, body = row("th", heads, ' scope="col"'), "".join(row("td", cells) for cells in rows)
     return (
-        f'<div class="scroll"><table class="narrow"><caption>{escape(caption)}</caption><thead><tr>'
-        f"{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
+        f'<div class="scroll"><table class="narrow"><caption>{escape(caption)}</caption>'
+        f"<thead>{head}</thead>\n<tbody>{body}</tbody></table></div>\n"
     )
-
-
-def _pair(pictures: str) -> str:
-    return f'<div class="pair">\n{pictures}</div>\n' if pictures else ""
 
 
 def _picture(figure: Figure, name: str, said: Mapping[str, str]) -> str:

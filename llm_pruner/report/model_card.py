@@ -32,8 +32,7 @@ CARD_FILE = "README.md"
 TAGS = ("llm_pruner", "depth-pruning", "pruned")
 # What holds for a pruned model as for its source; results, widgets and access rules do not.
 CARRIED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
-# The hub knows finetune, adapter, merge and quantized: a model with fewer layers and weights of
-# its own is nearest to the first.
+# The hub knows finetune, adapter, merge and quantized; the first is nearest to a pruned model.
 RELATION = "finetune"
 
 
@@ -59,7 +58,7 @@ def write_card(report: PruningReport, folder: str | Path) -> None:
 
 
 def original_card(model_id: str) -> str:
-    """The text of a model's card, from its folder or from the hub; empty where none can be had."""
+    """The text of a model's card, from its folder or from the hub; empty if there is none."""
     path = Path(model_id) / CARD_FILE
     if Path(model_id).is_dir():
         return path.read_text("utf-8", "replace") if path.is_file() else ""
@@ -112,7 +111,7 @@ def _metadata(card: str) -> dict[str, Any]:
     try:
         found = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError as error:
-        logger.info("The metadata of the original card is no YAML and is left out: %s", error)
+        logger.info("The metadata of the original card is not valid YAML and is skipped: %s", error)
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -294,8 +294,8 @@ def _draw_text(axes: Any, body: list[tuple[str, str, float]]) -> None:
     down = 0.0
     for line, colour, gap in body:
         look = {"color": colour, "weight": "normal" if colour == "black" else "bold", "va": "top"}
-        place = {"xycoords": "axes fraction", "textcoords": "offset points"}
-        text = axes.annotate(line, (0, 1), (0, -down), **place, **look)
+        look |= {"xycoords": "axes fraction", "textcoords": "offset points"}
+        text = axes.annotate(line, (0, 1), (0, -down), **look)
         text.set_in_layout(False)  # the row is high enough for it
         down += gap
 

@@ -110,18 +110,18 @@ def plot_holistic_benchmark(
     path = check_path(save_path)
     tasks = _check_tasks(before, after)
     counts = {task: _check_count(task, n_samples) for task in tasks if task != "mean"}
-    places = [row + 0.4 * (task == "mean") for row, task in enumerate(tasks)]
-    row_of = dict(zip(tasks, places, strict=True))
+    positions = [row + 0.4 * (task == "mean") for row, task in enumerate(tasks)]
+    row_of = dict(zip(tasks, positions, strict=True))
     levels = _check_chance(chance or {}, row_of)
     names = [_bar_name(task, counts.get(task), 1.4) for task in tasks]
     values = [[side[task] for task in tasks] for side in (before, after)]
     errors = [[_error(task, side, counts) for task in tasks] for side in (before, after)]
-    height = 0.9 + _row_height(names) * (places[-1] + 1)
+    height = 0.9 + _row_height(names) * (positions[-1] + 1)
     with drawing(title, path, show, COLUMN, [height]) as (figure, [[axes]]):
-        paired_bars(axes, places, names, values, errors, ("before", "after"))
+        paired_bars(axes, positions, names, values, errors, ("before", "after"))
         level_marks(axes, levels, "chance")
         if "mean" in tasks:
-            axes.axhline(places[-1] - 0.7, color="0.6", linewidth=0.6)
+            axes.axhline(positions[-1] - 0.7, color="0.6", linewidth=0.6)
         axes.set_xlabel("score \u00b1 1 standard error")
         legend_below(figure, axes.get_legend_handles_labels()[0])
     return figure
@@ -154,12 +154,12 @@ def plot_comparisons(
             f"The comparisons have units {units}: give at least one, and all of one unit."
         )
     names = [_bar_name(entry.name, entry.count, 1.9) for entry in entries]
-    places = list(map(float, range(len(entries))))
+    positions = list(map(float, range(len(entries))))
     values = [[entry.before for entry in entries], [entry.after for entry in entries]]
-    floors = {p: e.floor for p, e in zip(places, entries, strict=True) if e.floor is not None}
+    floors = {p: e.floor for p, e in zip(positions, entries, strict=True) if e.floor is not None}
     height = 0.9 + _row_height(names) * len(entries)
     with drawing(title, path, show, PAGE, [height], (1.0, 1.0)) as (figure, [[left, right]]):
-        paired_bars(left, places, names, values, labels=("before", "after"))
+        paired_bars(left, positions, names, values, labels=("before", "after"))
         level_marks(left, floors, "floor")
         left.set_xlabel(f"score{f' ({units[0]})' if units[0] else ''}")
         keys = _draw_changes(right, entries)

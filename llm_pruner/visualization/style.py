@@ -174,8 +174,8 @@ def cell_map(
 
 
 def level_marks(axes: Any, levels: Mapping[float, float], label: str) -> None:
-    """A dashed line across the bars at each place, at the level of that place."""
-    ends = [place - 0.45 for place in levels], [place + 0.45 for place in levels]
+    """A dashed line across the bars at each position, at its level."""
+    ends = [position - 0.45 for position in levels], [position + 0.45 for position in levels]
     look: dict[str, Any] = {"colors": "black", "linestyles": "--", "linewidth": 0.8}
     if levels:
         axes.vlines(list(levels.values()), *ends, label=label, **look)
@@ -183,7 +183,7 @@ def level_marks(axes: Any, levels: Mapping[float, float], label: str) -> None:
 
 def paired_bars(
     axes: Any,
-    places: Sequence[float],
+    positions: Sequence[float],
     names: list[str],
     values: list[list[float]],
     errors: list[list[float]] | None = None,
@@ -192,7 +192,7 @@ def paired_bars(
     """Two horizontal bars for each name, the first name on top, with their values beside them."""
     longest = 0.0
     for side, (colour, label) in enumerate(zip((BLUE, ORANGE), labels, strict=True)):
-        rows = [place + (side - 0.5) * 0.4 for place in places]
+        rows = [position + (side - 0.5) * 0.4 for position in positions]
         bars = {"height": 0.4, "color": colour, "label": label}
         spread = errors[side] if errors else [0.0] * len(rows)
         look = {"elinewidth": 0.8, "capsize": 1.5, "capthick": 0.8}
@@ -201,9 +201,9 @@ def paired_bars(
             at, style = (value + error, row), {"textcoords": "offset points", "fontsize": 6.5}
             axes.annotate(f"{value:.2f}", at, (3, 0), va="center", **style)
             longest = max(longest, value + error)
-    axes.set_yticks(places, names)
+    axes.set_yticks(positions, names)
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(places[-1] + 0.6, -0.6)
+    axes.set_ylim(positions[-1] + 0.6, -0.6)
     limit = 1.2 * longest or 1.0
     axes.set_xlim(0, limit)
     axes.set_xticks([tick for tick in axes.get_xticks() if tick <= min(limit, 1.0)])
