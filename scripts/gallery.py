@@ -6,6 +6,7 @@ python scripts/gallery.py
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from llm_pruner import (
@@ -14,12 +15,14 @@ from llm_pruner import (
     get_strategy,
     load_data,
     load_model,
+    plot_activation_comparison,
     plot_block_distances,
     plot_depth_curve,
     plot_score_comparison,
+    plot_semantic_comparison,
     plot_similarity_matrix,
 )
-from llm_pruner.workflow import draw_figures
+from llm_pruner.report.figures import report_figures, save_figures
 
 FOLDER = Path(__file__).parent.parent / "docs" / "gallery"
 STRATEGIES = ("ablation", "pruneme", "bi", "avss")
@@ -44,15 +47,22 @@ def main() -> None:
     plot_similarity_matrix(blocks, save_path=FOLDER / "similarity_matrix.png")
     smart = SmartPruner(model, tokenizer)
     curves = [
-        pruner.sweep(data.scoring, 6, model_id="demo", held_out=data.held_out)
+        pruner.sweep(data.scoring, 6, model_id="demo", held_out=data.judging)
         for pruner in (smart, pruners[STRATEGIES.index("pruneme")])
     ]
     plot_depth_curve(curves, save_path=FOLDER / "depth_curve.png")
-    plan = smart.plan(data.scoring, model_id="demo", n_layers=N_LAYERS, held_out=data.held_out)
+    plan = smart.plan(data.scoring, model_id="demo", n_layers=N_LAYERS, held_out=data.judging)
+    plan = replace(plan, scores=smart.compute_layer_scores(data.scoring))
     with tempfile.TemporaryDirectory() as folder:
-        report, pruned = carry_out(smart, plan, Path(folder) / "pruned", data.held_out)
-        for path in draw_figures(smart, pruned, report, data):
-            (FOLDER / path.name).write_bytes(path.read_bytes())
+        report, pruned = carry_out(smart, plan, Path(folder) / "pruned", data.judging)
+        prompt = report.samples[0]["prompt"]
+        figures = report_figures(report, protected=kept, skip={"comparisons"}) | {
+            "activation_comparison": plot_activation_comparison(
+                model, tokenizer, prompt, plan.remove
+            ),
+            "semantic_comparison": plot_semantic_comparison(model, pruned, tokenizer, prompt),
+        }
+        save_figures(figures, FOLDER)
     for path in sorted(FOLDER.iterdir()):
         print(path)
 

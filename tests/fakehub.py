@@ -1,6 +1,6 @@
-"""A stand-in of the Hugging Face hub on this machine, which can be told to fail.
+"""A simulated Hugging Face hub on this machine, which can be made to fail.
 
-It keeps repositories with their commits, takes large files by LFS into a store of their own, and
+It keeps repositories with their commits, takes large files by LFS into a separate store, and
 answers what huggingface_hub asks for to create, commit, list and read.
 """
 
@@ -23,8 +23,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 LARGE = 20_000  # bytes from which a file goes by LFS; weights always do
-HANG, RESET = "hang", "reset"  # in place of a status: no answer; a connection that breaks
-ENDPOINTS = "create validate-yaml preupload batch put commit info tree resolve".split()
+RESET = "reset"  # in place of a status: the connection breaks
 
 
 @dataclass
@@ -53,28 +52,26 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What the requests number `after` + 1 and so on of an endpoint get in place of an answer."""
+    """What requests `after` + 1 and so on to an endpoint get instead of an answer."""
 
     status: int | str
     times: float
     after: int
     headers: dict[str, str]
     body: dict[str, object]
-    late: bool  # the request is carried out, and only the answer is lost
 
 
 class FakeHub(ThreadingHTTPServer):
-    """The server; its attributes say what it has, what was asked, and how to fail.
+    """The server.
 
     Attributes:
         repos: by ``models/user/name`` or ``datasets/user/name``.
         store: the large files, by SHA-256.
-        token: the only one that is let in; None lets everybody in.
+        token: the only one that is accepted; None accepts everybody.
         asked: number of requests by endpoint.
-        seen: headers of the requests by endpoint.
-        created: what was sent to create repositories.
-        sent: bytes of files that were sent.
-        knows_ranges: whether parts of files can be had.
+        sent: bytes of files that were sent to clients.
+        knows_ranges: whether it sends parts of files.
+        takes_large: whether large files go to the store; otherwise all are part of the commit.
     """
 
     daemon_threads = True
@@ -86,12 +83,9 @@ class FakeHub(ThreadingHTTPServer):
         self.store: dict[str, bytes] = {}
         self.token: str | None = None
         self.asked: Counter[str] = Counter()
-        self.seen: dict[str, list[dict[str, str]]] = {}
-        self.created: list[dict[str, str]] = []
         self.sent = 0
-        self.knows_ranges = True
+        self.knows_ranges = self.takes_large = True
         self.faults: dict[str, list[Fault]] = {}
-        self.closing = threading.Event()
 
     def fail(
         self,
@@ -102,12 +96,11 @@ class FakeHub(ThreadingHTTPServer):
         after: int = 0,
         headers: dict[str, str] | None = None,
         body: dict[str, object] | None = None,
-        late: bool = False,
     ) -> None:
-        """Let requests of an endpoint fail, from now on, `after` others."""
-        assert endpoint in ENDPOINTS
+        """Let requests to an endpoint fail from now on, after `after` that do not."""
+        assert endpoint in {name for _, name in ROUTES}
         after += self.asked[endpoint]
-        fault = Fault(status, times, after, headers or {}, body or {"error": "no"}, late)
+        fault = Fault(status, times, after, headers or {}, body or {"error": "no"})
         self.faults.setdefault(endpoint, []).append(fault)
 
     def fault(self, endpoint: str) -> Fault | None:
@@ -140,38 +133,27 @@ class Handler(BaseHTTPRequestHandler):
         matches = [(name, re.fullmatch(pattern, path)) for pattern, name in ROUTES]
         endpoint, found = next(((name, match) for name, match in matches if match), (None, None))
         if endpoint is None or found is None:
-            self.reply(404, {"error": f"no such place: {path}"})
+            self.reply(404, {"error": f"unknown path: {path}"})
             return
         hub = self.server
         hub.asked[endpoint] += 1
-        hub.seen.setdefault(endpoint, []).append(dict(self.headers))
         fault = hub.fault(endpoint)
         size = int(self.headers["Content-Length"] or 0)
-        if fault and fault.status == RESET and not fault.late:
+        if fault and fault.status == RESET:
             self.rfile.read(size // 2)
             self.reset()
             return
         body = self.rfile.read(size)
-        if fault and fault.status == HANG:
-            hub.closing.wait(20)
-            return
-        if fault and not fault.late:
+        authorized = self.headers["Authorization"] == f"Bearer {hub.token}"
+        if fault:
             self.reply(int(fault.status), fault.body, fault.headers)
-            return
-        if fault:
-            self.reply = lambda *args: None  # type: ignore[method-assign]
-        elif endpoint != "put" and hub.token and not self.let_in():
+        elif endpoint != "put" and hub.token and not authorized:
             self.reply(401, {"error": "Invalid username or password."})
-            return
-        getattr(self, f"on_{endpoint.replace('-', '_')}")(body, **found.groupdict())
-        if fault:
-            self.reset()
-
-    def let_in(self) -> bool:
-        return self.headers["Authorization"] == f"Bearer {self.server.token}"
+        else:
+            getattr(self, f"on_{endpoint.replace('-', '_')}")(body, **found.groupdict())
 
     def reset(self) -> None:
-        """Break the connection, as a network does."""
+        """Break the connection."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         self.connection.close()
@@ -197,18 +179,16 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def repo(self, kind: str, name: str) -> Repo | None:
-        """The repository; without one the request is answered."""
+        """The repository; where there is none, the request gets 404 and this is None."""
         repo = self.server.repos.get(f"{kind}/{name}")
         if repo is None:
-            no = {"X-Error-Code": "RepoNotFound"}
-            self.reply(404, {"error": "Repository not found"}, no)
+            self.reply(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         return repo
 
     def on_create(self, body: bytes) -> None:
         wanted = json.loads(body)
         kind, hub = f"{wanted.get('type', 'model')}s", self.server
         name = f"{wanted['organization'] or 'me'}/{wanted['name']}"
-        hub.created.append(wanted)
         url = f"{hub.url}/{'' if kind == 'models' else kind + '/'}{name}"
         known = f"{kind}/{name}" in hub.repos
         if not known:
@@ -225,7 +205,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         files = []
         for wanted in json.loads(body)["files"]:
-            mode = "lfs" if is_large(wanted["path"], wanted["size"]) else "regular"
+            large = self.server.takes_large and is_large(wanted["path"], wanted["size"])
+            mode = "lfs" if large else "regular"
             there = repo.files.get(wanted["path"])
             oid = None if there is None else sha256(there) if mode == "lfs" else git_hash(there)
             more = {"uploadMode": mode, "shouldIgnore": False, "oid": oid}
@@ -252,10 +233,6 @@ class Handler(BaseHTTPRequestHandler):
         if (repo := self.repo(kind, name)) is None:
             return
         lines = [json.loads(line) for line in body.splitlines()]
-        header = lines[0]["value"]
-        if header.get("parentCommit", repo.head) != repo.head:
-            self.reply(412, {"error": "A commit has happened since. Please refresh."})
-            return
         files = dict(repo.files)
         for line in lines[1:]:
             value = line["value"]
@@ -265,7 +242,7 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.server.store[value["oid"]]
             else:
                 files[value["path"]] = base64.b64decode(value["content"])
-        oid = repo.commit(files, header["summary"])
+        oid = repo.commit(files, lines[0]["value"]["summary"])
         url = f"{self.server.url}/{name}/commit/{oid}"
         self.reply(200, {"success": True, "commitOid": oid, "commitUrl": url})
 
@@ -368,7 +345,6 @@ def running_hub(monkeypatch, cache: Path) -> Iterator[FakeHub]:
     try:
         yield server
     finally:
-        server.closing.set()
         server.shutdown()
         server.server_close()
         close_session()

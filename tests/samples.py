@@ -1,4 +1,4 @@
-"""Results made by hand, as the report and the figures get them."""
+"""Small results for tests of the report and of the figures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from llm_pruner.results import Comparison, LayerScores, PruningPlan, PruningReport
+from llm_pruner.results import Comparison, DepthCurve, LayerScores, PruningPlan, PruningReport
 
 UNIT = "angular distance (arccos(cos)/pi)"
 
@@ -43,3 +43,15 @@ def make_report(name="my/model", **changes):
     stages = [{"method": name, "loss": 1.25, "kept": True}, {"method": "lora", "skipped": name}]
     values |= {"heal": {"method": "linear", "full": 1.0, "cut": 2.0, "stages": stages}}
     return PruningReport(plan, "out", **{**values, **changes})
+
+
+def make_depth_curve(
+    changes, strategy="smart", measured=True, model_id="m", num_layers=80, unit="likelihood"
+):
+    """Points 1, 2, ...; on held-out data, if measured, 2 points worse, from 4 worse to 1 better."""
+    points = []
+    for count, change in enumerate(changes, 1):
+        held = {"change": change - 0.02, "low": change - 0.04, "high": change + 0.01, "unit": unit}
+        point = {"n_layers": count, "removed": list(range(count)), "change": change}
+        points.append({**point, "held_out": held if measured else None})
+    return DepthCurve(model_id, num_layers, strategy, unit, points)

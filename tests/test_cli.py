@@ -245,7 +245,7 @@ def test_healing_on_the_way(run, saved):
     assert [step for step in steps if step != "exchange"] == ["cut", "repair", "cut", "repair"]
     code, out, _ = run(*words, "2")
     assert code == 0
-    assert "(linear): total change" in out
+    assert "healed (linear): total change" in out
 
 
 def test_an_interrupted_training_is_taken_up_again(run, saved, tmp_path, monkeypatch):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import random
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidDataError, LoadError
@@ -106,32 +108,30 @@ def load_dataset_from_hub(
 def upload_dataset_to_hub(
     data: Sequence[EvalItem], repo_id: str, token: str | None = None, *, private: bool = True
 ) -> str:
-    """Write the items and a card to a dataset repository on the hub, in one commit.
+    """Upload the items and a card to a dataset repository on the hub, in one commit.
 
-    The repository is created if need be; one that exists keeps its visibility, and its
-    ``data.jsonl`` and ``README.md`` are replaced. Nothing is written to the local disk.
+    Creates the repository if it does not exist; an existing one keeps its visibility, and its
+    ``data.jsonl`` and ``README.md`` are replaced.
 
     Args:
-        token: a token with write access; None for the one stored by ``hf auth login``.
+        token: a token with write access; None for that of ``HF_TOKEN`` or ``hf auth login``.
 
     Returns:
         The repository's URL.
 
     Raises:
         InvalidDataError: the items cannot be used; nothing was sent.
-        HubError: the hub refused or could not be reached; the message says what to do.
+        HubError: the upload failed; the message says why and what to do.
     """
     from .items import check_items
 
     lines = b"".join(_json_line(i, item) for i, item in enumerate(check_items(data)))
-    return upload(
-        {"data.jsonl": lines, "README.md": _card(data, repo_id).encode()},
-        repo_id,
-        "dataset",
-        message=f"Upload {len(data)} items with llm_pruner",
-        private=private,
-        token=token,
-    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "data.jsonl").write_bytes(lines)
+        (folder / "README.md").write_bytes(_card(data, repo_id).encode())
+        message = f"Upload {len(data)} items with llm_pruner"
+        return upload(folder, repo_id, "dataset", message=message, private=private, token=token)
 
 
 def _json_line(index: int, item: EvalItem) -> bytes:

@@ -1,19 +1,25 @@
-"""Results as text for people."""
+"""Results as text for the console."""
 
 from __future__ import annotations
 
 import textwrap
-from itertools import groupby
-from typing import Any
 
 from ..results import Comparison, DepthCurve, Manifest, PruningPlan, PruningReport
+from .summary import (
+    VERDICTS,
+    by_group,
+    evaluated_on,
+    healing_stages,
+    held_out_text,
+    label,
+    step_text,
+)
 
-GROUPS = ("size", "speed", "text", "tasks", "answers")
 UNCLEAR = "~"
 
 
 def plan_text(plan: PruningPlan) -> str:
-    """A plan for people: the scores, and what would go."""
+    """A plan: the scores, the steps of the search, and what would be removed."""
     lines = []
     if plan.scores is not None:
         lines.append(f"layer  {plan.scores.unit}")
@@ -21,41 +27,32 @@ def plan_text(plan: PruningPlan) -> str:
             mark = "  remove" if layer in plan.remove else ""
             lines.append(f"{layer:5d}  {score:+.6g}{mark}")
     for step in plan.steps:
-        what = f"cut layer {step['layer']}" if step["action"] == "cut" else ""
-        if step["action"] == "exchange":
-            what = f"removed {step['in']} instead of {step['out']}"
-        elif step["action"] == "repair":
-            what = f"repaired ({step['method']})"
-        undone = "" if step["kept"] else ", rolled back"
-        lines.append(
-            f"{what}: total change {step['change']:+.4f} on {step['samples']} samples{undone}"
-        )
+        rolled_back = "" if step["kept"] else ", rolled back"
+        change = f"total change {step['change']:+.4f} on {step['samples']} items"
+        lines.append(f"{step_text(step)}: {change}{rolled_back}")
     lines.append(_headline("Would remove", plan))
     if plan.held_out:
-        lines.append(f"Its cost: {_held_out(plan.held_out)}")
+        lines.append(f"Its cost: {held_out_text(plan.held_out)}")
     return "\n".join(lines) + "\n"
 
 
-def _held_out(held: dict[str, Any]) -> str:
-    return (
-        f"{held['change']:+.1%} (95 % interval {held['low']:+.1%} to {held['high']:+.1%}), "
-        f"{held['unit']}, {held['items']} unseen items"
-    )
-
-
 def curve_text(curve: DepthCurve) -> str:
-    """A curve for people: one row per number of layers."""
-    lines = [f"{curve.unit} ({curve.strategy})", "", "     k   chosen on   unseen (95 % interval)"]
+    """A depth curve: one row per number of layers."""
+    lines = [
+        f"{curve.unit} ({curve.strategy})",
+        "",
+        "     k   chosen on   held out (95 % interval)",
+    ]
     for point in curve.points:
         row = f"{point['n_layers']:6d}{point['change']:>+12.1%}"
         if held := point["held_out"]:
-            row += f"{held['change']:>+9.1%} ({held['low']:+.1%} to {held['high']:+.1%})"
+            row += f"{held['change']:>+11.1%} ({held['low']:+.1%} to {held['high']:+.1%})"
         lines.append(f"{row}  {point['removed']}")
     return "\n".join(lines) + "\n"
 
 
 def manifest_text(manifest: Manifest, plan: PruningPlan, output_dir: str) -> str:
-    """What pruning on disk has written, for people."""
+    """What pruning on disk has written."""
     hashed = all(entry["sha256"] for entry in manifest.tensors.values())
     how = "every byte compared, reloaded" if hashed else "compared by name, shape and size"
     return (
@@ -67,17 +64,17 @@ def manifest_text(manifest: Manifest, plan: PruningPlan, output_dir: str) -> str
 
 
 def saved_text(plan: PruningPlan, output_dir: str) -> str:
-    """That a plan was carried out in memory and not measured, for people."""
+    """That a plan was carried out in memory, without measuring the result."""
     return (
         f"{_headline('Removed', plan)}\n\nCheckpoint, reloaded and verified: {output_dir}\n"
         f"{_cost(plan)}\n"
     )
 
 
-def _cost(plan: PruningPlan) -> str:
+def _cost(plan: PruningPlan, note: str = "") -> str:
     if plan.held_out:
-        return f"Cost of the cut: {_held_out(plan.held_out)}."
-    return "What this costs was not measured: --eval-dataset does."
+        return f"Cost of the cut{note}: {held_out_text(plan.held_out)}."
+    return "What this costs was not measured: use --eval-dataset."
 
 
 def _headline(verb: str, plan: PruningPlan) -> str:
@@ -88,45 +85,43 @@ def _headline(verb: str, plan: PruningPlan) -> str:
 
 
 def report_text(report: PruningReport) -> str:
-    """A report for people: one row per quantity, before and after, by group."""
+    """A report: one row per quantity, before and after, by group."""
     lines = [_headline("Removed", report.plan), ""]
     lines.append(f"{'':30}{'before':>12}{'after':>12}{'change':>10}   95 % interval")
-    rows = sorted(report.comparisons, key=lambda row: GROUPS.index(row.group))
-    for group, members in groupby(rows, key=lambda row: row.group):
+    for group, members in by_group(report.comparisons).items():
         lines += [group, *map(_comparison, members)]
-    if any(row.verdict == "unclear" for row in rows):
-        lines.append(f"{UNCLEAR} not told apart from no change: the interval holds 0.")
+    if any(entry.verdict == "unclear" for entry in report.comparisons):
+        lines.append(f"{UNCLEAR} {VERDICTS['unclear']}: the interval contains 0.")
+    if report.samples:
+        lines.append("")
     for sample in report.samples:
-        prompt = textwrap.shorten(sample["prompt"], 72)
-        full, cut = (textwrap.shorten(sample[key], 40) for key in ("before", "after"))
-        lines += ["", prompt] if sample is report.samples[0] else [prompt]
-        lines.append(f"  before: {full}   after: {cut}")
+        before, after = (textwrap.shorten(sample[key], 40) for key in ("before", "after"))
+        lines.append(textwrap.shorten(sample["prompt"], 72))
+        lines.append(f"  before: {before}   after: {after}")
     lines += ["", _footnote(report)]
     return "\n".join(lines) + "\n"
 
 
-def _comparison(row: Comparison) -> str:
+def _comparison(entry: Comparison) -> str:
     """One row: changes of size and speed in percent, others in their own unit."""
-    style = _style(row.before, row.after)
-    values = f"{style.format(row.before):>12}{style.format(row.after):>12}"
-    relative = row.group in ("size", "speed") and row.before != 0
+    style = _style(entry.before, entry.after)
+    values = f"{style.format(entry.before):>12}{style.format(entry.after):>12}"
+    relative = entry.group in ("size", "speed") and entry.before != 0
 
     def change(number: float) -> str:
         if relative:
-            return f"{number / row.before:+.1%}"
+            return f"{number / entry.before:+.1%}"
         return style.replace(":", ":+").format(number)
 
-    name = f"{row.name} ({row.unit})" if row.unit else row.name
-    line = f"  {name:28}{values}"
-    line += f"{change(row.change):>10}"
-    if row.low is not None and row.high is not None:
-        line += f"   {change(row.low)} to {change(row.high)}"
-    line += f" {UNCLEAR}" * (row.verdict == "unclear")
-    return line if row.floor is None else f"{line}   (floor {style.format(row.floor)})"
+    line = f"  {label(entry):28}{values}{change(entry.change):>10}"
+    if entry.low is not None and entry.high is not None:
+        line += f"   {change(entry.low)} to {change(entry.high)}"
+    line += f" {UNCLEAR}" * (entry.verdict == "unclear")
+    return line if entry.floor is None else f"{line}   (floor {style.format(entry.floor)})"
 
 
 def _style(*values: float) -> str:
-    """A format for numbers of this size."""
+    """A format for a column of numbers of this size."""
     largest = max(map(abs, values))
     if largest >= 1000 or (largest >= 3 and all(value == int(value) for value in values)):
         return "{:,.0f}"
@@ -134,32 +129,20 @@ def _style(*values: float) -> str:
 
 
 def _footnote(report: PruningReport) -> str:
-    heal, healed = report.heal, ""
+    heal, healing = report.heal, []
     if heal["method"] != "none":
-        tasks = heal["cut_quality"]["tasks"]
-        mean = f", task mean {tasks['mean']:.3f}" if tasks else ""
-        healed = (
-            f"{_repairs(heal)}\n"
-            f"Without healing: perplexity {heal['cut_quality']['perplexity']:,.3f}{mean}.\n"
-        )
-    held = report.plan.held_out
-    note = " (not healed)" if healed else ""
-    return (
-        f"Cost of the cut{note}: {_held_out(held)}.\n{healed}"
-        f"Quality on {report.evaluation_data['items']} items that played no part in the choice.\n"
-        f"Checkpoint, reloaded and verified: {report.output_dir}"
-    )
-
-
-def _repairs(heal: dict[str, Any]) -> str:
-    """What each repair bought: losses on the items that judge them."""
-    lost = heal["cut"] - heal["full"]
-    lines = [f"Healing, held-out loss: {heal['full']:.4f} full, {heal['cut']:.4f} cut"]
-    for stage in heal["stages"]:
-        if "skipped" in stage:
-            lines.append(f"  {stage['method']}: left out. {stage['skipped']}")
-            continue
-        verdict = "kept" if stage["kept"] else "no better, rolled back"
-        back = f", {(heal['cut'] - stage['loss']) / lost:.0%} of the loss returned" * (lost > 0)
-        lines.append(f"  {stage['method']}: {stage['loss']:.4f}{back} ({verdict})")
+        healing = [f"Healing, held-out loss: {heal['full']:.4f} full, {heal['cut']:.4f} cut"]
+        for method, loss, returned, outcome in healing_stages(heal):
+            back = f", {returned} of the loss returned" if returned else ""
+            result = f"{loss}{back} ({outcome})" if loss else outcome
+            healing.append(f"  {method}: {result}")
+        quality = heal["cut_quality"]
+        mean = f", task mean {quality['tasks']['mean']:.3f}" if quality["tasks"] else ""
+        healing.append(f"Without healing: perplexity {quality['perplexity']:,.3f}{mean}.")
+    lines = [
+        _cost(report.plan, " (not healed)" if healing else ""),
+        *healing,
+        f"Quality on {evaluated_on(report)}.",
+        f"Checkpoint, reloaded and verified: {report.output_dir}",
+    ]
     return "\n".join(lines)

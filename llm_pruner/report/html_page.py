@@ -14,35 +14,26 @@ from typing import TYPE_CHECKING, Any
 from ..atomic_output import write_atomically
 from ..errors import InvalidDataError
 from ..results import Comparison, DepthCurve, PruningPlan, PruningReport
-from ..visualization.blocks import plot_block_distances, plot_similarity_matrix
-from ..visualization.quality import plot_comparisons, plot_depth_curve
-from ..visualization.scores import plot_layer_importance
 from ..visualization.style import COLUMN, file_bytes
-from .summary import MINUS, change_text, number_text, removed_text, verdict_text
+from .figures import TEXTS, report_figures, words
+from .summary import (
+    CLEAR,
+    GROUPS,
+    MINUS,
+    by_group,
+    change_text,
+    evaluated_on,
+    healing_stages,
+    highlights,
+    label,
+    number_text,
+    removed_text,
+    step_text,
+    verdict_text,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-GROUPS = {
-    "text": "Likelihood of text",
-    "tasks": "Tasks",
-    "answers": "Answers",
-    "size": "Size",
-    "speed": "Speed",
-}
-ACTIVATION, SEMANTIC = "activation_comparison", "semantic_comparison"
-MODEL_FIGURES = {
-    ACTIVATION: (
-        "The residual stream, with and without the removed layers",
-        "Two line charts along the depth: the size of the state that enters each layer in the full "
-        "and in the cut model, and the cosine similarity of both, removed layers shaded.",
-    ),
-    SEMANTIC: (
-        "What both models say next",
-        "Bars of the probabilities of the next token in the original and in the pruned model, and "
-        "the answers of both to the same prompt.",
-    ),
-}
 
 
 def write_html(
@@ -54,33 +45,42 @@ def write_html(
 ) -> None:
     """Write the report as one HTML file: what was removed, lost and gained, with pictures.
 
-    Names, prompts and answers are escaped, whatever they hold. Layer scores, block distances and
-    comparisons are drawn from the report.
+    Names, prompts and answers are escaped, whatever they contain.
 
     Args:
         report: what was measured.
         path: the file to write, whole or not at all.
-        figures: what needs the models: ``activation_comparison`` and ``semantic_comparison``, as
-            `plot_activation_comparison` and `plot_semantic_comparison` return them.
+        figures: pictures by name, such as `report_figures` returns; besides those,
+            ``activation_comparison`` and ``semantic_comparison``, as `plot_activation_comparison`
+            and `plot_semantic_comparison` return them. Figures of the report that are missing are
+            drawn here.
         curve: cost by number of layers, where it was measured.
 
     Raises:
-        InvalidDataError: `figures` has another name.
+        InvalidDataError: `figures` has an unknown name.
         OutputError: the file cannot be written.
     """
-    figures = figures or {}
-    figures = {k: v for k, v in figures.items() if k in MODEL_FIGURES}
-    unknown = sorted(figures.keys() - MODEL_FIGURES.keys())
+    figures = dict(figures or {})
+    unknown = sorted(figures.keys() - TEXTS.keys())
     if unknown:
-        raise InvalidDataError(f"figures has {unknown}; known: {', '.join(MODEL_FIGURES)}.")
-    plan = report.plan
+        raise InvalidDataError(f"figures has {unknown}; known: {', '.join(TEXTS)}.")
+    figures |= report_figures(report, curve=curve, skip={*figures, "holistic_benchmark"})
+    plan, said = report.plan, words(report, curve)
+
+    def pictures(*names: str) -> str:
+        shown = [name for name in names if name in figures]
+        return "".join(_picture(figures[name], name, said) for name in shown)
+
+    choice = pictures("layer_importance", "block_distances", "similarity_matrix")
+    choice = choice and f'<div class="pair">\n{choice}</div>\n'
+    inside = pictures("activation_comparison", "semantic_comparison")
     sections = (
         _summary(report),
-        _section("What changed", _comparisons(report)),
-        _section("How the layers were chosen", _choice(plan)),
-        _section("Cost by number of layers", _curve(curve)),
-        _section("Repair of the weights", _healing(report.heal)),
-        _section("Inside the model", _model_figures(figures)),
+        _section("What changed", _comparisons(report) + pictures("comparisons")),
+        _section("How the layers were chosen", _choice(plan) + choice),
+        _section("Cost by number of layers", pictures("depth_curve")),
+        _section("Healing", _healing(report.heal)),
+        _section("Inside the model", inside),
         _section("Sample answers", "".join(map(_sample, report.samples))),
         _section("How to reproduce this", _reproduce(report)),
     )
@@ -99,7 +99,7 @@ def _section(title: str, body: str) -> str:
 def _summary(report: PruningReport) -> str:
     plan = report.plan
     layers = "".join(
-        f'<li class="gone">{i}</li>' if i in plan.remove else f"<li>{i}</li>"
+        f'<li class="removed">{i}</li>' if i in plan.remove else f"<li>{i}</li>"
         for i in range(plan.num_layers)
     )
     removed = ", ".join(map(str, plan.remove))
@@ -109,12 +109,13 @@ def _summary(report: PruningReport) -> str:
             f"{len(plan.remove)} of {plan.num_layers}",
             f"{len(plan.remove) / plan.num_layers:.0%} of the depth",
         ),
-        *map(_comparison_tile, _headlines(report.comparisons)),
+        *map(_comparison_tile, highlights(report.comparisons)),
     ]
     if held := plan.held_out:
-        numbers = (f"{held[key]:+.1%}".replace("-", MINUS) for key in ("change", "low", "high"))
-        change, low, high = numbers
-        name = "cost of the cut" + ", before repair" * (report.heal.get("method", "none") != "none")
+        percent = [f"{held[key]:+.1%}".replace("-", MINUS) for key in ("change", "low", "high")]
+        change, low, high = percent
+        healed = report.heal.get("method", "none") != "none"
+        name = "cost of the cut, before healing" if healed else "cost of the cut"
         tiles.append(_tile(name, change, f"{held['unit']} ({low} to {high})"))
     return (
         f"<header>\n<h1>{escape(plan.model_id or 'A model')}, pruned</h1>\n"
@@ -133,21 +134,9 @@ def _tile(name: str, number: str, note: str, look: str = "soft") -> str:
     )
 
 
-def _headlines(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """One comparison of each group but answers: the mean of tasks, decoding, or the first."""
-    found = []
-    for group in ("text", "tasks", "size", "speed"):
-        members = [entry for entry in comparisons if entry.group == group]
-        main = [entry for entry in members if entry.name.startswith(("task mean", "decode"))]
-        sized = [entry for entry in members if entry.unit or group != "size"]
-        found += (main or sized or members)[:1]
-    return found
-
-
 def _comparison_tile(entry: Comparison) -> str:
     values = f"{number_text(entry.before, 3)} \u2192 {number_text(entry.after, 3)}"
-    name = f"{entry.name} ({entry.unit})" if entry.unit else entry.name
-    return _tile(name, values, verdict_text(entry), entry.verdict or "soft")
+    return _tile(label(entry), values, verdict_text(entry), entry.verdict or "soft")
 
 
 def _count_verdicts(comparisons: Iterable[Comparison]) -> str:
@@ -155,183 +144,103 @@ def _count_verdicts(comparisons: Iterable[Comparison]) -> str:
     counts = {kind: verdicts.count(kind) for kind in ("worse", "unclear", "better")}
     total = sum(counts.values())
     if not total:
-        return "No quantity of quality was measured with an interval."
-    words = [
+        return "No measure of quality has an interval."
+    listed = [
         f'<span class="worse">{counts["worse"]} worse</span>',
         f'<span class="unclear">{counts["unclear"]} without a clear difference</span>',
         f'<span class="better">{counts["better"]} better</span>',
     ]
-    return (
-        f"Of {total} measures of quality: {', '.join(words)}. A difference is called clear where "
-        "its 95&nbsp;% interval, paired item by item, leaves out zero."
-    )
+    return f"Of {total} measures of quality: {', '.join(listed)}. {CLEAR}"
 
 
 def _comparisons(report: PruningReport) -> str:
-    entries = report.comparisons
-    if not entries:
-        return ""
-    heads = ("before", "after", "change", "verdict")
     body = ""
-    for group in dict.fromkeys([*GROUPS, *(entry.group for entry in entries)]):
-        members = [entry for entry in entries if entry.group == group]
-        if members:
-            title = escape(GROUPS.get(group, group))
-            body += f'<tr><th class="group" colspan="5" scope="colgroup">{title}</th></tr>\n'
-            body += "".join(_comparison_row(entry, heads) for entry in members)
-    items = report.evaluation_data.get("items")
-    caption = f"Measured on {items} items that played no part in the choice." if items else ""
-    table = (
+    for group, members in by_group(report.comparisons).items():
+        title = escape(GROUPS.get(group, group))
+        body += f'<tr><th class="group" colspan="5" scope="colgroup">{title}</th></tr>\n'
+        body += "".join(map(_comparison_row, members))
+    if not body:
+        return ""
+    source = evaluated_on(report)
+    caption = f"Measured on {source}." if source else ""
+    heads = ("before", "after", "change (95 % interval)", "verdict")
+    columns = "".join(f'<th class="n" scope="col">{head}</th>' for head in heads)
+    return (
         f'<table class="stacks"><caption>{escape(caption)}</caption><thead><tr><th scope="col">'
-        + f"quantity</th>{''.join(_head(head) for head in heads)}</tr></thead>\n<tbody>\n{body}"
-        + "</tbody></table>\n"
+        f"quantity</th>{columns}</tr></thead>\n<tbody>\n{body}</tbody></table>\n"
     )
-    scores = [entry for entry in entries if entry.group in ("tasks", "answers")]
-    drawn = [entry for entry in scores if entry.unit == scores[0].unit]
-    picture = ""
-    if drawn:
-        figure = plot_comparisons(drawn)
-        alt = "Bars of each score before and after, and the change with its 95 % interval: "
-        alt += "; ".join(f"{entry.name} {change_text(entry)}" for entry in drawn)
-        picture = _picture(figure, alt, "Scores before and after, and the change of each.")
-    return table + picture
 
 
-def _head(text: str) -> str:
-    note = " (95 % interval)" if text == "change" else ""
-    return f'<th class="n" scope="col">{escape(text)}{note}</th>'
-
-
-def _comparison_row(entry: Comparison, heads: Sequence[str]) -> str:
-    name = escape(entry.name + (f" ({entry.unit})" if entry.unit else ""))
-    details = [f"{entry.count:,} samples"] if entry.count is not None else []
-    details += [f"floor {number_text(entry.floor, 3)}"] if entry.floor is not None else []
-    details += [entry.note] if entry.note else []
+def _comparison_row(entry: Comparison) -> str:
+    details = []
+    if entry.count is not None:
+        details.append(f"{entry.count:,} {'runs' if entry.group == 'speed' else 'items'}")
+    if entry.floor is not None:
+        details.append(f"floor {number_text(entry.floor, 3)}")
+    if entry.note:
+        details.append(entry.note)
     small = f'<span class="soft">{escape("; ".join(details))}</span>' if details else ""
-    cells = (number_text(entry.before), number_text(entry.after), change_text(entry))
-    row = "".join(
-        f'<td class="n" data-label="{escape(head)}">{escape(cell)}</td>'
-        for head, cell in zip(heads, cells, strict=False)
-    )
-    look = entry.verdict or "none"
-    row += f'<td class="n" data-label="{heads[-1]}"><span class="{look}">'
-    row += f"{escape(verdict_text(entry))}</span></td>"
-    return f'<tr><th scope="row">{name}{small}</th>{row}</tr>\n'
+    verdict = f'<span class="{entry.verdict or "none"}">{escape(verdict_text(entry))}</span>'
+    cells = {
+        "before": number_text(entry.before),
+        "after": number_text(entry.after),
+        "change": escape(change_text(entry)),
+        "verdict": verdict,
+    }
+    row = "".join(f'<td class="n" data-label="{head}">{cell}</td>' for head, cell in cells.items())
+    return f'<tr><th scope="row">{escape(label(entry))}{small}</th>{row}</tr>\n'
 
 
 def _choice(plan: PruningPlan) -> str:
-    body, scores = "", plan.scores
     options = {k: v for k, v in plan.options.items() if v is not None and k != "heal"}
-    facts = {"strategy": plan.strategy, **{k: _value(v) for k, v in options.items()}}
-    body += _facts(facts)
-    if plan.steps:
-        body += _steps(plan.steps)
-    if scores is None:
-        return body
-    gone = set(plan.remove) & scores.keys()
-    first, last = plan.options.get("protect", (0, 0))
-    ends = [*range(first), *range(plan.num_layers - last, plan.num_layers)]
-    kept = [layer for layer in ends if layer not in plan.remove]
-    figure = plot_layer_importance(scores, removed=gone, protected=kept, num_layers=plan.num_layers)
-    listed = ", ".join(f"{layer}: {number_text(score)}" for layer, score in scores.items())
-    alt = f"Bars of the score of each layer ({scores.unit}), removed layers hatched: {listed}"
-    pictures = _picture(figure, alt, f"Score of each layer: {scores.unit}.")
-    if scores.blocks is not None:
-        figure = plot_block_distances(scores, removed=plan.remove, protected=kept)
-        alt = (
-            f"Heat map of the distance over every block of layers ({scores.unit}) by first layer "
-            "and length, the best block of each length marked."
-        )
-        pictures += _picture(figure, alt, "Distance over every block of layers, scaled by row.")
-        alt = (
-            f"Heat map of the distance of every two states along the depth ({scores.unit}); "
-            "neighbouring states are close where the map is dark."
-        )
-        figure = plot_similarity_matrix(scores)
-        pictures += _picture(figure, alt, "Distance of every two states along the depth.")
-    return f'{body}<div class="pair">\n{pictures}</div>\n'
-
-
-def _steps(steps: Sequence[Mapping[str, Any]]) -> str:
-    rows = ""
-    for step in steps:
-        what = str(step.get("action", ""))
-        if what == "cut":
-            what = f"cut layer {step.get('layer')}"
-        elif what == "exchange":
-            what = f"removed {_value(step.get('in'))} instead of {_value(step.get('out'))}"
-        elif what == "repair":
-            what = f"repaired ({step.get('method')})"
-        kept = "kept" if step.get("kept") else "rolled back"
+    body = _facts({"strategy": plan.strategy, **{k: _value(v) for k, v in options.items()}})
+    rows = []
+    for step in plan.steps:
         change = step.get("change")
         cost = f"{change:+.2%}" if isinstance(change, float) else ""
-        rows += (
-            f'<tr><td>{escape(what)}</td><td class="n">{escape(cost)}</td><td>{kept}</td></tr>\n'
-        )
-    return (
-        '<div class="scroll"><table class="narrow"><caption>The search, step by step, on the '
-        'items of the choice</caption><thead><tr><th scope="col">step</th>'
-        '<th class="n" scope="col">change in all</th><th scope="col">outcome</th></tr></thead>\n'
-        f"<tbody>\n{rows}</tbody></table></div>\n"
-    )
-
-
-def _curve(curve: DepthCurve | None) -> str:
-    if curve is None:
-        return ""
-    points = []
-    for point in curve.points:
-        held = point["held_out"] or {}
-        change = held.get("change", point["change"])
-        points.append(f"{point['n_layers']}: {change:+.1%}")
-    alt = f"Line chart of {curve.unit} against the number of layers removed. {', '.join(points)}"
-    return _picture(
-        plot_depth_curve(curve), alt, f"Cost by number of layers removed: {curve.unit}."
-    )
+        rows.append((step_text(step), cost, "kept" if step.get("kept") else "rolled back"))
+    caption = "The search, step by step, on the items of the choice"
+    return body + _table(caption, ("step", "total change", "outcome"), rows)
 
 
 def _healing(heal: Mapping[str, Any]) -> str:
-    if heal.get("method", "none") == "none" or "stages" not in heal:
+    rows = healing_stages(heal)
+    if not rows:
         return ""
-    rows = ""
-    lost = heal["cut"] - heal["full"]
-    for stage in heal["stages"]:
-        loss, back, outcome = "", "", "kept" if stage.get("kept") else "rolled back"
-        if "skipped" in stage:
-            outcome = f"left out: {stage['skipped']}"
-        else:
-            loss = f"{stage['loss']:.4f}"
-            back = f"{(heal['cut'] - stage['loss']) / lost:.0%}" if lost > 0 else ""
-        rows += (
-            f'<tr><td>{escape(str(stage["method"]))}</td><td class="n">{loss}</td>'
-            f'<td class="n">{back}</td><td>{escape(outcome)}</td></tr>\n'
-        )
+    caption = (
+        f"Held-out loss: {heal['full']:.4f} of the full model, {heal['cut']:.4f} of the pruned one "
+        "before healing"
+    )
+    return _table(caption, ("stage", "loss", "loss returned", "outcome"), rows)
+
+
+def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A narrow table whose first and last columns are text and the others numbers."""
+    if not rows:
+        return ""
+    looks = ["", *[' class="n"'] * (len(heads) - 2), ""]
+
+    def row(tag: str, cells: Sequence[str], scope: str = "") -> str:
+        pairs = zip(looks, cells, strict=True)
+        parts = (f"<{tag}{look}{scope}>{escape(cell)}</{tag}>" for look, cell in pairs)
+        return f"<tr>{''.join(parts)}</tr>\n"
+
+    head, body = row("th", heads, ' scope="col"'), "".join(row("td", cells) for cells in rows)
     return (
-        '<div class="scroll"><table class="narrow"><caption>Loss on items that judge the repair: '
-        f"{heal['full']:.4f} of the full model, {heal['cut']:.4f} of the cut one</caption>"
-        '<thead><tr><th scope="col">repair</th><th class="n" scope="col">loss</th>'
-        '<th class="n" scope="col">given back</th>'
-        f'<th scope="col">outcome</th></tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n'
+        f'<div class="scroll"><table class="narrow"><caption>{escape(caption)}</caption>'
+        f"<thead>{head}</thead>\n<tbody>{body}</tbody></table></div>\n"
     )
 
 
-def _model_figures(figures: Mapping[str, Figure]) -> str:
-    return "".join(
-        _picture(figures[name], alt, f"{caption}.")
-        for name, (caption, alt) in MODEL_FIGURES.items()
-        if name in figures
-    )
-
-
-def _picture(figure: Figure, alt: str, caption: str) -> str:
+def _picture(figure: Figure, name: str, said: Mapping[str, str]) -> str:
     """A figure as an image whose bytes are in the page."""
     data = base64.b64encode(file_bytes(figure, ".svg")).decode()
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
     look = "column" if figure.get_figwidth() <= COLUMN else "page"
+    caption, alt = (escape(text.format(**said)) for text in TEXTS[name])
     return (
-        f'<figure class="{look}"><img width="{width}" height="{height}" alt="{escape(alt)}" '
-        f'src="data:image/svg+xml;base64,{data}"><figcaption>{escape(caption)}</figcaption>'
-        "</figure>\n"
+        f'<figure class="{look}"><img width="{width}" height="{height}" alt="{alt}" '
+        f'src="data:image/svg+xml;base64,{data}"><figcaption>{caption}</figcaption></figure>\n'
     )
 
 

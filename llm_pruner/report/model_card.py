@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import re
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atomic_output import write_atomically
 from ..errors import OutputError
+from ..hub import http_error
 from ..results import Comparison, PruningPlan, PruningReport
 from ..utils import logger
-from .summary import change_text, number_text, removed_text, verdict_text
+from .summary import (
+    CLEAR,
+    by_group,
+    change_text,
+    evaluated_on,
+    held_out_text,
+    label,
+    number_text,
+    removed_text,
+    verdict_text,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -20,8 +32,7 @@ CARD_FILE = "README.md"
 TAGS = ("llm_pruner", "depth-pruning", "pruned")
 # What holds for a pruned model as for its source; results, widgets and access rules do not.
 CARRIED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
-# The hub knows finetune, adapter, merge and quantized: a model with fewer layers and weights of
-# its own is nearest to the first.
+# The hub knows finetune, adapter, merge and quantized; the first is nearest to a pruned model.
 RELATION = "finetune"
 
 
@@ -47,18 +58,17 @@ def write_card(report: PruningReport, folder: str | Path) -> None:
 
 
 def original_card(model_id: str) -> str:
-    """The text of a model's card, from its folder or from the hub; empty where none can be had."""
+    """The text of a model's card, from its folder or from the hub; empty if there is none."""
     path = Path(model_id) / CARD_FILE
     if Path(model_id).is_dir():
         return path.read_text("utf-8", "replace") if path.is_file() else ""
     if not _is_hub_id(model_id):
         return ""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx or httpx2
 
     try:
         return Path(hf_hub_download(model_id, CARD_FILE)).read_text("utf-8", "replace")
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, http_error()) as error:
         reason = " ".join(str(error).split())
         logger.info(
             "No card of %s can be read (%.200s): add the licence to %s yourself.",
@@ -101,7 +111,7 @@ def _metadata(card: str) -> dict[str, Any]:
     try:
         found = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError as error:
-        logger.info("The metadata of the original card is no YAML and is left out: %s", error)
+        logger.info("The metadata of the original card is not valid YAML and is skipped: %s", error)
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -151,26 +161,20 @@ def _body(name: str, plan: PruningPlan, report: PruningReport | None) -> str:
 def _cost(plan: PruningPlan, report: PruningReport | None) -> str:
     lines = []
     if held := plan.held_out:
-        lines.append(
-            f"The cut alone: {held['change']:+.1%} (95 % interval {held['low']:+.1%} to "
-            f"{held['high']:+.1%}), {inert(held['unit'])}, {held['items']} unseen items.\n"
-        )
+        lines.append(f"The cut alone: {held_out_text({**held, 'unit': inert(held['unit'])})}.\n")
     if report is not None and report.comparisons:
         lines += ["| | before | after | change (95 % interval) | |", "|---|---:|---:|---:|---|"]
-        for entry in report.comparisons:
+        for entry in chain.from_iterable(by_group(report.comparisons).values()):
             cells = (
-                entry.name + (f" ({entry.unit})" if entry.unit else ""),
+                label(entry),
                 number_text(entry.before),
                 number_text(entry.after),
                 change_text(entry),
                 verdict_text(entry),
             )
             lines.append(f"| {' | '.join(map(inert, cells))} |")
-        lines.append("")
-        lines.append(
-            "Intervals are paired, item by item; a difference is called clear where the interval "
-            "leaves out zero. The items played no part in the choice of the layers."
-        )
+        source = evaluated_on(report)
+        lines += ["", CLEAR + (f" Measured on {source}." if source else "")]
     return "\n".join(lines) or "This was not measured."
 
 
@@ -186,12 +190,12 @@ def _usage(name: str) -> str:
 def _history(plan: PruningPlan, report: PruningReport | None) -> str:
     healing = plan.options.get("heal")
     method = healing.get("method", "none") if isinstance(healing, dict) else "none"
-    repaired = f"repaired with {inert(method)}" if method != "none" else "not repaired"
+    healed = f"healed with {inert(method)}" if method != "none" else "not healed"
     versions = (report.versions if report else {}) or plan.versions
     listed = ", ".join(f"{inert(name)} {inert(version)}" for name, version in versions.items())
     measured = ", what was measured in `pruning_report.json` and `report.html`" if report else ""
     lines = [
-        f"Layers chosen by: {inert(plan.strategy)}. Weights: {repaired}. "
+        f"Layers chosen by: {inert(plan.strategy)}. Weights: {healed}. "
         f"Made with {listed or 'llm_pruner'}.",
         f"The plan is in `pruning_plan.json`{measured}.",
     ]

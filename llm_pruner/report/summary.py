@@ -1,10 +1,24 @@
-"""What every report says in the same words: numbers, changes, verdicts."""
+"""What the console text, the page and the model card all say: order, numbers, words."""
 
 from __future__ import annotations
 
-from ..results import Comparison, PruningPlan
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from ..results import Comparison, PruningPlan, PruningReport
 
 MINUS = "\u2212"
+GROUPS = {  # of comparisons, in the order of every report, with their titles
+    "size": "Size",
+    "speed": "Speed",
+    "text": "Likelihood of text",
+    "tasks": "Tasks",
+    "answers": "Answers",
+}
+VERDICTS = {"worse": "worse", "better": "better", "unclear": "no clear difference"}
+CLEAR = (
+    "A difference is called clear where its 95 % interval, paired item by item, does not contain 0."
+)
 
 
 def removed_text(plan: PruningPlan) -> str:
@@ -13,8 +27,85 @@ def removed_text(plan: PruningPlan) -> str:
     return f"{len(plan.remove)} of {plan.num_layers} layers removed: {layers}"
 
 
+def held_out_text(held_out: Mapping[str, Any]) -> str:
+    """What a plan costs on held-out items, with its interval and unit."""
+    return (
+        f"{held_out['change']:+.1%} (95 % interval {held_out['low']:+.1%} to "
+        f"{held_out['high']:+.1%}), {held_out['unit']}, {held_out['items']} held-out items"
+    )
+
+
+def evaluated_on(report: PruningReport) -> str:
+    """How many items are behind the comparisons; empty where the report does not say."""
+    items = report.evaluation_data.get("items")
+    return f"{items} items that played no part in the choice" if items else ""
+
+
+def by_group(comparisons: Iterable[Comparison]) -> dict[str, list[Comparison]]:
+    """Comparisons by group, in the order of `GROUPS`; unknown groups come last."""
+    groups: dict[str, list[Comparison]] = {name: [] for name in GROUPS}
+    for entry in comparisons:
+        groups.setdefault(entry.group, []).append(entry)
+    return {name: members for name, members in groups.items() if members}
+
+
+def highlights(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """One comparison of each group but answers: the mean of the tasks, decoding, or the first."""
+    chosen = []
+    for group, members in by_group(comparisons).items():
+        main = [entry for entry in members if entry.name.startswith(("task mean", "decode"))]
+        with_unit = [entry for entry in members if entry.unit or group != "size"]
+        if group in GROUPS and group != "answers":
+            chosen += (main or with_unit or members)[:1]
+    return chosen
+
+
+def step_text(step: Mapping[str, Any]) -> str:
+    """What a step of a search did: ``removed layer 7``."""
+    action = step.get("action")
+    if action == "cut":
+        return f"removed layer {step.get('layer')}"
+    if action == "exchange":
+        return f"removed {_listed(step.get('in'))} instead of {_listed(step.get('out'))}"
+    if action == "repair":
+        return f"healed ({step.get('method')})"
+    return str(action)
+
+
+def _listed(layers: Any) -> str:
+    return ", ".join(map(str, layers)) if isinstance(layers, list | tuple) else str(layers)
+
+
+class HealingStage(NamedTuple):
+    """One stage of healing, for people."""
+
+    method: str
+    loss: str  # on held-out items, after the stage; empty if it was skipped
+    returned: str  # how much of the lost loss is back, in percent; empty if none was lost
+    outcome: str
+
+
+def healing_stages(heal: Mapping[str, Any]) -> list[HealingStage]:
+    """What each stage of healing did; empty without healing."""
+    stages = []
+    for stage in heal.get("stages", ()):
+        if "skipped" in stage:
+            stages.append(HealingStage(stage["method"], "", "", f"skipped: {stage['skipped']}"))
+            continue
+        lost = heal["cut"] - heal["full"]
+        returned = f"{(heal['cut'] - stage['loss']) / lost:.0%}" if lost > 0 else ""
+        outcome = "kept" if stage["kept"] else "no better, rolled back"
+        stages.append(HealingStage(stage["method"], f"{stage['loss']:.4f}", returned, outcome))
+    return stages
+
+
+def label(entry: Comparison) -> str:
+    """The name of a quantity, with its unit."""
+    return f"{entry.name} ({entry.unit})" if entry.unit else entry.name
+
+
 def number_text(value: float, digits: int = 4) -> str:
-    """A value with `digits` digits, a whole number with all of its digits."""
+    """A value with `digits` significant digits; a whole number with all of its digits."""
     whole = float(value).is_integer() or abs(value) >= 10**digits
     return f"{value:,.0f}" if whole else f"{value:#,.{digits}g}".rstrip(".")
 
@@ -32,11 +123,10 @@ def _signed(number: float) -> str:
 
 
 def verdict_text(entry: Comparison) -> str:
-    """A comparison in words: what can be said of it, and how much of the value changed."""
-    words = {"worse": "worse", "better": "better", "unclear": "no clear difference"}
-    share = abs(entry.change / entry.before) if entry.before else 0.0
-    size = f"{share:.1%} {'more' if entry.change > 0 else 'less'}" if share >= 0.0005 else ""
+    """The verdict, and by how much the value changed: ``worse, 25.0% more``."""
+    relative = abs(entry.change / entry.before) if entry.before else 0.0
+    more = f"{relative:.1%} {'more' if entry.change > 0 else 'less'}" if relative >= 0.0005 else ""
     if not entry.verdict:
-        return size or "unchanged"
-    word = words[entry.verdict]
-    return f"{word}, {size}" if size and entry.verdict != "unclear" else word
+        return more or "unchanged"
+    words = VERDICTS[entry.verdict]
+    return f"{words}, {more}" if more and entry.verdict != "unclear" else words

@@ -13,11 +13,13 @@ from ..results import LayerScores, check_layers
 from .style import (
     COLUMN,
     PAGE,
+    RED,
+    cell_map,
     check_path,
-    finish,
-    house_style,
+    dots,
+    drawing,
     legend_below,
-    new_figure,
+    state_axis,
     ticks,
     wrap,
 )
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-COLOURS = "cividis"  # the same to those who see all colours and those who do not
 UNKNOWN = "0.85"  # the ground under a cell without a value, which is hatched
 
 
@@ -41,15 +42,15 @@ def plot_block_distances(
 ) -> Figure:
     """Heat map of the distance over every block of layers (arXiv:2403.17887, figure 4).
 
-    A column is the layer a block starts at, a row the number of layers in it. As in the paper
-    each row is shifted and scaled to run from 0 to 1, since distances grow with the length; the
-    best block of each length has a dot. Cells without a value (NaN) are hatched.
+    Columns are first layers, rows numbers of layers. As in the paper, each row is scaled to run
+    from 0 to 1, since distances grow with the length. A dot marks the best block of each length.
+    Cells without a value (NaN) are hatched.
 
     Args:
         scores: with `LayerScores.blocks`, as ``pruneme`` and ``bi`` make them.
         title: above the figure; if None, one that names the strategy.
         removed: layers that were removed; where they are one block, its cell is framed.
-        protected: layers, not numbers of layers at the ends; no block with one of them is best.
+        protected: indices of layers; no block with one of them is best.
 
     Raises:
         InvalidDataError: the scores have no blocks, or not one for every start and length.
@@ -64,26 +65,24 @@ def plot_block_distances(
     ]
     best = _best_starts(rows, 1.0 if scores.removes == "lowest" else -1.0, set(protected))
     check_layers(protected, depth)
-    gone = [] if removed is None else list(check_layers(removed, depth))
-    with house_style():
-        figure, [[axes]] = new_figure(*_size(depth))
-        cells = [[*_rescaled(row), *[None] * (depth - len(row))] for row in rows]
-        image = _draw_cells(axes, cells, (-0.5, depth - 0.5, 0.5, depth + 0.5), (0.0, 1.0))
-        dot = {"color": "white", "markeredgecolor": "black", "markeredgewidth": 0.5}
-        dot |= {"markersize": 3.5 if depth <= 40 else 2.2, "label": "best of its length"}
-        axes.plot(list(best.values()), list(best), "o", **dot)
-        if gone and gone == list(range(gone[0], gone[-1] + 1)):
-            look = {"markerfacecolor": "none", "markeredgecolor": "#d55e00", "markeredgewidth": 1.2}
-            axes.plot(gone[0], len(gone), "s", markersize=6.5, label="removed", **look)
+    taken = check_layers(removed, depth) if removed is not None else ()
+    cells = [[*_rescaled(row), *[None] * (depth - len(row))] for row in rows]
+    title = f"Blocks of layers: {scores.strategy}" if title is None else title
+    with drawing(title, path, show, *_size(depth)) as (figure, [[axes]]):
+        edges = (-0.5, depth - 0.5, 0.5, depth + 0.5)
+        image, handles = _draw_cells(axes, cells, edges, (0.0, 1.0))
+        dots(axes, [(start, length) for length, start in best.items()], depth, "best of its length")
+        if taken and taken == tuple(range(taken[0], taken[-1] + 1)):
+            look = {"markerfacecolor": "none", "markeredgecolor": RED, "markeredgewidth": 1.2}
+            axes.plot(taken[0], len(taken), "s", markersize=6.5, label="removed", **look)
         axes.set_xlabel("first layer of the block")
         axes.set_ylabel("layers in the block")
         axes.set_xticks(ticks(0, depth - 1, 13))
         axes.set_yticks(ticks(1, depth, 13))
         bar = figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], aspect=30, pad=0.02)
         bar.set_label(wrap(f"{scores.unit}, scaled in each row", 2.2))
-        legend_below(figure, axes)
-        default = f"Blocks of layers: {scores.strategy}"
-        return finish(figure, default if title is None else title, path, show)
+        legend_below(figure, [*handles, *axes.lines])
+    return figure
 
 
 def plot_similarity_matrix(
@@ -96,8 +95,8 @@ def plot_similarity_matrix(
     """Heat map of the distance of every two states of the residual stream, in the scores' unit.
 
     State i enters layer i; the last one leaves the last layer. The distance of states i < j is
-    that over the block of layers i to j - 1; that of a state from itself is 0. A dark square on
-    the diagonal is a run of layers that change little. Cells without a value (NaN) are hatched.
+    that over the block of layers i to j - 1. A dark square on the diagonal is a run of layers that
+    change little. Cells without a value (NaN) are hatched.
 
     Args:
         scores: with `LayerScores.blocks`, as ``pruneme`` and ``bi`` make them.
@@ -114,22 +113,18 @@ def plot_similarity_matrix(
         for end, value in enumerate(row, start + 1):
             cells[start][end] = cells[end][start] = value
     known = [cell for row in cells for cell in row if cell is not None and math.isfinite(cell)]
-    with house_style():
-        figure, [[axes]] = new_figure(*_size(last))
-        limits = min(known), max(known) if max(known) > min(known) else min(known) + 1
-        image = _draw_cells(axes, cells, (-0.5, last + 0.5, -0.5, last + 0.5), limits)
+    limits = min(known), max(known) if max(known) > min(known) else min(known) + 1
+    default = f"Distance of states along the depth: {scores.strategy}"
+    title = default if title is None else title
+    with drawing(title, path, show, *_size(last)) as (figure, [[axes]]):
+        image, handles = _draw_cells(axes, cells, (-0.5, last + 0.5, -0.5, last + 0.5), limits)
         axes.set_aspect("equal")
-        places = [tick for tick in ticks(0, last - 1, 10) if last < 10 or tick < 0.93 * last]
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_ticks([*places, last], [*map(str, places), "out"])
-        axes.set_xlabel("state entering layer")
-        axes.set_ylabel("state entering layer")
+        state_axis(axes.xaxis, last)
+        state_axis(axes.yaxis, last)
         bar = figure.colorbar(image, ax=axes, aspect=30, pad=0.02)
         bar.set_label(wrap(scores.unit, 2.2))
-        if axes.get_legend_handles_labels()[0]:
-            legend_below(figure, axes)
-        default = f"Distance of states along the depth: {scores.strategy}"
-        return finish(figure, default if title is None else title, path, show)
+        legend_below(figure, handles)
+    return figure
 
 
 def _check_blocks(scores: Any) -> list[list[float]]:
@@ -185,32 +180,21 @@ def _size(depth: int) -> tuple[float, list[float]]:
 def _draw_cells(
     axes: Any,
     cells: list[list[float | None]],
-    extent: tuple[float, float, float, float],
+    edges: tuple[float, float, float, float],
     limits: tuple[float, float],
-) -> Any:
-    """Cells by row from below; None is left blank, NaN is hatched."""
+) -> tuple[Any, list[Any]]:
+    """Cells by row from below: None is left blank, NaN is hatched; the image and legend handles."""
     import numpy as np
     from matplotlib.patches import Rectangle
 
     values = np.array([[np.nan if v is None else v for v in row] for row in cells], dtype=float)
-    look: dict[str, Any] = {"facecolor": UNKNOWN, "edgecolor": "0.4", "linewidth": 0}
     unknown = [
-        (column, line)
+        (edges[0] + column, edges[2] + line)
         for line, row in enumerate(cells)
         for column, value in enumerate(row)
         if value is not None and math.isnan(value)
     ]
-    for number, (column, line) in enumerate(unknown):
-        label = f"no value ({len(unknown)})" if number == 0 else "_"
-        corner = extent[0] + column, extent[2] + line
-        axes.add_patch(Rectangle(corner, 1, 1, hatch="//////", label=label, **look))
-    return axes.imshow(
-        np.ma.masked_invalid(values),
-        origin="lower",
-        aspect="auto",
-        interpolation="nearest",
-        cmap=COLOURS,
-        extent=extent,
-        vmin=limits[0],
-        vmax=limits[1],
-    )
+    look: dict[str, Any] = {"facecolor": UNKNOWN, "edgecolor": "0.4", "linewidth": 0}
+    look |= {"hatch": "//////", "label": f"no value ({len(unknown)})"}
+    hatched = [axes.add_patch(Rectangle(corner, 1, 1, **look)) for corner in unknown]
+    return cell_map(axes, values, edges, limits), hatched[:1]

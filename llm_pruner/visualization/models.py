@@ -14,14 +14,13 @@ from .style import (
     GREEN,
     ORANGE,
     PAGE,
+    check_number,
     check_path,
-    finish,
-    house_style,
+    drawing,
     legend_below,
-    new_figure,
     paired_bars,
     printable,
-    ticks,
+    state_axis,
     wrap,
 )
 
@@ -47,10 +46,10 @@ def plot_activation_comparison(
 ) -> Figure:
     """The residual stream along the depth, with all layers and without `pruned_layers`.
 
-    Left the size (root mean square) of the state that enters each layer and of the last layer's
-    output; right the cosine similarity of both streams where both exist. Lines are medians over
-    the prompt's tokens, bands quartiles: a mean would show the first token, whose state is often
-    a thousand times larger. Removed layers are shaded from input to output. Two forward passes.
+    Left: the size (root mean square) of the state that enters each layer, and of the output of the
+    last. Right: the cosine similarity of both streams where both exist. Lines are medians over the
+    prompt's tokens, bands are quartiles; a mean would show the first token, whose state is often a
+    thousand times larger. Removed layers are shaded. Takes two forward passes.
 
     Args:
         pruned_layers: `InvalidPlanError` if they do not fit the model, which stays as it was.
@@ -62,15 +61,15 @@ def plot_activation_comparison(
     full, pruned = _streams(model, tokenizer, text, pruned_layers)
     depth = max(full)
     removed = [index for index in range(depth) if index not in pruned]
-    with house_style():
-        figure, [[left, right]] = new_figure(PAGE, [2.6], 2)
+    if title is None:
+        title = f"Residual stream with {len(removed)} of {depth} layers removed"
+    with drawing(title, path, show, PAGE, [2.6], (1.0, 1.0)) as (figure, [[left, right]]):
         _draw_sizes(left, full, pruned)
         _draw_similarity(right, full, pruned)
         _mark_depth(left, removed, depth)
         _mark_depth(right, removed, depth)
-        legend_below(figure, left)
-        default = f"Residual stream with {len(removed)} of {depth} layers removed"
-        return finish(figure, default if title is None else title, path, show)
+        legend_below(figure, left.get_legend_handles_labels()[0])
+    return figure
 
 
 def plot_semantic_comparison(
@@ -86,33 +85,32 @@ def plot_semantic_comparison(
     max_new_tokens: int = 40,
     show: bool = False,
 ) -> Figure:
-    """How two models continue the same prompt, or the same few prompts, one below another.
+    """How two models continue the same prompt, or a few prompts below each other.
 
-    Left the probabilities of the next token, for the `top_k` tokens of either model, and the
-    share of probability that both have in common; right what `ModelEvaluator` lets them answer
-    and the cosine similarity of the two answers' meanings.
+    Left: the probabilities of the next token for the `top_k` tokens of either model, and how much
+    probability both have in common. Right: the answers that `ModelEvaluator` generates, and the
+    cosine similarity of their meanings.
 
     Args:
         prompt: up to six, rendered by `utils.render_prompt` like all prompts of this package.
-        embedder: as for `ModelEvaluator`; where it cannot be had, the figure says that the
-            similarity was not computed.
+        embedder: as for `ModelEvaluator`; if none is installed, the figure says that the similarity
+            was not computed.
     """
     path = check_path(save_path)
     options = ((original, pruned), tokenizer, top_k, max_new_tokens)
     rows = [_continue(text, *options) for text in _check_prompts(prompt)]
-    with house_style():
-        bodies = [_describe(row, embedder) for row in rows]
-        sizes = [
-            0.5 + max(0.27 * len(row.tokens), sum(gap for _, _, gap in body) / 72)
-            for row, body in zip(rows, bodies, strict=True)
-        ]
-        figure, panels = new_figure(PAGE, sizes, 2, (1.0, 1.3))
+    bodies = [_describe(row, embedder) for row in rows]
+    heights = [
+        0.5 + max(0.27 * len(row.tokens), sum(gap for _, _, gap in body) / 72)
+        for row, body in zip(rows, bodies, strict=True)
+    ]
+    with drawing(title, path, show, PAGE, heights, (1.0, 1.3)) as (figure, panels):
         for (left, right), row, body in zip(panels, rows, bodies, strict=True):
             paired_bars(left, list(range(len(row.tokens))), row.tokens, row.probabilities)
             left.set_title(f"probability in common: {row.overlap:.0%}")
             _draw_text(right, body)
         panels[-1][0].set_xlabel("probability of the next token")
-        return finish(figure, title, path, show)
+    return figure
 
 
 def _streams(
@@ -201,14 +199,12 @@ def _mark_depth(axes: Any, removed: list[int], depth: int) -> None:
     for index in removed:
         label = "removed layers" if index == removed[0] else "_"
         axes.axvspan(index, index + 1, color="0.88", linewidth=0, zorder=0, label=label)
-    places = [tick for tick in ticks(0, depth - 1, 12) if depth < 12 or tick < 0.95 * depth]
-    axes.set_xticks([*places, depth], [*map(str, places), "out"])
+    state_axis(axes.xaxis, depth)
     axes.set_xlim(-0.03 * depth, 1.03 * depth)
-    axes.set_xlabel("state entering layer")
 
 
 class _Continuation(NamedTuple):
-    """What two models make of one prompt; pairs are (original, pruned)."""
+    """How two models continue one prompt; pairs are (original, pruned)."""
 
     prompt: str
     tokens: list[str]
@@ -298,16 +294,16 @@ def _draw_text(axes: Any, body: list[tuple[str, str, float]]) -> None:
     down = 0.0
     for line, colour, gap in body:
         look = {"color": colour, "weight": "normal" if colour == "black" else "bold", "va": "top"}
-        place = {"xycoords": "axes fraction", "textcoords": "offset points"}
-        text = axes.annotate(line, (0, 1), (0, -down), **place, **look)
-        text.set_in_layout(False)  # the height of the row has room for it
+        look |= {"xycoords": "axes fraction", "textcoords": "offset points"}
+        text = axes.annotate(line, (0, 1), (0, -down), **look)
+        text.set_in_layout(False)  # the row is high enough for it
         down += gap
 
 
 def _encode(model: Any, tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
     """Token ids and mask of the rendered prompt, on the model's device.
 
-    One that is too long for the model loses its beginning.
+    A prompt that is too long for the model loses its beginning.
     """
     from ..model.forward import position_limit
 
@@ -323,10 +319,7 @@ def _encode(model: Any, tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
 
 def _check_prompts(prompt: str | Sequence[str]) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not 1 <= len(prompts) <= MAX_PROMPTS:
-        raise InvalidDataError(
-            f"{len(prompts)} prompts given: one figure shows 1 to {MAX_PROMPTS}; choose some."
-        )
+    check_number(prompts, MAX_PROMPTS, "prompts")
     for text in prompts:
         if not isinstance(text, str) or not text.strip():
             raise InvalidDataError(f"The prompt {text!r:.60} is no text: give at least one word.")

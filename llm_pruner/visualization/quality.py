@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -16,16 +15,18 @@ from .style import (
     GREEN,
     PAGE,
     PALETTE,
+    RED,
+    check_number,
     check_path,
-    finish,
-    house_style,
+    drawing,
+    layer_width,
     legend_below,
     legend_columns,
-    new_figure,
+    level_marks,
     paired_bars,
-    printable,
     ticks,
     wrap,
+    wrap_name,
 )
 
 if TYPE_CHECKING:
@@ -33,13 +34,13 @@ if TYPE_CHECKING:
 
 
 MAX_CURVES = 6
-VERDICTS = {  # colour and marker, which grey print must tell apart too
+VERDICTS = {  # colour, and a marker to tell them apart in grey print
     "better": (GREEN, "^", "better"),
-    "worse": ("#d55e00", "v", "worse"),
+    "worse": (RED, "v", "worse"),
     "unclear": ("0.4", "o", "no clear difference"),
     "": ("0.4", "x", "no interval"),
 }
-MARKERS = "os^DvP"  # of the curves, which grey print must tell apart
+MARKERS = "os^DvP"  # of the curves, to tell them apart in grey print
 
 
 def plot_depth_curve(
@@ -65,24 +66,23 @@ def plot_depth_curve(
     lines = [_read_curve(curve, name) for curve, name in zip(given, _names(given), strict=True)]
     last = max(depth for line in lines for depth in line.chosen)
     depths = sorted({curve.num_layers for curve in given})
-    width, most_ticks = (COLUMN, 16) if last <= 40 else (PAGE, 26)
-    labels = [wrap(printable(line.name), 0.45 * width) for line in lines]
+    width, most_ticks = layer_width(last)
+    labels = [wrap(line.name, 0.45 * width) for line in lines]
     rows = max(3, sum(1 + label.count("\n") for label in labels))
-    with house_style():
-        figure, [[axes]] = new_figure(width, [2.3 + 0.13 * rows])
+    if title is None:
+        alone = f": {given[0].strategy}" if len(given) == 1 else ""
+        title = f"Quality by number of layers removed{alone}"
+    with drawing(title, path, show, width, [2.3 + 0.13 * rows]) as (figure, [[axes]]):
         axes.axhline(0, color="0.6", linewidth=0.6)
         keys = _draw_curves(axes, lines, labels)
         note = _scale_changes(axes, lines)
         axes.set_ylabel(f"{wrap(given[0].unit, 2.2)}\nin %{note}")
-        axes.set_xlabel(
-            f"layers removed (of {depths[0]})" if len(depths) == 1 else "layers removed"
-        )
+        depth = f" (of {depths[0]})" if len(depths) == 1 else ""
+        axes.set_xlabel(f"layers removed{depth}")
         axes.set_xlim(-0.03 * last, 1.03 * last)
         axes.set_xticks(ticks(0, last, most_ticks))
         legend_columns(figure, [keys, _line_keys(lines)])
-        default = "Quality by number of layers removed"
-        default += f": {given[0].strategy}" if len(given) == 1 else ""
-        return finish(figure, default if title is None else title, path, show)
+    return figure
 
 
 def plot_holistic_benchmark(
@@ -110,21 +110,21 @@ def plot_holistic_benchmark(
     path = check_path(save_path)
     tasks = _check_tasks(before, after)
     counts = {task: _check_count(task, n_samples) for task in tasks if task != "mean"}
-    places = [row + 0.4 * (task == "mean") for row, task in enumerate(tasks)]
-    names = [f"{task} (n={counts[task]})" if task in counts else task for task in tasks]
-    names = [textwrap.fill(name.replace("_", "_ "), 24).replace("_ ", "_") for name in names]
-    with house_style():
-        figure, [[axes]] = new_figure(COLUMN, [0.9 + 0.33 * (places[-1] + 1)])
-        values = [[side[task] for task in tasks] for side in (before, after)]
-        errors = [[_error(task, side, counts) for task in tasks] for side in (before, after)]
-        paired_bars(axes, places, names, values, errors, ("before", "after"))
-        if chance:
-            _draw_chance(axes, chance, dict(zip(tasks, places, strict=True)))
+    positions = [row + 0.4 * (task == "mean") for row, task in enumerate(tasks)]
+    row_of = dict(zip(tasks, positions, strict=True))
+    levels = _check_chance(chance or {}, row_of)
+    names = [_bar_name(task, counts.get(task), 1.4) for task in tasks]
+    values = [[side[task] for task in tasks] for side in (before, after)]
+    errors = [[_error(task, side, counts) for task in tasks] for side in (before, after)]
+    height = 0.9 + _row_height(names) * (positions[-1] + 1)
+    with drawing(title, path, show, COLUMN, [height]) as (figure, [[axes]]):
+        paired_bars(axes, positions, names, values, errors, ("before", "after"))
+        level_marks(axes, levels, "chance")
         if "mean" in tasks:
-            axes.axhline(places[-1] - 0.7, color="0.6", linewidth=0.6)
+            axes.axhline(positions[-1] - 0.7, color="0.6", linewidth=0.6)
         axes.set_xlabel("score \u00b1 1 standard error")
-        legend_below(figure, axes)
-        return finish(figure, title, path, show)
+        legend_below(figure, axes.get_legend_handles_labels()[0])
+    return figure
 
 
 def plot_comparisons(
@@ -153,31 +153,34 @@ def plot_comparisons(
         raise InvalidDataError(
             f"The comparisons have units {units}: give at least one, and all of one unit."
         )
-    names = [printable(e.name) + (f" (n={e.count})" if e.count else "") for e in entries]
-    names = [wrap(name.replace("_", "_ "), 1.9, 2).replace("_ ", "_") for name in names]
-    places = list(map(float, range(len(entries))))
-    with house_style():
-        figure, [[left, right]] = new_figure(PAGE, [0.9 + 0.33 * len(entries)], 2, (1.0, 1.0))
-        values = [[entry.before for entry in entries], [entry.after for entry in entries]]
-        paired_bars(left, places, names, values, labels=("before", "after"))
-        floors = {entry.name: entry.floor for entry in entries if entry.floor is not None}
-        rows = [place for place, e in zip(places, entries, strict=True) if e.floor is not None]
-        if floors:
-            ends = [row - 0.45 for row in rows], [row + 0.45 for row in rows]
-            look: dict[str, Any] = {"colors": "black", "linestyles": "--", "linewidth": 0.8}
-            left.vlines(list(floors.values()), *ends, label="floor", **look)
+    names = [_bar_name(entry.name, entry.count, 1.9) for entry in entries]
+    positions = list(map(float, range(len(entries))))
+    values = [[entry.before for entry in entries], [entry.after for entry in entries]]
+    floors = {p: e.floor for p, e in zip(positions, entries, strict=True) if e.floor is not None}
+    height = 0.9 + _row_height(names) * len(entries)
+    with drawing(title, path, show, PAGE, [height], (1.0, 1.0)) as (figure, [[left, right]]):
+        paired_bars(left, positions, names, values, labels=("before", "after"))
+        level_marks(left, floors, "floor")
         left.set_xlabel(f"score{f' ({units[0]})' if units[0] else ''}")
         keys = _draw_changes(right, entries)
         right.set_ylim(left.get_ylim())
-        handles, _ = left.get_legend_handles_labels()
-        figure.legend(
-            handles=[*handles, *keys], loc="outside lower center", ncols=len(handles) + len(keys)
-        )
-        return finish(figure, title, path, show)
+        legend_below(figure, [*left.get_legend_handles_labels()[0], *keys])
+    return figure
+
+
+def _bar_name(name: str, count: int | None, inches: float) -> str:
+    """The name beside a pair of bars, with the number of items, in at most three lines."""
+    counted = f" (n={count})" if count else ""
+    text = wrap_name(name + counted, inches)
+    return text if text.count("\n") < 3 else f"{wrap_name(name, inches, 2)}\n{counted.strip()}"
+
+
+def _row_height(names: list[str]) -> float:
+    return 0.38 if any(name.count("\n") > 1 for name in names) else 0.33
 
 
 def _draw_changes(axes: Any, entries: list[Comparison]) -> list[Any]:
-    """A marker for each change with its interval; handles for the legend."""
+    """A marker for each change with its interval; legend handles."""
     keys = {}
     for row, entry in enumerate(entries):
         colour, marker, label = VERDICTS[entry.verdict]
@@ -209,10 +212,7 @@ def _check_curves(curves: Any) -> list[DepthCurve]:
                 f"{curve!r:.60} is a {type(curve).__name__}, not a DepthCurve: give what sweep() "
                 "returns or DepthCurve.load() reads."
             )
-    if not 1 <= len(given) <= MAX_CURVES:
-        raise InvalidDataError(
-            f"{len(given)} curves given: one figure shows 1 to {MAX_CURVES}; choose some."
-        )
+    check_number(given, MAX_CURVES, "curves")
     units = dict.fromkeys(curve.unit for curve in given)
     held = [_held_out(point) for curve in given for point in curve.points]
     units |= dict.fromkeys(str(entry["unit"]) for entry in held if "unit" in entry)
@@ -226,13 +226,13 @@ def _check_curves(curves: Any) -> list[DepthCurve]:
 
 def _held_out(point: Mapping[str, Any]) -> Mapping[str, Any]:
     """What was measured on held-out data at a point; empty if nothing was."""
-    found = point.get("held_out") or {}
-    if not isinstance(found, Mapping):
+    measured = point.get("held_out") or {}
+    if not isinstance(measured, Mapping):
         raise InvalidDataError(
-            f"held_out at {point['n_layers']} layers is {found!r:.60}: it must be a dict with "
+            f"held_out at {point['n_layers']} layers is {measured!r:.60}: it must be a dict with "
             "change, low and high, or None."
         )
-    return found
+    return measured
 
 
 def _names(curves: list[DepthCurve]) -> list[str]:
@@ -254,27 +254,29 @@ def _names(curves: list[DepthCurve]) -> list[str]:
 def _read_curve(curve: DepthCurve, name: str) -> _Line:
     chosen, held = {0: 0.0}, {}
     for point in curve.points:
-        place = f"of {name!r} at {point['n_layers']} layers"
-        chosen[point["n_layers"]] = _percent(f"change {place}", point["change"])
-        if found := _held_out(point):
-            keys = ("change", "low", "high")
-            numbers = [_percent(f"held-out {key} {place}", found.get(key)) for key in keys]
-            held[point["n_layers"]] = (numbers[0], numbers[1], numbers[2])
-            if numbers[1] > numbers[2]:
-                raise InvalidDataError(f"held-out low {place} is above high: {found!r:.200}.")
+        where = f"of {name!r} at {point['n_layers']} layers"
+        chosen[point["n_layers"]] = _percent(f"change {where}", point["change"])
+        if measured := _held_out(point):
+            change, low, high = (
+                _percent(f"held-out {key} {where}", measured.get(key))
+                for key in ("change", "low", "high")
+            )
+            held[point["n_layers"]] = (change, low, high)
+            if low > high:
+                raise InvalidDataError(f"held-out low {where} is above high: {measured!r:.200}.")
     return _Line(name, chosen, {0: (0.0, 0.0, 0.0), **held} if held else {})
 
 
-def _percent(place: str, share: Any) -> float:
-    if isinstance(share, bool) or not isinstance(share, Real):
-        raise InvalidDataError(f"{place} is {share!r:.60}: it must be a number; run sweep() again.")
-    if not math.isfinite(share):
-        raise NonFiniteError(f"{place} is {share}: run sweep() again.")
-    return 100 * float(share)
+def _percent(what: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InvalidDataError(f"{what} is {value!r:.60}: it must be a number; run sweep() again.")
+    if not math.isfinite(value):
+        raise NonFiniteError(f"{what} is {value}: run sweep() again.")
+    return 100 * float(value)
 
 
 def _draw_curves(axes: Any, lines: list[_Line], labels: list[str]) -> list[Any]:
-    """The curves; a handle for each for the legend."""
+    """The curves; a legend handle for each."""
     from matplotlib.lines import Line2D
 
     keys = []
@@ -295,7 +297,7 @@ def _draw_curves(axes: Any, lines: list[_Line], labels: list[str]) -> list[Any]:
 
 
 def _line_keys(lines: list[_Line]) -> list[Any]:
-    """Handles for the legend that say what is measured on what."""
+    """Legend handles that say which data a line was measured on."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -308,7 +310,7 @@ def _line_keys(lines: list[_Line]) -> list[Any]:
 
 
 def _scale_changes(axes: Any, lines: list[_Line]) -> str:
-    """A logarithmic axis beyond 1 % where changes differ too much in size; a note on that."""
+    """Make the axis logarithmic beyond 1 % if changes differ much in size; a note on that."""
     seen = [change for line in lines for change in line.chosen.values()]
     seen += [change for line in lines for held in line.held_out.values() for change in held]
     sizes = [abs(change) for change in seen if change]
@@ -335,15 +337,15 @@ def _check_tasks(before: Mapping[str, float], after: Mapping[str, float]) -> lis
                 f"Tasks {missing} are missing in {name}: both sides need the same tasks."
             )
         for task, score in side.items():
-            _check_share(f"{name}[{task!r}]", score)
+            _check_score(f"{name}[{task!r}]", score)
     return sorted(before, key=lambda task: task == "mean")
 
 
-def _check_share(place: str, score: float) -> None:
+def _check_score(what: str, score: float) -> None:
     if not math.isfinite(score):
-        raise NonFiniteError(f"{place} is {score}: scores are from 0 to 1; run the task again.")
+        raise NonFiniteError(f"{what} is {score}: scores are from 0 to 1; run the task again.")
     if not 0 <= score <= 1:
-        raise InvalidDataError(f"{place} is {score}: scores are shares from 0 to 1, not percent.")
+        raise InvalidDataError(f"{what} is {score}: scores are from 0 to 1, not percent.")
 
 
 def _check_count(task: str, n_samples: int | Mapping[str, int]) -> int:
@@ -363,14 +365,11 @@ def _error(task: str, scores: Mapping[str, float], counts: Mapping[str, int]) ->
     return math.hypot(*(_error(other, scores, counts) for other in counts)) / len(counts)
 
 
-def _draw_chance(axes: Any, chance: Mapping[str, float], places: dict[str, float]) -> None:
-    unknown = sorted(chance.keys() - places.keys())
+def _check_chance(chance: Mapping[str, float], row_of: Mapping[str, float]) -> dict[float, float]:
+    """What guessing scores, by row."""
+    unknown = sorted(chance.keys() - row_of.keys())
     if unknown:
-        raise InvalidDataError(f"chance names tasks {unknown}; known: {', '.join(places)}.")
-    for task, share in chance.items():
-        _check_share(f"chance[{task!r}]", share)
-    rows = [places[task] for task in chance]
-    ends = [row - 0.45 for row in rows], [row + 0.45 for row in rows]
-    axes.vlines(
-        list(chance.values()), *ends, colors="black", linestyles="--", linewidth=0.8, label="chance"
-    )
+        raise InvalidDataError(f"chance names tasks {unknown}; known: {', '.join(row_of)}.")
+    for task, score in chance.items():
+        _check_score(f"chance[{task!r}]", score)
+    return {row_of[task]: score for task, score in chance.items()}

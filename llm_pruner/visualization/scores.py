@@ -12,15 +12,14 @@ from ..errors import InvalidDataError, InvalidPlanError
 from ..results import LayerScores
 from .style import (
     BLUE,
-    COLUMN,
     ORANGE,
-    PAGE,
+    cell_map,
+    check_number,
     check_path,
-    finish,
-    house_style,
+    dots,
+    drawing,
+    layer_width,
     legend_below,
-    new_figure,
-    printable,
     ticks,
     wrap,
 )
@@ -44,16 +43,16 @@ def plot_layer_importance(
 ) -> Figure:
     """Bars of the score of each layer.
 
-    `LayerScores` name the axis and the strategy; without `removed` their bars are coloured by
-    the order in which the layers would go. Bars that would dwarf all others are cut off at the
-    edge, marked by an arrow, and their values are printed below the axis.
+    `LayerScores` name the axis and the strategy; without `removed`, their bars are coloured by the
+    order in which the layers would be removed. Bars that would dwarf all others are cut off and
+    marked by an arrow; their values are printed below the axis.
 
     Args:
         scores: layer -> score.
         title: above the figure; if None, one that names the strategy.
         removed: layers to show as removed (hatched). `InvalidPlanError` if one has no score.
-        protected: layers, not numbers of layers at the ends, to show as protected (shaded).
-            `InvalidPlanError` if one is no layer, or removed.
+        protected: indices of layers to show as protected (shaded). `InvalidPlanError` if one is no
+            layer, or removed.
         num_layers: layers of the model; the axis runs over all of them, and those without a score
             are crossed. `InvalidPlanError` if `scores` has more. If None, the axis ends with the
             outermost scores and protected layers.
@@ -61,32 +60,31 @@ def plot_layer_importance(
     path = check_path(save_path)
     known = isinstance(scores, LayerScores)
     scores = _check_scores(scores)
-    gone = None if removed is None else _check_removed(removed, scores)
-    shielded = _check_protected(protected, gone or set(), num_layers)
-    extent = _extent(scores, shielded, num_layers)
-    width, most_ticks = (COLUMN, 16) if len(extent) <= 40 else (PAGE, 26)
-    with house_style():
-        figure, [[axes]] = new_figure(width, [2.2])
+    taken = None if removed is None else _check_removed(removed, scores)
+    shaded, layers = _check_protected(scores, taken or set(), protected, num_layers)
+    width, most_ticks = layer_width(len(layers))
+    if title is None:
+        title = f"Layer importance: {scores.strategy}" if known else "Layer importance"
+    with drawing(title, path, show, width, [2.2]) as (figure, [[axes]]):
         bars = axes.bar(list(scores), list(scores.values()), width=0.8, color=BLUE)
         handles = []
-        if known or gone is not None:
-            handles += _colour_bars(bars, scores, gone, num_layers or len(scores))
-        if shielded or num_layers is not None:
-            handles += _mark_layers(axes, bars, scores, extent, shielded)
+        if known or taken is not None:
+            handles += _colour_bars(bars, scores, taken, num_layers or len(scores))
+        if shaded or num_layers is not None:
+            handles += _mark_layers(axes, bars, scores, layers, shaded)
         if handles:
             axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         note = _cut_axis(axes, scores)
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set_xlabel(f"layer\n{wrap(note, width - 0.7)}".strip())
-        axes.set_xlim(extent[0] - 0.7, extent[-1] + 0.7)
-        axes.set_xticks(ticks(extent[0], extent[-1], most_ticks))
-        default = f"Layer importance: {scores.strategy}" if known else "Layer importance"
-        return finish(figure, default if title is None else title, path, show)
+        axes.set_xlim(layers[0] - 0.7, layers[-1] + 0.7)
+        axes.set_xticks(ticks(layers[0], layers[-1], most_ticks))
+    return figure
 
 
 def plot_score_comparison(
     scores: Sequence[LayerScores],
-    title: str | None = None,
+    title: str = "Order of removal by strategy",
     save_path: str | Path | None = None,
     *,
     removed: Sequence[Iterable[int]] | None = None,
@@ -94,16 +92,16 @@ def plot_score_comparison(
 ) -> Figure:
     """The order in which several strategies would remove the layers of one model.
 
-    A row for each strategy, a column for each layer, coloured by the layer's place in that order,
-    since the scores themselves have different units. Layers without a score are crossed.
+    Rows are strategies, columns are layers, coloured by their rank in that order, since the scores
+    themselves have different units. Layers without a score are crossed.
 
     Args:
-        scores: 1 to 12 strategies' scores, with names that differ.
+        scores: those of 1 to 12 strategies, whose names differ.
         title: above the figure.
-        removed: for each of the scores the layers that it removed, which are marked.
+        removed: for each strategy the layers that it removed, which are marked.
 
     Raises:
-        InvalidDataError: no scores, too many, of one name, or not as many lists in `removed`.
+        InvalidDataError: no scores, too many, of one name, or another number of lists in `removed`.
         InvalidPlanError: a removed layer has no score.
     """
     path = check_path(save_path)
@@ -113,14 +111,14 @@ def plot_score_comparison(
         raise InvalidDataError(
             f"removed has {len(cuts)} lists for {len(given)} strategies: give one for each."
         )
-    gone = [_check_removed(cut, one) for cut, one in zip(cuts, given, strict=True)]
+    cuts = [sorted(_check_removed(cut, one)) for cut, one in zip(cuts, given, strict=True)]
     layers = range(min(map(min, given)), max(map(max, given)) + 1)
-    width, most_ticks = (COLUMN, 16) if len(layers) <= 40 else (PAGE, 26)
-    labels = [wrap(printable(one.strategy), 1.2, 2) for one in given]
+    width, most_ticks = layer_width(len(layers))
+    labels = [wrap(one.strategy, 1.2, 2) for one in given]
     lines = 1 + max(label.count("\n") for label in labels)
-    with house_style():
-        figure, [[axes]] = new_figure(width, [max(1.0, 0.55 + (0.1 + 0.13 * lines) * len(given))])
-        image = _draw_order(axes, given, gone, layers)
+    height = max(1.0, 0.55 + (0.1 + 0.13 * lines) * len(given))
+    with drawing(title, path, show, width, [height]) as (figure, [[axes]]):
+        image = _draw_order(axes, given, cuts, layers)
         axes.set_yticks(range(len(given)), labels)
         axes.tick_params(axis="y", length=0)
         axes.set_xticks(ticks(layers[0], layers[-1], most_ticks))
@@ -130,10 +128,8 @@ def plot_score_comparison(
         bar.ax.set_yticklabels(["first", "last"][: len(bar.get_ticks())])
         bar.ax.invert_yaxis()
         bar.set_label("would be removed")
-        if axes.get_legend_handles_labels()[0]:
-            legend_below(figure, axes)
-        default = "Order of removal by strategy"
-        return finish(figure, default if title is None else title, path, show)
+        legend_below(figure, axes.lines)
+    return figure
 
 
 def _check_several(scores: Sequence[LayerScores]) -> list[LayerScores]:
@@ -144,41 +140,33 @@ def _check_several(scores: Sequence[LayerScores]) -> list[LayerScores]:
                 f"{one!r:.60} is a {type(one).__name__}, not LayerScores: give what "
                 "compute_layer_scores() returns."
             )
-    if not 1 <= len(given) <= MAX_STRATEGIES:
-        raise InvalidDataError(
-            f"{len(given)} strategies given: one figure shows 1 to {MAX_STRATEGIES}; choose some."
-        )
+    check_number(given, MAX_STRATEGIES, "strategies")
     names = [one.strategy for one in given]
     if len(set(names)) < len(names):
         raise InvalidDataError(f"Some of the strategies {names} have one name: name them apart.")
     return [_check_scores(one) for one in given]
 
 
-def _draw_order(axes: Any, given: list[LayerScores], gone: list[set[int]], layers: range) -> Any:
-    """Cells coloured by the place in the order, with crosses and marks on them."""
+def _draw_order(axes: Any, given: list[LayerScores], cuts: list[list[int]], layers: range) -> Any:
+    """Cells coloured by rank, with dots on removed layers and crosses where there is no score."""
     import numpy as np
 
-    places = np.full((len(given), len(layers)), np.nan)
-    for row, one in enumerate(given):
-        for place, layer in enumerate(one.ranked(), 1):
-            places[row, layer - layers[0]] = place
+    ranks = np.full((len(given), len(layers)), np.nan)
+    for row, scores in enumerate(given):
+        for rank, layer in enumerate(scores.ranked(), 1):
+            ranks[row, layer - layers[0]] = rank
     edges = layers[0] - 0.5, layers[-1] + 0.5, len(given) - 0.5, -0.5
-    look: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest", "cmap": "cividis"}
-    image = axes.imshow(
-        np.ma.masked_invalid(places), extent=edges, vmin=1, vmax=max(map(len, given)), **look
-    )
+    image = cell_map(axes, ranks, edges, (1, max(map(len, given))))
     axes.set_yticks([row + 0.5 for row in range(len(given) - 1)], minor=True)
     axes.grid(axis="y", which="minor", color="white", linewidth=2)
     axes.tick_params(axis="y", which="minor", length=0)
-    size = 3.5 if len(layers) <= 40 else 2.2
-    marks = [(layer, row) for row, cut in enumerate(gone) for layer in sorted(cut)]
-    if marks:
-        dot = {"color": "white", "markeredgecolor": "black", "markeredgewidth": 0.5}
-        axes.plot(*zip(*marks, strict=True), "o", markersize=size, label="removed", **dot)
-    missing = [(at + layers[0], row) for row, at in np.argwhere(np.isnan(places)).tolist()]
+    removed = [(layer, row) for row, cut in enumerate(cuts) for layer in cut]
+    dots(axes, removed, len(layers), "removed")
+    missing = [(column + layers[0], row) for row, column in np.argwhere(np.isnan(ranks)).tolist()]
     if missing:
-        cross = {"color": "0.3", "markeredgewidth": 0.7, "label": f"no score ({len(missing)})"}
-        axes.plot(*zip(*missing, strict=True), "x", markersize=size, **cross)
+        cross: dict[str, Any] = {"color": "0.3", "markeredgewidth": 0.7}
+        cross |= {"markersize": 3.5 if len(layers) <= 40 else 2.2}
+        axes.plot(*zip(*missing, strict=True), "x", label=f"no score ({len(missing)})", **cross)
     return image
 
 
@@ -197,54 +185,47 @@ def _check_scores(scores: Mapping[int, float]) -> LayerScores:
 
 
 def _check_removed(removed: Iterable[int], scores: LayerScores) -> set[int]:
-    gone = set(removed)
-    if gone - scores.keys():
+    taken = set(removed)
+    if taken - scores.keys():
         raise InvalidPlanError(
-            f"removed layers {sorted(gone - scores.keys())} have no score: choose among the layers "
-            f"that scores has, {min(scores)} to {max(scores)}."
+            f"removed layers {sorted(taken - scores.keys())} have no score: choose among the "
+            f"layers that scores has, {min(scores)} to {max(scores)}."
         )
-    return gone
+    return taken
 
 
-def _check_protected(protected: Sequence[int], gone: set[int], num_layers: int | None) -> list[int]:
-    """The protected layers, ascending."""
+def _check_protected(
+    scores: LayerScores, removed: set[int], protected: Sequence[int], num_layers: int | None
+) -> tuple[list[int], range]:
+    """The protected layers, ascending, and all layers along the axis."""
     if num_layers is not None and (type(num_layers) is not int or num_layers < 1):
         raise InvalidPlanError(f"num_layers={num_layers!r} must be a whole number from 1.")
-    layers = list(protected)
-    end = math.inf if num_layers is None else num_layers
-    known = all(
-        isinstance(i, Integral) and not isinstance(i, bool) and 0 <= i < end for i in layers
-    )
-    if not known or len(set(layers)) < len(layers):
+    listed, end = list(protected), math.inf if num_layers is None else num_layers
+    layers = [i for i in listed if isinstance(i, Integral) and not isinstance(i, bool)]
+    if len({i for i in layers if 0 <= i < end}) < len(listed):
         last = "" if num_layers is None else f" to {num_layers - 1}, the model's last layer"
         raise InvalidPlanError(
-            f"protected={layers} must list layers, each once, as whole numbers from 0{last}."
+            f"protected={listed} must list layers, each once, as whole numbers from 0{last}."
         )
-    if gone.intersection(layers):
+    if removed.intersection(layers):
         raise InvalidPlanError(
-            f"Layers {sorted(gone.intersection(layers))} are in removed and in protected: a layer "
-            "that goes is not protected; leave them out of one."
+            f"Layers {sorted(removed.intersection(layers))} are in removed and in protected: leave "
+            "them out of one."
         )
-    return sorted(map(int, layers))
-
-
-def _extent(scores: LayerScores, protected: list[int], num_layers: int | None) -> range:
-    """The layers along the axis."""
-    if num_layers is None:
-        return range(min([*scores, *protected]), max([*scores, *protected]) + 1)
-    beyond = [layer for layer in scores if not 0 <= layer < num_layers]
-    if beyond:
+    if beyond := [layer for layer in scores if not 0 <= layer < end] if num_layers else []:
         raise InvalidPlanError(
-            f"scores has layers {beyond}, which a model of num_layers={num_layers} has not: give "
-            "the number of layers of the model that was scored."
+            f"scores has layers {beyond}, which a model of num_layers={num_layers} does not have: "
+            "give the number of layers of the model that was scored."
         )
-    return range(num_layers)
+    shown = [*scores, *layers]
+    axis = range(num_layers) if num_layers else range(min(shown), max(shown) + 1)
+    return sorted(map(int, layers)), axis
 
 
 def _mark_layers(
-    axes: Any, bars: Any, scores: LayerScores, extent: range, protected: list[int]
+    axes: Any, bars: Any, scores: LayerScores, layers: range, protected: list[int]
 ) -> list[Any]:
-    """Shade protected layers, cross those without a score; handles for the legend."""
+    """Shade protected layers, cross those without a score; legend handles."""
     from matplotlib.patches import Patch
     from matplotlib.transforms import offset_copy
 
@@ -256,38 +237,38 @@ def _mark_layers(
             bar.set(edgecolor="0.4", linewidth=0.5)
     if protected:
         handles.append(Patch(fc="0.92", label=f"protected ({len(protected)})"))
-    unscored = [layer for layer in extent if layer not in scores]
+    unscored = [layer for layer in layers if layer not in scores]
     if unscored:
         side = 4 if max(scores.values()) > 0 else -4  # points, to where the bars are
-        place = offset_copy(axes.transData, axes.figure, y=side, units="points")
+        beside = offset_copy(axes.transData, axes.figure, y=side, units="points")
         look: dict[str, Any] = {"color": "0.3", "markersize": 3, "markeredgewidth": 0.7}
-        look |= {"transform": place, "label": f"no score ({len(unscored)})"}
+        look |= {"transform": beside, "label": f"no score ({len(unscored)})"}
         handles += axes.plot(unscored, [0.0] * len(unscored), "x", **look)
     return handles
 
 
-def _colour_bars(bars: Any, scores: LayerScores, gone: set[int] | None, depth: int) -> list[Any]:
-    """Mark removed layers, or else show the order in which they would go; legend handles."""
+def _colour_bars(bars: Any, scores: LayerScores, removed: set[int] | None, depth: int) -> list[Any]:
+    """Mark removed layers, or else show the order of removal; legend handles."""
     import seaborn
     from matplotlib.patches import Patch
 
-    if gone is not None:
-        first, last = f"removed ({len(gone)} of {depth})", "kept"
-        shade, hatch = {layer: ORANGE if layer in gone else BLUE for layer in scores}, "/////"
+    if removed is not None:
+        first, last = f"removed ({len(removed)} of {depth})", "kept"
+        shade, hatch = {layer: ORANGE if layer in removed else BLUE for layer in scores}, "/////"
     else:
         ends = ("lowest", "highest") if scores.removes == "lowest" else ("highest", "lowest")
         first, last = f"removed first ({ends[0]})", f"removed last ({ends[1]})"
         shades = seaborn.blend_palette([ORANGE, "0.85", BLUE], len(scores))
         shade, hatch = dict(zip(scores.ranked(), shades, strict=True)), ""
     for layer, bar in zip(scores, bars, strict=True):
-        bar.set(facecolor=shade[layer], hatch=hatch if gone and layer in gone else "")
+        bar.set(facecolor=shade[layer], hatch=hatch if removed and layer in removed else "")
     return [Patch(fc=ORANGE, hatch=hatch, label=first), Patch(fc=BLUE, label=last)]
 
 
 def _cut_axis(axes: Any, scores: LayerScores) -> str:
-    """Label the vertical axis, cut it below scores that dwarf the rest; a note on those.
+    """Label the vertical axis and cut it below scores that dwarf the rest; returns a note on those.
 
-    Cut off is what is more than six times as large as three quarters of the scores.
+    A score is cut off if it is more than six times as large as three quarters of the scores.
     """
     axes.set_ylabel(wrap(scores.unit, 1.6))
     sizes = sorted(map(abs, scores.values()))

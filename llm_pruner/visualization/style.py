@@ -1,16 +1,16 @@
-"""How every figure looks: size, fonts and colours; and how it is made, written and shown."""
+"""How every figure looks: sizes, fonts, colours, shared parts; and how it is written."""
 
 from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..atomic_output import write_atomically
-from ..errors import OutputError
+from ..errors import InvalidDataError, OutputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 COLUMN, PAGE = 3.4, 7.0  # inches
 BLUE, ORANGE, GREEN = "#0173b2", "#de8f05", "#029e73"  # seaborn's palette "colorblind"
-PALETTE = (BLUE, ORANGE, GREEN, "#d55e00", "#cc78bc", "#404040")  # its first five, and grey
+RED = "#d55e00"
+PALETTE = (BLUE, ORANGE, GREEN, RED, "#cc78bc", "#404040")  # its first five, and grey
+COLOURS = "cividis"  # of cells; looks alike with and without colour blindness
 METADATA = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 SMALL = ("xtick.labelsize", "ytick.labelsize", "legend.fontsize")
 MEDIUM = ("font.size", "axes.labelsize", "axes.titlesize")
@@ -41,7 +43,7 @@ STYLE: dict[str, Any] = {
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Our look inside the block, whatever the caller's is; the caller's is back after it."""
+    """Use our style inside the block, whatever the caller's is, and restore that afterwards."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -50,23 +52,38 @@ def house_style() -> Iterator[None]:
         yield
 
 
-def new_figure(
-    width: float, heights: list[float], columns: int = 1, widths: Sequence[float] | None = None
-) -> tuple[Figure, Any]:
-    """A figure outside pyplot, and its axes by row and column."""
+@contextmanager
+def drawing(
+    title: str,
+    save_path: Path | None,
+    show: bool,
+    width: float,
+    heights: list[float],
+    widths: Sequence[float] = (1.0,),
+) -> Iterator[tuple[Figure, Any]]:
+    """A figure in our style and its axes by row and column; titled, saved and shown at the end.
+
+    `width` and the `heights` of the rows are in inches; `widths` of the columns are relative.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, sum(heights) + 0.3), layout="constrained")
-    FigureCanvasAgg(figure)
-    ratios: dict[str, Any] = {"height_ratios": heights, "width_ratios": widths}
-    return figure, figure.subplots(len(heights), columns, squeeze=False, **ratios)
+    with house_style():
+        figure = Figure(figsize=(width, sum(heights) + 0.3), layout="constrained")
+        FigureCanvasAgg(figure)
+        ratios: dict[str, Any] = {"height_ratios": heights, "width_ratios": widths}
+        yield figure, figure.subplots(len(heights), len(widths), squeeze=False, **ratios)
+        figure.suptitle(wrap(title, 0.87 * width))
+        if save_path is not None:
+            write_atomically(save_path, file_bytes(figure, save_path.suffix.lower()))
+        if show:
+            _show(figure)
 
 
-def legend_below(figure: Figure, axes: Any) -> None:
-    """One row of legend under the figure."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+def legend_below(figure: Figure, handles: Sequence[Any]) -> None:
+    """A legend in one row under the figure; none without handles."""
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
 
 def legend_columns(figure: Figure, columns: list[list[Any]]) -> None:
@@ -85,40 +102,97 @@ def printable(text: str) -> str:
 
     glyphs = get_font(findfont(STYLE["font.family"])).get_charmap()
     return "".join(
-        c if c.isprintable() and ord(c) in glyphs else c.encode("unicode_escape").decode()
+        c
+        if (c.isprintable() or c == "\u00a0") and ord(c) in glyphs
+        else c.encode("unicode_escape").decode()
         for c in text.replace("\n", "\u21b5")
     )
 
 
 def wrap(text: str, inches: float, most: int | None = None) -> str:
-    """`text` in lines of that width, measured in the font; at most `most` of them."""
+    """`text`, made printable, in at most `most` lines of that width, measured in the font."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
+    text = printable(" ".join(text.splitlines()))
     measured = text_to_path.get_text_width_height_descent(text, FontProperties(size=7), False)
     room = int(0.9 * inches * 72 * len(text) / max(measured[0], 1.0))
     return textwrap.fill(text, max(8, room), max_lines=most, placeholder=" \u2026")
 
 
+def wrap_name(name: str, inches: float, most: int | None = None) -> str:
+    """`wrap` for a name, which may also be broken after ``_``."""
+    return wrap(name.replace("_", "_ "), inches, most).replace("_ ", "_")
+
+
 def ticks(first: int, last: int, most: int) -> list[int]:
-    """Round layer numbers from `first` to `last`, at most `most`."""
+    """At most `most` round layer numbers from `first` to `last`."""
     steps = sorted(base * 10**power for power in range(6) for base in (1, 2, 4, 5))
     step = next(step for step in steps if last // step - (first - 1) // step <= most)
     return list(range(-(-first // step) * step, last + 1, step))
 
 
+def layer_width(count: int) -> tuple[float, int]:
+    """Width of a figure with `count` layers along its axis, and the most ticks on that."""
+    return (COLUMN, 16) if count <= 40 else (PAGE, 26)
+
+
+def state_axis(axis: Any, depth: int) -> None:
+    """Ticks and label of an axis of states: one entering each layer, and the output of the last."""
+    inner = [tick for tick in ticks(0, depth - 1, 12) if depth < 12 or tick < 0.93 * depth]
+    axis.set_ticks([*inner, depth], [*map(str, inner), "out"])
+    axis.set_label_text("state entering layer")
+
+
+def dots(axes: Any, points: Collection[tuple[int, int]], depth: int, label: str) -> None:
+    """A dot on each of the cells of a map of `depth` layers; nothing without points."""
+    if points:
+        look: dict[str, Any] = {"markersize": 3.5 if depth <= 40 else 2.2, "color": "white"}
+        look |= {"markeredgecolor": "black", "markeredgewidth": 0.5, "label": label}
+        axes.plot(*zip(*points, strict=True), "o", **look)
+
+
+def cell_map(
+    axes: Any, values: Any, edges: tuple[float, float, float, float], limits: tuple[float, float]
+) -> Any:
+    """A map of coloured cells, left blank where a value is NaN.
+
+    `edges` are left, right, that of the first and of the last row; `limits` those of the colours.
+    """
+    import numpy as np
+
+    return axes.imshow(
+        np.ma.masked_invalid(values),
+        origin="lower" if edges[2] < edges[3] else "upper",
+        aspect="auto",
+        interpolation="nearest",
+        cmap=COLOURS,
+        extent=edges,
+        vmin=limits[0],
+        vmax=limits[1],
+    )
+
+
+def level_marks(axes: Any, levels: Mapping[float, float], label: str) -> None:
+    """A dashed line across the bars at each position, at its level."""
+    ends = [position - 0.45 for position in levels], [position + 0.45 for position in levels]
+    look: dict[str, Any] = {"colors": "black", "linestyles": "--", "linewidth": 0.8}
+    if levels:
+        axes.vlines(list(levels.values()), *ends, label=label, **look)
+
+
 def paired_bars(
     axes: Any,
-    places: Sequence[float],
+    positions: Sequence[float],
     names: list[str],
     values: list[list[float]],
     errors: list[list[float]] | None = None,
     labels: tuple[str, str] = ("_", "_"),
 ) -> None:
-    """Two horizontal bars for each name, the first name on top, with their values behind them."""
+    """Two horizontal bars for each name, the first name on top, with their values beside them."""
     longest = 0.0
     for side, (colour, label) in enumerate(zip((BLUE, ORANGE), labels, strict=True)):
-        rows = [place + (side - 0.5) * 0.4 for place in places]
+        rows = [position + (side - 0.5) * 0.4 for position in positions]
         bars = {"height": 0.4, "color": colour, "label": label}
         spread = errors[side] if errors else [0.0] * len(rows)
         look = {"elinewidth": 0.8, "capsize": 1.5, "capthick": 0.8}
@@ -127,9 +201,9 @@ def paired_bars(
             at, style = (value + error, row), {"textcoords": "offset points", "fontsize": 6.5}
             axes.annotate(f"{value:.2f}", at, (3, 0), va="center", **style)
             longest = max(longest, value + error)
-    axes.set_yticks(places, names)
+    axes.set_yticks(positions, names)
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(places[-1] + 0.6, -0.6)
+    axes.set_ylim(positions[-1] + 0.6, -0.6)
     limit = 1.2 * longest or 1.0
     axes.set_xlim(0, limit)
     axes.set_xticks([tick for tick in axes.get_xticks() if tick <= min(limit, 1.0)])
@@ -145,18 +219,16 @@ def check_path(save_path: str | Path | None) -> Path | None:
     return path
 
 
-def finish(figure: Figure, title: str, path: Path | None, show: bool) -> Figure:
-    """Add the title, write the figure if there is a path, show it if asked for."""
-    figure.suptitle(wrap(title, 0.87 * figure.get_figwidth()))
-    if path is not None:
-        write_atomically(path, file_bytes(figure, path.suffix.lower()))
-    if show:
-        _show(figure)
-    return figure
+def check_number(given: Sequence[Any], most: int, what: str) -> None:
+    """Raise InvalidDataError unless one to `most` of something are given."""
+    if not 1 <= len(given) <= most:
+        raise InvalidDataError(
+            f"{len(given)} {what} given: one figure shows 1 to {most}; choose some."
+        )
 
 
 def file_bytes(figure: Figure, suffix: str) -> bytes:
-    """The figure as a file of that kind, a key of `METADATA`; the same for the same figure."""
+    """The figure as a file of that kind, a key of `METADATA`; equal figures give equal bytes."""
     buffer = io.BytesIO()
     with house_style():
         figure.savefig(buffer, format=suffix[1:], metadata=METADATA[suffix])
@@ -164,13 +236,13 @@ def file_bytes(figure: Figure, suffix: str) -> bytes:
 
 
 def _show(figure: Figure) -> None:
-    """Lend the figure to a pyplot window until that is closed."""
+    """Show the figure in a pyplot window until that is closed."""
     import matplotlib.pyplot as plt
 
-    own = figure.canvas
+    canvas = figure.canvas
     manager: Any = plt.figure(figsize=figure.get_size_inches()).canvas.manager
     manager.canvas.figure = figure
     figure.set_canvas(manager.canvas)
     plt.show(block=True)
     plt.close(manager.num)
-    figure.set_canvas(own)
+    figure.set_canvas(canvas)

@@ -671,7 +671,6 @@ TOKEN = "hf_secretsecret"
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("llm_pruner.hub.WAITS", (0.01,))
     with running_hub(monkeypatch, tmp_path / "cache") as server:
         server.token = TOKEN
         yield server
@@ -745,7 +744,6 @@ def test_upload_to_an_impossible_name(server):
 
 
 def test_upload_without_a_network(tmp_path, monkeypatch):
-    monkeypatch.setattr("llm_pruner.hub.WAITS", (0.01,))
     with pytest.raises(OutputError, match=r"OfflineModeIsEnabled.*Check the network"):
         upload_dataset_to_hub(qa(1), "me/items", TOKEN)
     from huggingface_hub import constants

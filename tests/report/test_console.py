@@ -31,7 +31,7 @@ def test_a_report_for_people():
         "perplexity 2.000 2.500 +0.500 +0.250 to +0.750",
         "tasks",
         "task mean 0.500 0.438 -0.062 -0.125 to +0.000 ~ (floor 0.250)",
-        "~ not told apart from no change: the interval holds 0.",
+        "~ no clear difference: the interval contains 0.",
     ]
     sure = replace(report, comparisons=rows[:1])
     assert "~" not in report_text(sure)

@@ -7,12 +7,12 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from samples import COMPARISONS, make_report
+from samples import COMPARISONS, make_depth_curve, make_report
 
 from llm_pruner.errors import InvalidDataError
 from llm_pruner.report.html_page import write_html
 from llm_pruner.report.summary import change_text, number_text, verdict_text
-from llm_pruner.results import Comparison, DepthCurve, PruningPlan, PruningReport
+from llm_pruner.results import Comparison, PruningPlan, PruningReport
 from llm_pruner.visualization.quality import plot_comparisons
 
 EVIL = "</p><script>alert(1)</script><img src=x onerror=\"a('b')\"> `$title` ${body} & \u202e"
@@ -52,15 +52,9 @@ def page(tmp_path, report, **options):
     return Page(path.read_text(encoding="utf-8"))
 
 
-def make_curve():
-    held = {"change": -0.2, "low": -0.3, "high": -0.1}
-    points = [{"n_layers": 1, "removed": [2], "change": -0.1, "held_out": held}]
-    return DepthCurve("my/model", 6, "pruneme", "likelihood", points)
-
-
 def test_the_page_stands_alone_and_every_picture_is_described(tmp_path):
-    options = {"figures": {"semantic_comparison": plot_comparisons(COMPARISONS[1:3])}}
-    found = page(tmp_path, make_report(), **options, curve=make_curve())
+    figures = {"semantic_comparison": plot_comparisons(COMPARISONS[1:3])}
+    found = page(tmp_path, make_report(), figures=figures, curve=make_depth_curve([-0.1]))
     pictures = found.all("img")
     assert len(pictures) == 6
     for picture in pictures:
@@ -90,7 +84,7 @@ def test_what_is_untrusted_is_text(tmp_path):
     numbered = enumerate(COMPARISONS)
     evil = [replace(entry, name=f"{EVIL}{place}", note=EVIL) for place, entry in numbered]
     evil += [Comparison(EVIL, EVIL, EVIL, 1.0, 2.0)]
-    curve = replace(make_curve(), unit=EVIL, strategy=EVIL)
+    curve = make_depth_curve([-0.1], EVIL, unit=EVIL)
     steps = [{"action": EVIL, "kept": True, "change": -0.1, "samples": 5}]
     report = make_report(EVIL, comparisons=evil)
     report = replace(report, plan=replace(report.plan, steps=steps, options={EVIL: EVIL}))
@@ -112,9 +106,12 @@ def test_the_page_says_what_the_report_says(tmp_path):
     assert "2 of 6 layers removed: 2, 3" in text
     assert "Of 5 measures of quality: 2 worse, 2 without a clear difference, 1 better" in text
     assert "Measured on 60 items" in text
-    assert "75%" in text  # of the lost loss, given back
+    assert "75%" in text  # of the loss is back
     assert "seed7" in text
-    assert [i for i, item in enumerate(found.all("li")) if item.get("class") == "gone"] == [2, 3]
+    marked = [i for i, item in enumerate(found.all("li")) if item.get("class") == "removed"]
+    assert marked == [2, 3]
+    groups = [text.index(title) for title in ("Size", "Speed", "Likelihood", "Tasks", "Answers")]
+    assert groups == sorted(groups)
     for heading in ("What changed", "How the layers were chosen", "Sample answers"):
         assert heading in text
     assert "Cost by number of layers" not in text
@@ -126,7 +123,7 @@ def test_sections_without_content_are_left_out(tmp_path):
     headings = re.findall(r"<h2>(.*?)</h2>", (tmp_path / "report.html").read_text())
     assert headings == ["How the layers were chosen", "How to reproduce this"]
     assert found.all("img") == []
-    assert "No quantity of quality was measured" in found.text
+    assert "No measure of quality has an interval." in found.text
 
 
 def test_equal_reports_give_equal_pages(tmp_path):
@@ -136,50 +133,6 @@ def test_equal_reports_give_equal_pages(tmp_path):
 
 
 def test_an_unknown_figure_is_refused(tmp_path):
-    with pytest.raises(InvalidDataError, match=r"\['other'\]; known: activation_comparison"):
+    with pytest.raises(InvalidDataError, match=r"\['other'\]; known: layer_importance, "):
         write_html(make_report(), tmp_path / "a", figures={"other": None})
     assert not (tmp_path / "a").exists()
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(2_100_352, "2,100,352"), (0.12345, "0.1235"), (1.1, "1.100"), (12345.6, "12,346"), (0, "0")],
-)
-def test_numbers_for_people(value, text):
-    assert number_text(value) == text
-
-
-@pytest.mark.parametrize(
-    ("entry", "change", "verdict"),
-    [
-        (COMPARISONS[0], "+2 (+1 to +3)", "worse, 25.0% more"),
-        (COMPARISONS[1], "+0.250 (\u22120.100 to +0.600)", "no clear difference"),
-        (COMPARISONS[4], "\u22120.400 (\u22120.500 to \u22120.300)", "worse, 44.4% less"),
-        (COMPARISONS[5], "\u2212492,288", "23.4% less"),
-        (Comparison("layers", "size", "", 12, 12), "0", "unchanged"),
-        (Comparison("x", "tasks", "", 0, 0.5, True, 9, 0.25, 1), "+0.500 (+0.250 to +1)", "better"),
-    ],
-)
-def test_a_change_in_words(entry, change, verdict):
-    assert change_text(entry) == change
-    assert verdict_text(entry) == verdict
-
-
-def test_changes_are_drawn_with_their_intervals_and_verdicts():
-    entries = [*COMPARISONS[1:3], COMPARISONS[4], Comparison("bare", "tasks", "", 0.5, 0.25, True)]
-    figure = plot_comparisons(entries)
-    left, right = figure.axes
-    lines = [line for line in right.lines if len(line.get_xdata()) == 2][:3]
-    ends = [list(line.get_xdata()) for line in lines]
-    assert ends == [[entry.low, entry.high] for entry in entries[:3]]
-    marks = [line for line in right.lines if len(line.get_xdata()) == 1]
-    assert [mark.get_xdata()[0] for mark in marks] == [entry.change for entry in entries]
-    assert [mark.get_marker() for mark in marks] == ["o", "^", "v", "x"]
-    assert [bar.get_width() for bar in left.patches[:4]] == [e.before for e in entries]
-    assert [bar.get_width() for bar in left.patches[4:]] == [e.after for e in entries]
-    [floors] = [c for c in left.collections if c.get_label() == "floor"]
-    assert [segment[0][0] for segment in floors.get_segments()] == [0.25]
-    with pytest.raises(InvalidDataError, match=r"units \['', 'MB'\]"):
-        plot_comparisons(COMPARISONS[5:7])
-    with pytest.raises(InvalidDataError, match=r"units \[\]"):
-        plot_comparisons([])

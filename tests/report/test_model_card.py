@@ -84,7 +84,7 @@ def test_scores_of_tasks_are_evaluation_results():
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + len(COMPARISONS)
     assert all(line.count("|") == 6 for line in rows)
-    assert "likelihood, 60 unseen items" in text
+    assert "likelihood, 60 held-out items" in text
 
 
 @pytest.mark.parametrize("name", EVIL)
