@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from llm_pruner import get_strategy, load_data, load_model
-from llm_pruner.data.tokens import pad_rows
+from llm_pruner.data.tokens import pad_sequences
 from llm_pruner.evaluation.likelihood import mean_nll
 from llm_pruner.healing.heal import BATCH_SIZE, HealingData, heal_lora
 from llm_pruner.healing.linear import heal_linear
@@ -80,7 +80,7 @@ def main() -> None:
             pruned = stack.remove(removed)
             cut = mean_nll(pruned, tokenizer, data.judging)
             cells = [name, ", ".join(map(str, removed)), f"{math.exp(cut):.3f}"]
-            train = pad_rows(tokenizer, healing.train, BATCH_SIZE)
+            train = pad_sequences(tokenizer, healing.train, BATCH_SIZE)
             linear, cost = watched(heal_linear, stack, removed, pruned, train, healing.tune)
             lora, dear = watched(heal_lora, stack, removed, linear, tokenizer, healing, settings)
             for method, healed, (seconds, memory) in (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..data.items import EvalItem, fingerprint
 from ..data.sampling import split_items
-from ..data.tokens import Batch, Row, encode_rows, pad_rows
+from ..data.tokens import Batch, TokenSequence, encode_sequences, pad_sequences
 from ..errors import InvalidDataError, InvalidPlanError, OutOfMemoryError, UnsupportedModelError
 from ..evaluation.likelihood import batch_nll
 from ..model.forward import position_limit
@@ -45,7 +45,7 @@ class HealingData:
         key: fingerprint of all items.
     """
 
-    train: list[Row]
+    train: list[TokenSequence]
     tune: list[Batch]
     gate: list[Batch]
     key: str
@@ -73,7 +73,9 @@ class HealingData:
             )
         tune, gate = split_items(held_out, HELD_OUT)
         length = min(MAX_LENGTH, position_limit(model))
-        parts = [encode_rows(tokenizer, part, max_length=length) for part in (train, tune, gate)]
+        parts = [
+            encode_sequences(tokenizer, part, max_length=length) for part in (train, tune, gate)
+        ]
         padding = tokenizer.pad_token_id
         for part in parts:
             if padding is not None and all(set(row.ids) <= {padding} for row in part):
@@ -82,8 +84,8 @@ class HealingData:
                 )
         return cls(
             parts[0],
-            pad_rows(tokenizer, parts[1], BATCH_SIZE),
-            pad_rows(tokenizer, parts[2], BATCH_SIZE),
+            pad_sequences(tokenizer, parts[1], BATCH_SIZE),
+            pad_sequences(tokenizer, parts[2], BATCH_SIZE),
             fingerprint(items),
         )
 
@@ -134,7 +136,7 @@ def heal_model(
     data = HealingData.of(stack.model, tokenizer, heal_data)
 
     def fit(model: Any) -> tuple[Any, dict[str, Any]]:
-        train = pad_rows(tokenizer, data.train, BATCH_SIZE)
+        train = pad_sequences(tokenizer, data.train, BATCH_SIZE)
         healed, layers = heal_linear(stack, removed, model, train, data.tune)
         return healed, {"layers": layers}
 

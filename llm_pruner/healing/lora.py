@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from ..atomic_output import KEY_FILE, own_checkpoints, write_atomically
-from ..data.tokens import IGNORED, Batch, Row, pad_rows
+from ..data.tokens import IGNORED, Batch, TokenSequence, pad_sequences
 from ..distributed import told_plainly
 from ..errors import InvalidPlanError, MissingDependencyError, NonFiniteError
 from ..evaluation.likelihood import batch_nll
@@ -55,7 +55,7 @@ def train_lora(
     removed: Sequence[int],
     pruned: Any,
     tokenizer: PreTrainedTokenizerBase,
-    train: Sequence[Row],
+    train: Sequence[TokenSequence],
     held_out: Sequence[Batch],
     settings: LoraSettings,
     key: str,
@@ -206,8 +206,8 @@ class _Collator:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        (batch,) = pad_rows(self._tokenizer, rows, len(rows))
+    def __call__(self, rows: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
+        (batch,) = pad_sequences(self._tokenizer, rows, len(rows))
         return {**batch.inputs(), "labels": batch.labels}
 
 

@@ -113,7 +113,7 @@ def search_in_rounds(
                 on_step(told if allowed else {**told, "kept": False, "removed": removed})
             repair: Step = {"action": "repair", "method": record["method"], "kept": allowed}
             repair |= {"removed": grown if allowed else removed, "change": change}
-            on_step({**repair, "samples": quality.samples(), "loss": record["healed"]})
+            on_step({**repair, "samples": quality.size(), "loss": record["healed"]})
         if not allowed:
             break
         removed = grown

@@ -29,7 +29,7 @@ from llm_pruner.errors import (
     UnknownNameError,
 )
 from llm_pruner.evaluation import lm_eval_backend
-from llm_pruner.evaluation.lm_eval_backend import compare_results, compare_tasks, run_tasks
+from llm_pruner.evaluation.lm_eval_backend import compare_results, run_tasks
 from llm_pruner.evaluation.tasks import HolisticEvaluator, choice_losses
 from llm_pruner.utils import format_prompt
 
@@ -248,12 +248,11 @@ def test_a_comparison_is_two_runs_and_a_paired_bootstrap(llama, tokenizer, arc, 
     folder, _ = arc
     pruned = tiny_llama(3)
     settings = {"limit": 15, "num_fewshot": 2, "batch_size": 4}
-    lines = compare_tasks(llama, pruned, tokenizer, ["arc_easy"], folder, **settings)
-    before, after = (
-        run_tasks(model, tokenizer, ["arc_easy"], folder, **settings)["arc_easy"]
-        for model in (llama, pruned)
-    )
-    assert lines == compare_results(before, after)
+    results = [
+        run_tasks(model, tokenizer, ["arc_easy"], folder, **settings) for model in (llama, pruned)
+    ]
+    lines = compare_results(*results)
+    before, after = (result["arc_easy"] for result in results)
     assert [line.name for line in lines] == ["arc_easy (acc)", "arc_easy (acc_norm)"]
     for line, metric in zip(lines, before.scores, strict=True):
         gains = [b - a for a, b in zip(before.scores[metric], after.scores[metric], strict=True)]
@@ -267,9 +266,11 @@ def test_a_comparison_is_two_runs_and_a_paired_bootstrap(llama, tokenizer, arc, 
         assert "2 examples" in line.note
     assert any(line.change for line in lines)
     assert all(line.low <= line.change <= line.high for line in lines)
-    shorter = run_tasks(llama, tokenizer, ["arc_easy"], folder, limit=14)["arc_easy"]
+    shorter = run_tasks(llama, tokenizer, ["arc_easy"], folder, limit=14)
     with pytest.raises(InvalidDataError, match="differ in items"):
-        compare_results(before, shorter)
+        compare_results(results[0], shorter)
+    with pytest.raises(InvalidDataError, match=r"different tasks \(arc_easy; \)"):
+        compare_results(results[0], {})
 
 
 def test_a_shipped_task_reads_local_rows(llama, tokenizer, arc):
