@@ -355,16 +355,12 @@ def test_a_tokenizer_that_closes_every_text_does_not_end_the_answer(tokenizer):
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"max_new_tokens": -1}, "max_new_tokens=-1 must be at least 1"),
         ({"max_new_tokens": 160}, "max_new_tokens=160 leaves no room .* 160 positions"),
+        ({}, r"one string, 'Who\?'"),
     ],
 )
-def test_impossible_options_are_refused(tokenizer, options, message):
+def test_impossible_requests_are_refused(tokenizer, options, message):
     with pytest.raises(InvalidDataError, match=message):
-        ModelEvaluator(build("llama"), tokenizer, **options)
-
-
-def test_one_string_is_not_a_list_of_prompts(tokenizer):
-    with pytest.raises(InvalidDataError, match=r"one string, 'Who\?'"):
-        ModelEvaluator(build("llama"), tokenizer).generate("Who?")
+        ModelEvaluator(build("llama"), tokenizer, **options).generate("Who?")
 
 
 def test_a_device_moves_the_model(tokenizer):
@@ -465,21 +461,16 @@ def test_long_texts_are_read_to_their_end(minilm):
 
 
 def test_a_missing_embedder_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'llm_pruner\[similarity\]'"):
-        load_embedder.__wrapped__()
-
-
-def test_missing_weights_say_what_to_install(monkeypatch):
     def unreachable(source):
         raise OSError(f"cannot connect for {source}")
 
     stub = type(sys)("sentence_transformers")
     stub.SentenceTransformer = unreachable
-    monkeypatch.setitem(sys.modules, "sentence_transformers", stub)
     monkeypatch.setattr(similarity, "find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"MiniLM-L6-v2 \(OSError: cannot connect"):
-        load_embedder.__wrapped__()
+    for package, reason in ((None, ""), (stub, r"MiniLM-L6-v2 \(OSError: cannot connect.*")):
+        monkeypatch.setitem(sys.modules, "sentence_transformers", package)
+        with pytest.raises(MissingDependencyError, match=reason + r"pip install .*\[similarity\]'"):
+            load_embedder.__wrapped__()
 
 
 def test_the_module_loads_nothing_heavy():
