@@ -45,11 +45,15 @@ def main() -> None:
 def _row(model: Any, tokenizer: Any, items: Any, rounds: int) -> str:
     stack = LayerStack(model)
     batches = batches_of(AblationPruner(model, tokenizer).quality(items))
-    masks = [(), *((layer,) for layer in range(len(stack)))]
+    layer_sets = [(), *((layer,) for layer in range(len(stack)))]
 
     def naive() -> dict[int, float]:
-        losses = naive_losses(stack, batches, masks)
-        return {mask[0]: math.expm1(losses[()] - losses[mask]) for mask in masks if mask}
+        losses = naive_losses(stack, batches, layer_sets)
+        return {
+            layer_set[0]: math.expm1(losses[()] - losses[layer_set])
+            for layer_set in layer_sets
+            if layer_set
+        }
 
     def ours() -> Any:
         return AblationPruner(model, tokenizer).compute_layer_scores(items)

@@ -5,8 +5,8 @@
 
 One forward and backward pass estimates for every layer what its removal does to the loss,
 -<d loss / d output, output - input>. The table shows how well that, on all samples and on the
-first share of them, ranks the candidates as measuring each on all samples does (Spearman's rank
-correlation), beside measuring each on the first share alone, with no layer removed and on the way
+first subset of them, ranks the candidates as measuring each on all samples does (Spearman's rank
+correlation), beside measuring each on the first subset alone, with no layer removed and on the way
 of a search. The search uses gradients nowhere: this is why.
 """
 
@@ -20,12 +20,13 @@ from torch.nn.functional import cross_entropy
 
 from llm_pruner import SmartPruner, load_data, load_model
 from llm_pruner.data.tokens import Batch
-from llm_pruner.evaluation.likelihood import encode_for, scored_logits
+from llm_pruner.evaluation.likelihood import encode_for
+from llm_pruner.evaluation.token_measures import PreparedBatch
 from llm_pruner.model.layer_stack import LayerStack
-from llm_pruner.search.prefix_sharing import Mask
+from llm_pruner.search.prefix_sharing import LayerSet
 
 
-def first_order(stack: LayerStack, removed: Mask, batches: Sequence[Batch]) -> dict[int, float]:
+def first_order(stack: LayerStack, removed: LayerSet, batches: Sequence[Batch]) -> dict[int, float]:
     """Estimated change of the summed loss for each layer removed on top of `removed`, in nats."""
     for parameter in stack.model.parameters():
         parameter.requires_grad_(False)
@@ -42,7 +43,7 @@ def first_order(stack: LayerStack, removed: Mask, batches: Sequence[Batch]) -> d
 
         handle = stack.model.get_input_embeddings().register_forward_hook(start)
         with stack.bypass(removed), stack.observe(keep):
-            scored = scored_logits(stack.model, batch)
+            scored = PreparedBatch.of(stack.model, batch).run(stack.model)
             losses = [cross_entropy(*chunk, reduction="sum") for chunk in scored.chunks()]
             torch.stack(losses).sum().backward()
         handle.remove()
@@ -74,25 +75,25 @@ def main() -> None:
     quality = pruner.quality(data)
     pruner.optimize_selection(None, data, n_layers=args.n_layers)
     way = [step["removed"] for step in pruner.steps if step["action"] == "cut"]
-    first = quality.ladder()[0]
-    few = encode_for(model, tokenizer, data[: quality.samples(first)])
-    print(f"{args.model}, {len(data)} items, first share {quality.samples(first)} samples\n")
-    print("| layers removed | gradients, all | gradients, first share | measured, first share |")
+    first = quality.subsets()[0]
+    few = encode_for(model, tokenizer, data[: quality.size(first)])
+    print(f"{args.model}, {len(data)} items, first subset {quality.size(first)} samples\n")
+    print("| layers removed | gradients, all | gradients, first subset | measured, first subset |")
     print("|---|---|---|---|")
     for removed in [[], *way[:-1]]:
-        masks = {
+        layer_sets = {
             layer: tuple(sorted([*removed, layer]))
             for layer in pruner.candidates
             if layer not in removed
         }
-        quality.measure(masks.values())
-        exact = [-quality.change(mask) for mask in masks.values()]
+        quality.measure(layer_sets.values())
+        exact = [-quality.change(layer_set) for layer_set in layer_sets.values()]
         batches = encode_for(model, tokenizer, data)
         columns = [
-            [first_order(pruner.layers, tuple(removed), some)[layer] for layer in masks]
+            [first_order(pruner.layers, tuple(removed), some)[layer] for layer in layer_sets]
             for some in (batches, few)
         ]
-        columns.append([-quality.change(mask, first) for mask in masks.values()])
+        columns.append([-quality.change(layer_set, first) for layer_set in layer_sets.values()])
         cells = " | ".join(f"{spearman(column, exact):+.2f}" for column in columns)
         print(f"| {removed} | {cells} |")
 

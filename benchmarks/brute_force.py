@@ -20,7 +20,7 @@ from statistics import median
 import torch
 
 from llm_pruner import SmartPruner, get_strategy, load_data, load_model, perplexity
-from llm_pruner.search.prefix_sharing import Mask
+from llm_pruner.search.prefix_sharing import LayerSet
 
 ONE_SHOT = ("ablation", "avss", "bi", "pruneme")
 
@@ -45,19 +45,19 @@ def main() -> None:
     quality, stack, candidates = smart.quality(data.scoring), smart.layers, smart.candidates
     counts = range(1, args.most + 1)
     sets = {count: list(combinations(candidates, count)) for count in counts}
-    quality.measure([mask for count in counts for mask in sets[count]])
+    quality.measure([layer_set for count in counts for layer_set in sets[count]])
 
-    def cost(mask: Mask) -> float:
-        return math.log(quality() / quality(mask))
+    def cost(layer_set: LayerSet) -> float:
+        return math.log(quality() / quality(layer_set))
 
-    choices: dict[str, dict[int, Mask]] = {
+    choices: dict[str, dict[int, LayerSet]] = {
         "best of all sets": {count: min(sets[count], key=cost) for count in counts},
         "smart": {count: smart.plan(data.scoring, n_layers=count).remove for count in counts},
         "greedy": {},
     }
-    grown: Mask = ()
+    grown: LayerSet = ()
     for count in counts:
-        above = [mask for mask in sets[count] if set(grown) < set(mask)]
+        above = [layer_set for layer_set in sets[count] if set(grown) < set(layer_set)]
         choices["greedy"][count] = grown = min(above, key=cost)
     for name in ONE_SHOT:
         pruner = get_strategy(name)(model, tokenizer, protect=protect)
@@ -69,9 +69,9 @@ def main() -> None:
     end = len(stack) - max(1, protect[1])
     choices["last"] = {count: tuple(range(end - count, end)) for count in counts}
 
-    def excess(mask: Mask, count: int) -> float:
+    def excess(layer_set: LayerSet, count: int) -> float:
         best = cost(choices["best of all sets"][count])
-        return 100 * (cost(mask) - best) / abs(best)
+        return 100 * (cost(layer_set) - best) / abs(best)
 
     print(
         f"{args.model}: {len(stack)} layers, protected {protect}, {len(data.scoring)} items to ",
@@ -79,7 +79,7 @@ def main() -> None:
     )
     print(f"choose, {len(data.held_out)} others.")
     full = perplexity(model, tokenizer, data.held_out)
-    held_out: dict[Mask, float] = {}
+    held_out: dict[LayerSet, float] = {}
     for count in counts:
         print(
             f"\n{count} of {len(stack)} layers: {len(sets[count])} sets, perplexity of the ", end=""
@@ -88,13 +88,13 @@ def main() -> None:
         print("| choice | layers removed (0-based) | loss rises by | excess | perplexity |")
         print("|---|---|---|---|---|")
         for name, chosen in choices.items():
-            mask = chosen[count]
-            if mask not in held_out:
-                with stack.bypass(mask) as cut:
-                    held_out[mask] = perplexity(cut, tokenizer, data.held_out)
-            cells = [name, ", ".join(map(str, mask)), f"{cost(mask):.4f}"]
-            cells.append(f"{excess(mask, count):.1f} %")
-            print(f"| {' | '.join(cells)} | {held_out[mask]:.3f} |")
+            layer_set = chosen[count]
+            if layer_set not in held_out:
+                with stack.bypass(layer_set) as cut:
+                    held_out[layer_set] = perplexity(cut, tokenizer, data.held_out)
+            cells = [name, ", ".join(map(str, layer_set)), f"{cost(layer_set):.4f}"]
+            cells.append(f"{excess(layer_set, count):.1f} %")
+            print(f"| {' | '.join(cells)} | {held_out[layer_set]:.3f} |")
     excesses = [excess(choices["smart"][count], count) for count in counts]
     above = [n for n in counts if cost(choices["smart"][n]) > cost(choices["greedy"][n])]
     print(

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from llm_pruner import LayerStack
-from llm_pruner.data.tokens import Batch, pad_rows
+from llm_pruner.data.tokens import Batch, pad_sequences
 from llm_pruner.evaluation.likelihood import batch_nll
 from llm_pruner.search.removal_quality import RemovalQuality
 
@@ -75,19 +75,19 @@ def timed(run: Callable[[], Any]) -> float:
 def batches_of(quality: RemovalQuality) -> list[Batch]:
     """The batches that `quality` (of one token measure) runs a model on, padded as it pads them."""
     (measure,) = quality._measures
-    samples = measure._samples
-    rows = [[samples.rows[place] for place in chunk] for chunk in quality._chunks]
-    return [batch for chunk in rows for batch in pad_rows(samples.tokenizer, chunk, len(chunk))]
+    data = measure._data
+    chunks = [[data.sequences[index] for index in chunk] for chunk in quality._chunks]
+    return [batch for chunk in chunks for batch in pad_sequences(data.tokenizer, chunk, len(chunk))]
 
 
 def naive_losses(
-    stack: LayerStack, batches: Sequence[Batch], masks: Iterable[tuple[int, ...]]
+    stack: LayerStack, batches: Sequence[Batch], layer_sets: Iterable[tuple[int, ...]]
 ) -> dict[tuple[int, ...], float]:
-    """The naive twin: one whole pass of the bypassed model per mask; nats per token."""
+    """The naive twin: one whole pass of the bypassed model per set of layers; nats per token."""
     losses = {}
-    for mask in masks:
-        with stack.bypass(mask) as model:
-            losses[mask] = batch_nll(model, batches)
+    for layer_set in layer_sets:
+        with stack.bypass(layer_set) as model:
+            losses[layer_set] = batch_nll(model, batches)
     return losses
 
 

@@ -10,7 +10,7 @@ here, which give the same; its executions are a formula, and both are first comp
 search that is really run, on a small planted model. The executions of `smart` are counted by
 hooks, one per layer and token, padding and the full model's pass included. What its set is worth
 at each step is measured apart, on all texts, and not counted; so is the check that no single
-exchange improves the set it ends with.
+swap improves the set it ends with.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from demo_corpus import training_samples
 
 from llm_pruner import LayerStack, SmartPruner, load_model
 from llm_pruner.search.layer_search import search_layers
-from llm_pruner.search.prefix_sharing import Mask
+from llm_pruner.search.prefix_sharing import LayerSet
 from llm_pruner.search.removal_quality import RemovalQuality
 
 PROTECT = (2, 2)
@@ -52,7 +52,7 @@ def main() -> None:
 
     check_formula()
     print("| model | search | layers removed (0-based) | change | executions x tokens ", end="")
-    print("| share of naive | single exchanges that improve |")
+    print("| share of naive | single swaps that improve |")
     print("|---|---|---|---|---|---|---|")
     if args.model:
         model, tokenizer = load_model(args.model, device="cpu")
@@ -72,19 +72,19 @@ def compare(name: str, model: Any, tokenizer: Any, texts: list[str], count: int)
     tokens = sum(batch.input_ids.numel() for batch in batches_of(judge))
     naive = naive_executions(len(stack), len(candidates), count) * tokens
 
-    def measured(masks: Sequence[Mask]) -> dict[Mask, float]:
-        judge.measure(masks)
-        return {mask: judge.change(mask) for mask in masks}
+    def measured(layer_sets: Sequence[LayerSet]) -> dict[LayerSet, float]:
+        judge.measure(layer_sets)
+        return {layer_set: judge.change(layer_set) for layer_set in layer_sets}
 
-    def row(search: str, mask: Mask, executions: int, better: str = "") -> None:
-        layers = ", ".join(map(str, mask))
-        cells = [search, layers, f"{judge.change(mask):+.5f}", f"{executions:,}"]
+    def row(search: str, layer_set: LayerSet, executions: int, better: str = "") -> None:
+        layers = ", ".join(map(str, layer_set))
+        cells = [search, layers, f"{judge.change(layer_set):+.5f}", f"{executions:,}"]
         cells += [f"{executions / naive:.3f}", better]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
     greedy = greedy_search(candidates, count, measured)
     row("naive greedy", greedy, naive)
-    reached: list[tuple[Mask, int]] = []
+    reached: list[tuple[LayerSet, int]] = []
     with counted(stack) as executions:
 
         def note(step: dict[str, Any]) -> None:
@@ -93,26 +93,28 @@ def compare(name: str, model: Any, tokenizer: Any, texts: list[str], count: int)
         quality = RemovalQuality(stack, tokenizer, texts)
         refined = tuple(search_layers(quality, candidates, n_layers=count, on_step=note))
         total = executions.total()
-    for mask, spent in reached:
-        if len(mask) == count and judge.change(mask) >= judge.change(greedy):
-            row("`smart`, as good", mask, spent)
+    for layer_set, spent in reached:
+        if len(layer_set) == count and judge.change(layer_set) >= judge.change(greedy):
+            row("`smart`, as good", layer_set, spent)
             break
     else:
         print(f"| {name} | `smart`, as good | never |  |  |  |  |")
-    others = measured(list(exchanges(refined, candidates)))
+    others = measured(list(swaps(refined, candidates)))
     better = sum(change > judge.change(refined) for change in others.values())
     row("`smart`, refined", refined, total, f"{better} of {len(others)}")
 
 
 def greedy_search(
-    candidates: Sequence[int], count: int, measured: Callable[[Sequence[Mask]], dict[Mask, float]]
-) -> Mask:
+    candidates: Sequence[int],
+    count: int,
+    measured: Callable[[Sequence[LayerSet]], dict[LayerSet, float]],
+) -> LayerSet:
     """The layer whose removal on top costs least, again and again; of equals the deeper."""
-    removed: Mask = ()
+    removed: LayerSet = ()
     for _ in range(count):
         left = [layer for layer in candidates if layer not in removed]
         changes = measured([tuple(sorted((*removed, layer))) for layer in left])
-        removed = max(changes, key=lambda mask: (changes[mask], mask))
+        removed = max(changes, key=lambda layer_set: (changes[layer_set], layer_set))
     return removed
 
 
@@ -121,8 +123,8 @@ def naive_executions(depth: int, candidates: int, count: int) -> int:
     return depth + sum((candidates - cut) * (depth - cut - 1) for cut in range(count))
 
 
-def exchanges(removed: Mask, candidates: Sequence[int]) -> list[Mask]:
-    """Every set with one layer exchanged for a candidate."""
+def swaps(removed: LayerSet, candidates: Sequence[int]) -> list[LayerSet]:
+    """Every set with one layer swapped for a candidate."""
     left = [layer for layer in candidates if layer not in removed]
     return [tuple(sorted({*removed, back} - {out})) for out in removed for back in left]
 
@@ -134,14 +136,14 @@ def check_formula() -> None:
     judge = RemovalQuality(stack, tokenizer, texts)
     batches = batches_of(judge)
     tokens = sum(batch.input_ids.numel() for batch in batches)
-    losses: dict[Mask, float] = {}
+    losses: dict[LayerSet, float] = {}
 
-    def by_hand(masks: Sequence[Mask]) -> dict[Mask, float]:
-        losses.update(naive_losses(stack, batches, masks))
-        return {mask: math.expm1(losses[()] - losses[mask]) for mask in masks}
+    def by_hand(layer_sets: Sequence[LayerSet]) -> dict[LayerSet, float]:
+        losses.update(naive_losses(stack, batches, layer_sets))
+        return {layer_set: math.expm1(losses[()] - losses[layer_set]) for layer_set in layer_sets}
 
-    def shared(masks: Sequence[Mask]) -> dict[Mask, float]:
-        return {mask: judge.change(mask) for mask in masks}
+    def shared(layer_sets: Sequence[LayerSet]) -> dict[LayerSet, float]:
+        return {layer_set: judge.change(layer_set) for layer_set in layer_sets}
 
     with stack.bypass([0]):  # learns what layers return, by two tokens that are not to be counted
         pass
@@ -151,9 +153,9 @@ def check_formula() -> None:
     count = executions.total()
     same = greedy == greedy_search(candidates, 2, shared)
     difference = max(
-        abs(judge.change(mask) / math.expm1(losses[()] - loss) - 1)
-        for mask, loss in losses.items()
-        if mask
+        abs(judge.change(layer_set) / math.expm1(losses[()] - loss) - 1)
+        for layer_set, loss in losses.items()
+        if layer_set
     )
     formula = naive_executions(8, len(candidates), 2) * tokens
     print(

@@ -1,10 +1,9 @@
-"""Streaming statistics of hidden states: exact for any split into batches, in float64.
+"""Running statistics of hidden states, exact for any split into batches, in float64; the bootstrap.
 
-Two choices are kept apart. Which vectors count, padding left out: `real_tokens`,
-`last_real_token`, `sequence_means`. What is averaged over them: `RunningMean`, `RunningVariance`,
-and for all pairs of the L + 1 states of the residual stream at once `CosineSimilarities` and
-`AngularDistances`, which keep (L + 1)^2 numbers and no activations. What several
-processes have each taken in, `merged` puts together.
+Two choices are separate. Which vectors count, without padding: `real_tokens`, `last_real_token`,
+`sequence_means`. What is averaged over them: `RunningMean`, `RunningVariance`, and for all pairs of
+the L + 1 states of the residual stream `CosineSimilarities` and `AngularDistances`, which keep
+(L + 1)^2 numbers and no activations. `merged` combines what several processes have collected.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ CPU_CHUNK, DEVICE_CHUNK = 2**20, 2**24
 
 
 class RunningVariance:
-    """Mean and population variance of a stream of numbers, updated batch by batch.
+    """Mean and population variance of numbers, updated batch by batch.
 
     The update is the pairwise one of Chan, Golub and LeVeque (1979): it does not lose digits
     when the mean is large, as a sum of squares would.
@@ -35,7 +34,7 @@ class RunningVariance:
         self._deviation = 0.0  # sum of squared distances from the mean
 
     def update(self, values: torch.Tensor) -> None:
-        """Take in every element of `values`, whatever its shape."""
+        """Add every element of `values`, of any shape."""
         for part in _parts(values.flatten()):
             count = part.numel()
             mean = part.mean().item()
@@ -43,7 +42,7 @@ class RunningVariance:
             self._join(count, mean, deviation)
 
     def merge(self, other: RunningVariance) -> None:
-        """Take in what `other` has taken in."""
+        """Add everything `other` has collected."""
         if other.count:
             self._join(other.count, other.mean, other._deviation)
 
@@ -61,20 +60,20 @@ class RunningVariance:
 
 
 class RunningMean:
-    """Mean of a stream of numbers, carried as (sum, count) and divided once."""
+    """Mean of numbers, carried as (sum, count) and divided once."""
 
     def __init__(self) -> None:
         self.count = 0
         self.total = 0.0
 
     def update(self, values: torch.Tensor) -> None:
-        """Take in every element of `values`, whatever its shape or type."""
+        """Add every element of `values`, of any shape and type."""
         for part in _parts(values.flatten()):
             self.total += part.sum().item()
             self.count += part.numel()
 
     def merge(self, other: RunningMean) -> None:
-        """Take in what `other` has taken in."""
+        """Add everything `other` has collected."""
         self.total += other.total
         self.count += other.count
 
@@ -96,14 +95,14 @@ class _PairMean(ABC):
         self._count = 0
 
     def update(self, vectors: torch.Tensor) -> None:
-        """Take in vectors of shape (n_states, samples, hidden)."""
+        """Add vectors of shape (n_states, samples, hidden)."""
         for part in _parts(vectors, dim=1):
             unit = torch.nn.functional.normalize(part, dim=-1, eps=torch.finfo(part.dtype).tiny)
             self._sum += self._summed(unit).cpu()
             self._count += part.shape[1]
 
     def merge(self, other: Self) -> None:
-        """Take in what `other` has taken in."""
+        """Add everything `other` has collected."""
         self._sum += other._sum
         self._count += other._count
 
@@ -121,11 +120,9 @@ class CosineSimilarities(_PairMean):
     """Mean cosine between every two states of the residual stream, in [-1, 1].
 
     With all samples laid end to end, the sum of the cosines of two states is one scalar product,
-    and that of all pairs one product of matrices: 2 (n_states)^2 hidden operations per token, and
-    never a number for a pair of tokens. A zero vector has cosine 0 with every other.
+    and that of all pairs is one matrix product: 2 (n_states)^2 hidden operations per token. A zero
+    vector has cosine 0 with every other.
 
-    Args:
-        n_states: states per token: the input of every layer, and the output of the last.
     """
 
     def _summed(self, unit: torch.Tensor) -> torch.Tensor:
@@ -140,8 +137,6 @@ class AngularDistances(_PairMean):
     (Gromov et al., arXiv:2403.17887, equation 3). All pairs come from one batched product
     of the normalised vectors.
 
-    Args:
-        n_states: states per token: the input of every layer, and the output of the last.
     """
 
     def _summed(self, unit: torch.Tensor) -> torch.Tensor:
@@ -159,10 +154,10 @@ Accumulator = TypeVar("Accumulator", bound=_Merges)
 
 
 def merged(accumulators: Sequence[Accumulator]) -> list[Accumulator]:
-    """What all processes together have taken in, the same bits in each of them.
+    """What all processes together have collected, bit for bit the same in each of them.
 
     Args:
-        accumulators: those of this process; in every process as many, of the same kinds.
+        accumulators: those of this process; every process has as many, of the same kinds.
     """
     first, *others = gather(list(accumulators))
     for other in others:
@@ -178,9 +173,9 @@ def real_tokens(states: Sequence[torch.Tensor], mask: torch.Tensor) -> Iterator[
     tokens, padded on either side -> float64 (states, some tokens, hidden), on the device of the
     first state.
     """
-    places = mask.flatten().nonzero().squeeze(1)
+    indices = mask.flatten().nonzero().squeeze(1)
     step = _step(states[0], len(states) * states[0].shape[-1])
-    for part in torch.split(places, step):
+    for part in torch.split(indices, step):
         yield _exact(_picked(states, part))
 
 
@@ -200,8 +195,7 @@ def sequence_means(states: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.
     """The mean over the unpadded tokens of every sequence, in every state.
 
     Shapes: states, each (sequences, tokens, hidden); mask (sequences, tokens), true for real
-    tokens, padded on either side -> float64 (states, sequences, hidden), on the CPU. At a time
-    one sequence is copied to float64, or as many as the limit allows.
+    tokens, padded on either side -> float64 (states, sequences, hidden), on the CPU.
     """
     means = []
     for state in states:
@@ -215,12 +209,9 @@ def sequence_means(states: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.
     return torch.stack(means)
 
 
-def _picked(states: Sequence[torch.Tensor], places: torch.Tensor) -> torch.Tensor:
-    """(states, len(places), hidden): in every state the tokens at these places.
-
-    Places count through the sequences one after the other, padding included.
-    """
-    tokens = [state.flatten(0, 1).index_select(0, places.to(state.device)) for state in states]
+def _picked(states: Sequence[torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
+    """(states, len(indices), hidden): tokens of every state, counted across all sequences."""
+    tokens = [state.flatten(0, 1).index_select(0, indices.to(state.device)) for state in states]
     return torch.stack([part.to(states[0].device) for part in tokens])
 
 
@@ -259,15 +250,15 @@ def paired_draws(
     draws: int = 1000,
     seed: int = 0,
 ) -> torch.Tensor:
-    """Differences of a mean of two models under the bootstrap: (..., samples) -> (..., draws).
+    """Bootstrap differences of two models' means: (..., samples) -> (..., draws).
 
-    Samples are drawn with replacement, the same for both models. The mean is the sum of the
-    values over the sum of the weights.
+    Samples are drawn with replacement, the same for both models. A mean is the sum of the values
+    over the sum of the weights.
 
     Args:
         before, after: sums of each sample, such as its negative log-likelihood.
-        weights: (samples,), what each sample counts, such as its number of tokens; 1 if None.
-        transform: what is made of either mean before the difference, ``torch.exp`` for perplexity.
+        weights: (samples,), such as the sample's number of tokens; 1 if None.
+        transform: applied to either mean before the difference, ``torch.exp`` for perplexity.
         draws: how many.
         seed: of the draws.
     """
@@ -279,28 +270,21 @@ def paired_draws(
 
 
 def percentiles(draws: torch.Tensor, level: float = 0.95) -> torch.Tensor:
-    """The interval that holds the share `level` of the draws: (..., draws) -> (2, ...)."""
+    """Bounds of the central `level` of the draws: (..., draws) -> (2, ...)."""
     tail = (1 - level) / 2
     return draws.quantile(torch.tensor([tail, 1 - tail], dtype=draws.dtype), dim=-1)
 
 
 def paired_interval(
-    before: torch.Tensor,
-    after: torch.Tensor,
-    weights: torch.Tensor | None = None,
-    *,
-    transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    draws: int = 1000,
-    seed: int = 0,
+    before: torch.Tensor, after: torch.Tensor, weights: torch.Tensor | None = None, **settings: Any
 ) -> tuple[float, float] | tuple[None, None]:
-    """95 % interval of the difference of a mean of two models: (low, high).
+    """95 % interval of the difference of two models' means: (low, high).
 
-    Efron's percentile method on `paired_draws`, whose arguments these are; for one dimension.
-    A single sample says nothing about its spread: (None, None). Where all samples agree the
-    interval has no width, whatever their number.
+    Efron's percentile method on `paired_draws`, which takes these arguments; for one dimension.
+    A single sample says nothing about its spread: (None, None). Where all samples agree, the
+    interval has no width.
     """
     if before.shape[-1] < 2:
         return None, None
-    found = paired_draws(before, after, weights, transform=transform, draws=draws, seed=seed)
-    low, high = percentiles(found).tolist()
+    low, high = percentiles(paired_draws(before, after, weights, **settings)).tolist()
     return low, high

@@ -1,4 +1,4 @@
-"""Evaluation items: what they are, whether they can be used, and telling them apart."""
+"""Evaluation items: what they are, whether they are valid, and their fingerprints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EvalItem = dict[str, Any] | str
 
 
 def check_items(eval_data: Sequence[EvalItem]) -> Sequence[EvalItem]:
-    """Return `eval_data` if every item can be used.
+    """Return `eval_data` if every item is valid.
 
     Raises:
         InvalidDataError: no items, an item that is neither text nor a dict with `prompt` and
@@ -66,7 +66,7 @@ def fingerprint(eval_data: Sequence[EvalItem]) -> str:
 
 
 def prompt_keys(eval_data: Sequence[EvalItem]) -> list[str]:
-    """A short hash of every item's prompt or text, white space apart: which questions were used."""
+    """A short hash of every item's prompt or text, white space ignored, to compare data sets."""
     return [
         hashlib.sha256(
             " ".join((item if isinstance(item, str) else item["prompt"]).split()).encode()
@@ -81,8 +81,8 @@ def refuse_overlap(
     """Raise InvalidDataError if a prompt or text of `items` is among the keys `taken`.
 
     Args:
-        items: what is used.
-        taken: `prompt_keys` of what is used for something else.
+        items: the items.
+        taken: `prompt_keys` of items used for something else.
         purpose, other: what either is used for, for the message.
     """
     known = set(taken)

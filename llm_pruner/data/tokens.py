@@ -28,13 +28,13 @@ class Batch:
         attention_mask: (sequences, tokens) int64, 1 for real tokens. Padding is marked here
             and nowhere else: the value of `input_ids` under the padding has no meaning.
         labels: (sequences, tokens) int64, `input_ids` where the token is scored, else -100.
-        rows: position in the data of the item each sequence comes from.
+        items: index in the data of the item each sequence comes from.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
-    rows: tuple[int, ...]
+    items: tuple[int, ...]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
@@ -42,7 +42,7 @@ class Batch:
             self.input_ids.to(device),
             self.attention_mask.to(device),
             self.labels.to(device),
-            self.rows,
+            self.items,
         )
 
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -50,11 +50,11 @@ class Batch:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
 
-class Row(NamedTuple):
-    """One token sequence before it is padded.
+class TokenSequence(NamedTuple):
+    """One token sequence before padding.
 
     Attributes:
-        item: position in the data of the item it comes from.
+        item: index in the data of the item it comes from.
         ids: its tokens.
         labels: `ids` where the token is scored, else -100.
     """
@@ -64,49 +64,61 @@ class Row(NamedTuple):
     labels: list[int]
 
 
-def encode_rows(
+def encode_sequences(
     tokenizer: PreTrainedTokenizerBase,
     eval_data: Sequence[EvalItem],
     *,
     max_length: int = 512,
     closed: bool = True,
     stride: int | None = None,
-) -> list[Row]:
-    """Tokenize items; what of them is scored `encode_batches` says. In the order of the data.
+) -> list[TokenSequence]:
+    """Tokenize items into sequences, in the order of the data.
+
+    A dict becomes the rendered prompt followed by its reference, and only the reference is
+    scored. A prompt that is too long loses its beginning. A string is running text: every token
+    but the first is scored, and a text longer than `max_length` is cut into windows, each opened
+    by the tokenizer's BOS token where it uses one.
 
     Args:
-        tokenizer, eval_data, max_length, closed: as there.
-        stride: windows of running text begin so many tokens after one another; of a later one
-            only the tokens that the windows before it have not scored are. If None, or not less
-            than a window, they do not overlap.
+        tokenizer: it is not changed.
+        eval_data: the items.
+        max_length: longest sequence, in tokens.
+        closed: with a chat template, whether the end of the assistant's turn is scored too: where
+            an answer ends is part of the answer.
+        stride: tokens from the start of one window of running text to the next; a later window
+            scores only the tokens that the windows before it have not. If None, or not less than
+            a window, windows do not overlap.
 
     Raises:
         InvalidDataError: the items cannot be used, or leave no token to score.
     """
-    rows: list[Row] = []
+    sequences: list[TokenSequence] = []
     for index, item in enumerate(check_items(eval_data)):
         if isinstance(item, str):
             windows = _windows(tokenizer, item, max_length, stride)
-            rows += [Row(index, ids, [IGNORED] * n + ids[n:]) for ids, n in windows]
+            sequences += [
+                TokenSequence(index, ids, [IGNORED] * context + ids[context:])
+                for ids, context in windows
+            ]
         else:
             pair = item["prompt"], item["reference"]
             ids, n_prompt = encode_pair(tokenizer, *pair, closed=closed)
             labels = [IGNORED] * n_prompt + ids[n_prompt:]
-            rows.append(Row(index, ids[-max_length:], labels[-max_length:]))
-    rows = [row for row in rows if any(label != IGNORED for label in row.labels[1:])]
-    if not rows:
+            sequences.append(TokenSequence(index, ids[-max_length:], labels[-max_length:]))
+    sequences = [one for one in sequences if any(label != IGNORED for label in one.labels[1:])]
+    if not sequences:
         raise InvalidDataError(
             f"None of the {len(eval_data)} items leaves a token to score after tokenization: "
             "texts need at least two tokens."
         )
-    return rows
+    return sequences
 
 
-def pad_rows(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], batch_size: int
+def pad_sequences(
+    tokenizer: PreTrainedTokenizerBase, sequences: Sequence[TokenSequence], batch_size: int
 ) -> list[Batch]:
-    """Sequences of similar length together in batches, padded on the right."""
-    ordered = sorted(rows, key=lambda row: (len(row.ids), row.item))
+    """Batches of sequences of similar length, padded on the right."""
+    ordered = sorted(sequences, key=lambda one: (len(one.ids), one.item))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return [
         _pad(ordered[start : start + batch_size], pad_id)
@@ -122,20 +134,25 @@ def encode_batches(
     max_length: int = 512,
     closed: bool = True,
 ) -> list[Batch]:
-    """Tokenize items and pad them on the right into batches of similar length.
-
-    A dict becomes the rendered prompt followed by its reference, and only the reference is
-    scored; with a chat template also the end of the assistant's turn, if `closed`: where an
-    answer ends is part of the answer. A prompt that is too long loses its beginning. A string
-    is running text: every token but the first is scored, and a text longer than `max_length` is
-    cut into windows that do not overlap, each opened by the tokenizer's BOS token where it uses
-    one.
+    """`encode_sequences`, padded into batches of similar length.
 
     Raises:
         InvalidDataError: the items cannot be used, or leave no token to score.
     """
-    rows = encode_rows(tokenizer, eval_data, max_length=max_length, closed=closed)
-    return pad_rows(tokenizer, rows, batch_size)
+    sequences = encode_sequences(tokenizer, eval_data, max_length=max_length, closed=closed)
+    return pad_sequences(tokenizer, sequences, batch_size)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int) -> list[int]:
+    """Token ids of a rendered prompt for a model to continue.
+
+    A prompt longer than `max_length` tokens loses its beginning. An end token that some
+    tokenizers put behind every text is dropped: nothing would follow it.
+    """
+    ids = _encode(tokenizer, render_prompt(tokenizer, prompt))
+    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids[-max_length:]
 
 
 def encode_pair(
@@ -143,34 +160,38 @@ def encode_pair(
 ) -> tuple[list[int], int]:
     """Token ids of a rendered prompt with its continuation, and how many belong to the prompt.
 
-    The whole is tokenized at once and the prompt's share found by comparison, because tokens
-    at the seam may differ from those of the parts. With a chat template the continuation is
-    the assistant's turn; `closed` says whether the end of the turn belongs to it.
+    The whole is tokenized at once and compared with the prompt alone, because tokens at the seam
+    may differ from those of the parts. With a chat template the continuation is the assistant's
+    turn; `closed` says whether the end of the turn belongs to it.
     """
     text = render_prompt(tokenizer, prompt)
-    special = not getattr(tokenizer, "chat_template", None)
     seam = "" if text[-1:].isspace() else " "
     full = text + seam + continuation
-    if closed and not special:
+    if closed and getattr(tokenizer, "chat_template", None):
         turns = [("user", prompt), ("assistant", continuation)]
         messages = [{"role": role, "content": content} for role, content in turns]
         rendered = str(tokenizer.apply_chat_template(messages, tokenize=False)).rstrip()
         if rendered.startswith(text):  # some templates write past turns differently
             full = rendered
-    alone = tokenizer(text, add_special_tokens=special)["input_ids"]
-    whole = tokenizer(full, add_special_tokens=special)["input_ids"]
+    alone, whole = _encode(tokenizer, text), _encode(tokenizer, full)
     n_prompt = 0
     for left, right in zip(alone, whole, strict=False):
         if left != right:
             break
         n_prompt += 1
-    return list(whole), min(n_prompt, len(whole) - 1)
+    return whole, min(n_prompt, len(whole) - 1)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a rendered text; a chat template has written the special tokens itself."""
+    special = not getattr(tokenizer, "chat_template", None)
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
 def _windows(
     tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, stride: int | None
 ) -> list[tuple[list[int], int]]:
-    """The windows of a text, and how many tokens of each are there as context alone."""
+    """The windows of a text, and how many tokens of each are context only."""
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     bos = [ids.pop(0)] if ids and ids[0] == tokenizer.bos_token_id else []
     size = max_length - len(bos)
@@ -189,15 +210,15 @@ def pad_left(sequences: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor,
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
-    width = max(len(row.ids) for row in rows)
+def _pad(sequences: Sequence[TokenSequence], pad_id: int) -> Batch:
+    width = max(len(one.ids) for one in sequences)
 
     def stack(values: list[list[int]], fill: int) -> torch.Tensor:
         return torch.tensor([value + [fill] * (width - len(value)) for value in values])
 
     return Batch(
-        input_ids=stack([row.ids for row in rows], pad_id),
-        attention_mask=stack([[1] * len(row.ids) for row in rows], 0),
-        labels=stack([row.labels for row in rows], IGNORED),
-        rows=tuple(row.item for row in rows),
+        input_ids=stack([one.ids for one in sequences], pad_id),
+        attention_mask=stack([[1] * len(one.ids) for one in sequences], 0),
+        labels=stack([one.labels for one in sequences], IGNORED),
+        items=tuple(one.item for one in sequences),
     )

@@ -11,6 +11,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "similarity": "similarity_floor",
         "quality_comparison": "compare_quality",
         "cost_comparison": "compare_cost",
-        "lm_eval_backend": "compare_results compare_tasks run_tasks",
+        "lm_eval_backend": "compare_results run_tasks",
     },
 )

@@ -1,4 +1,4 @@
-"""What pruning has bought: size, time and memory of both models, measured in turns."""
+"""What pruning gains: size, time and memory of both models, measured in turns."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def compare_cost(
 
     Group ``size``: layers, parameters, bytes of the weights, bytes that every token adds to the
     cache. Group ``speed``, at batch 1 and at `batch`: prompt tokens (prefill) and new tokens
-    (decode) per second; time to the first token at batch 1; on CUDA the peak of the memory. The
-    models take turns, after one run each that is not counted. Values are medians of the runs; the
-    interval is the range of the paired differences, which holds their median with a probability
-    of 1 - 2^(1 - repeats), 97 % for six: there is none for fewer.
+    (decode) per second; time to the first token at batch 1; peak memory on CUDA. The models take
+    turns, after one warm-up run each. Values are medians of the runs. The interval is the range of
+    the paired differences; for six runs it holds their median with a probability of 97 %,
+    1 - 2^(1 - repeats), and for fewer there is none.
 
     Args:
         original, pruned: causal language models.
@@ -71,31 +71,30 @@ def compare_cost(
         )
     text = "Once upon a time there was a small town."
     prompt = (list(tokenizer(text)["input_ids"]) * prompt_tokens)[:prompt_tokens]
-    rows = _sizes(models, prompt[0], layers_path)
+    comparisons = _sizes(models, prompt[0], layers_path)
     for size in dict.fromkeys((1, batch)):
         runs: list[list[dict[str, float]]] = [[], []]
         for _ in range(repeats + 1):
-            for model, own in zip(models, runs, strict=True):
-                own.append(_run(model, [prompt] * size, new_tokens))
+            for model, of_model in zip(models, runs, strict=True):
+                of_model.append(_run(model, [prompt] * size, new_tokens))
         note = f"batch {size}, {prompt_tokens} prompt and {new_tokens} new tokens"
-        rows += _timed([own[1:] for own in runs], size, note)
-    return rows
+        comparisons += _timed([of_model[1:] for of_model in runs], size, note)
+    return comparisons
 
 
 def _sizes(models: Sequence[Any], token: int, layers_path: str | None) -> list[Comparison]:
-    rows = [_size("layers", "", [len(LayerStack(model, layers_path)) for model in models], None)]
-    rows.append(_size("parameters", "", list(map(count_parameters, models))))
-    rows.append(_size("weights", "MB", [count_bytes(model) / 1e6 for model in models]))
+    values: list[tuple[str, str, Sequence[float], bool | None]] = [
+        ("layers", "", [len(LayerStack(model, layers_path)) for model in models], None),
+        ("parameters", "", [count_parameters(model) for model in models], False),
+        ("weights", "MB", [count_bytes(model) / 1e6 for model in models], False),
+    ]
     cache = [cache_bytes(model, token) for model in models]
     if all(cache):
-        rows.append(_size("cache per token", "bytes", cache))
-    return rows
-
-
-def _size(
-    name: str, unit: str, values: Sequence[float], higher_is_better: bool | None = False
-) -> Comparison:
-    return Comparison(name, "size", unit, values[0], values[1], higher_is_better)
+        values.append(("cache per token", "bytes", cache, False))
+    return [
+        Comparison(name, "size", unit, before, after, better)
+        for name, unit, (before, after), better in values
+    ]
 
 
 def cache_bytes(model: Any, token: int = 0) -> float:
@@ -127,7 +126,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 def _run(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> dict[str, float]:
     """Rates, time to the first token and peak memory of one generation.
 
-    The clock is read whenever the logits of a next token are there, on the CPU.
+    The clock is read whenever the logits of a next token have reached the CPU.
     """
     times: list[float] = []
     size, length = len(prompts), len(prompts[0])
@@ -156,16 +155,17 @@ def _run(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> dict[str,
 
 
 def _timed(runs: Sequence[Sequence[dict[str, float]]], size: int, note: str) -> list[Comparison]:
-    rows = [
-        _measured(f"prefill, batch {size}", "tokens/s", runs, "prefill", True, note),
-        _measured(f"decode, batch {size}", "tokens/s", runs, "decode", True, note),
+    batch = f", batch {size}"
+    timed = [
+        _measured(f"prefill{batch}", "tokens/s", runs, "prefill", True, note),
+        _measured(f"decode{batch}", "tokens/s", runs, "decode", True, note),
     ]
     if size == 1:
-        rows.append(_measured("time to first token", "ms", runs, "first", False, note))
+        timed.append(_measured("time to first token", "ms", runs, "first", False, note))
     if "peak" in runs[0][0]:
         note = f"{note}; a model's own weights and what it allocates on top"
-        rows.append(_measured(f"peak memory, batch {size}", "MB", runs, "peak", False, note))
-    return rows
+        timed.append(_measured(f"peak memory{batch}", "MB", runs, "peak", False, note))
+    return timed
 
 
 def _measured(
@@ -173,16 +173,14 @@ def _measured(
     unit: str,
     runs: Sequence[Sequence[dict[str, float]]],
     key: str,
-    higher_is_better: bool,
+    better: bool,
     note: str,
 ) -> Comparison:
-    before, after = ([run[key] for run in own] for own in runs)
+    before, after = ([run[key] for run in of_model] for of_model in runs)
     changes = [new - old for old, new in zip(before, after, strict=True)]
     low, high = (min(changes), max(changes)) if len(changes) >= ENOUGH else (None, None)
     values = statistics.median(before), statistics.median(after)
-    return Comparison(
-        name, "speed", unit, *values, higher_is_better, len(changes), low, high, note=note
-    )
+    return Comparison(name, "speed", unit, *values, better, len(changes), low, high, note=note)
 
 
 def machine(model: torch.nn.Module) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data.items import EvalItem, check_items
-from ..data.tokens import pad_left
+from ..data.tokens import encode_prompt, pad_left
 from ..errors import InvalidDataError, NonFiniteError
 from ..model.forward import HINT, check_ids, evaluating, input_device, position_limit
-from ..utils import at_least_one, clean_output, progress, render_prompt
+from ..utils import at_least_one, clean_output, progress
 from .similarity import embed, load_embedder
 
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ class ModelEvaluator:
     """Generates answers greedily and compares them with references.
 
     Args:
-        model: a causal language model of transformers; its generation settings play no part.
+        model: a causal language model of transformers; its own generation settings are ignored.
         tokenizer: its tokenizer; it is not changed.
         device: where to move the model; it stays where it is if None.
-        batch_size: prompts generated from together.
+        batch_size: prompts per generation.
         max_new_tokens: longest answer.
         embedder: see `embed`; all-MiniLM-L6-v2, loaded when first needed, if None.
 
@@ -76,39 +76,32 @@ class ModelEvaluator:
         """
         if isinstance(prompts, str):
             raise InvalidDataError(f"prompts is one string, {prompts!r:.60}: pass a list of them.")
-        encoded = [self._encode(prompt) for prompt in prompts]
-        longest_first = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
+        room = position_limit(self.model) - self.max_new_tokens
+        encoded = [encode_prompt(self.tokenizer, prompt, room) for prompt in prompts]
+        longest_first = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
         answers = [""] * len(encoded)
         ends = _end_ids(self.model, self.tokenizer)
         for start in progress(range(0, len(encoded), self.batch_size), "generate"):
-            rows = longest_first[start : start + self.batch_size]
-            prompt_ids = [encoded[row] for row in rows]
+            indices = longest_first[start : start + self.batch_size]
+            prompt_ids = [encoded[index] for index in indices]
             new = greedy(self.model, prompt_ids, self.max_new_tokens, eos_token_id=ends)
-            for row, tokens in zip(rows, new.tolist(), strict=True):
+            for index, tokens in zip(indices, new.tolist(), strict=True):
                 stop = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
                 text = self.tokenizer.decode(tokens[:stop], skip_special_tokens=True)
-                answers[row] = clean_output(str(text))
+                answers[index] = clean_output(str(text))
         return answers
-
-    def _encode(self, prompt: str) -> list[int]:
-        text = render_prompt(self.tokenizer, prompt)
-        special = not getattr(self.tokenizer, "chat_template", None)
-        ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-        while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-            ids.pop()  # some tokenizers close every text; the model would have nothing to say
-        return ids[-(position_limit(self.model) - self.max_new_tokens) :]
 
     def evaluate(
         self, eval_data: Sequence[EvalItem], answers: Sequence[str] | None = None
     ) -> float:
         """Mean cosine similarity of generated answers to references, in [-1, 1].
 
-        An empty answer scores 0. Plain strings have no reference and are left out. What
-        unrelated texts score is `similarity_floor`.
+        An empty answer scores 0. Plain strings have no reference and are skipped. Unrelated
+        texts score `similarity_floor`.
 
         Args:
             eval_data: items with `prompt` and `reference`.
-            answers: what `generate` gave for the prompts of these items; generated if None.
+            answers: output of `generate` for the prompts of these items; generated if None.
 
         Raises:
             InvalidDataError: the items cannot be used, or none has a reference.
@@ -120,7 +113,7 @@ class ModelEvaluator:
     def evaluate_items(
         self, items: Sequence[Mapping[str, Any]], answers: Sequence[str] | None = None
     ) -> list[float]:
-        """What `evaluate` is the mean of: one cosine per item with a reference."""
+        """The cosine of each item with a reference; `evaluate` returns their mean."""
         given = self._answers(items) if answers is None else answers
         return self._similarities([{**item, "aliases": ()} for item in items], given)
 
@@ -157,7 +150,7 @@ def greedy(
         model: a causal language model.
         prompts: token ids.
         max_new_tokens: how many at most.
-        watch: called at every step with all ids and the logits of the next one, which they return.
+        watch: logits processors, called at every step with all ids and the next token's logits.
         options: fields of a ``GenerationConfig``.
 
     Raises:

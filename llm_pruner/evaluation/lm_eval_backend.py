@@ -1,8 +1,7 @@
-"""Benchmark tasks by lm-eval (EleutherAI's evaluation harness); all that is known of it is here.
+"""An adapter to lm-eval, EleutherAI's evaluation harness: tasks run on a model in memory.
 
-Written for lm-eval 0.4.13 (extra ``eval``), which is imported when the first task is run. Its
-``use_cache`` is never used: it knows a model by its name, and a pruned model in memory has that of
-the original.
+Written for lm-eval 0.4.13 (extra ``eval``), imported when the first task runs. Its ``use_cache``
+stays off: it identifies a model by name, and a pruned model in memory has the original's.
 """
 
 from __future__ import annotations
@@ -44,7 +43,8 @@ if TYPE_CHECKING:
 
 
 Task = str | Mapping[str, Any]
-SPLIT = "test"  # what the rows of a local file are to lm-eval
+SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+CHOICE_METRICS = ("acc", "acc_norm", "acc_bytes")
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class TaskResult:
 
     Attributes:
         name: the task.
-        scores: by metric, such as ``acc`` or ``exact_match (strict-match)``, one score in [0, 1]
+        scores: metric, such as ``acc`` or ``exact_match (strict-match)``, -> one score in [0, 1]
             per item, in the order of the items. The task's metrics that are means of such scores
             and for which more is better; the task's first one first.
-        items: lm-eval's hash of every item, to tell whether two runs have seen the same.
-        floors: by metric, what picking a choice blindly scores; where there are choices.
+        items: lm-eval's hash of every item, to tell whether two runs used the same.
+        floors: metric -> what choosing blindly scores, where there are choices.
         version: of the task's definition.
         settings: ``num_fewshot``, ``limit``, ``seed``, ``apply_chat_template`` and the version of
             ``lm_eval``.
@@ -78,14 +78,14 @@ class TaskResult:
     @property
     def means(self) -> dict[str, float]:
         """Mean score by metric."""
-        return {name: math.fsum(each) / len(each) for name, each in self.scores.items()}
+        return {metric: math.fsum(each) / len(each) for metric, each in self.scores.items()}
 
     @property
     def stderr(self) -> dict[str, float]:
         """Standard error of the mean by metric; 0 for a single item."""
         return {
-            name: statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else 0.0
-            for name, each in self.scores.items()
+            metric: statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else 0.0
+            for metric, each in self.scores.items()
         }
 
 
@@ -101,9 +101,9 @@ def run_tasks(
     seed: int = 1234,
     apply_chat_template: bool = False,
 ) -> dict[str, TaskResult]:
-    """Run a model that is in memory through tasks of lm-eval.
+    """Run tasks of lm-eval on a model in memory.
 
-    Of several processes that work together the first alone runs them.
+    Of several processes that work together only the first runs them.
 
     Args:
         model: a causal language model of transformers; it stays where and as it is.
@@ -113,120 +113,28 @@ def run_tasks(
         data: a folder with the items of every named task, ``TASK.jsonl`` or ``TASK.json``, rows as
             in the task's own dataset; few-shot examples are other rows of that file. The
             datasets of the hub if None.
-        batch_size: sequences at a time.
-        num_fewshot: examples before every question; what each task says if None.
-        limit: items per task, the first ones; all if None.
-        seed: of the few-shot examples and whatever else a task draws.
+        batch_size: sequences per forward pass.
+        num_fewshot: examples before every question; the task's own number if None.
+        limit: use only the first items of each task, so many; all if None.
+        seed: of the few-shot examples and everything else a task draws.
         apply_chat_template: put the tokenizer's chat template around the prompts, which lm-eval
-            does not do by itself.
+            does not do by default.
 
     Returns:
-        A result by task, in the order of `tasks`.
+        A result per task, in the order of `tasks`.
 
     Raises:
         MissingDependencyError: lm-eval is not installed.
-        UnknownNameError: a task that lm-eval does not have.
-        LoadError: a task's data cannot be had.
-        InvalidDataError: a count that cannot be, a task that has no score in [0, 1] per item, one
+        UnknownNameError: lm-eval has no such task.
+        LoadError: a task's data cannot be loaded.
+        InvalidDataError: an impossible count, a task without a score in [0, 1] per item, a task
             that does not fit the model, or a group where `data` is given.
         NonFiniteError: the model's logits are not finite.
-        ProcessGroupError: one of several processes that do not work together, but the first.
+        ProcessGroupError: a process other than the first, outside of a process group.
     """
-    settings = _settings(batch_size, num_fewshot, limit, seed, apply_chat_template)
-    return on_first(lambda: _run(model, tokenizer, _loaded(tasks, data, seed), settings))
-
-
-def compare_tasks(
-    original: Any,
-    pruned: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Task],
-    data: str | Path | None = None,
-    *,
-    batch_size: int = 8,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    seed: int = 1234,
-    apply_chat_template: bool = False,
-) -> list[Comparison]:
-    """Every metric of every task for two models, with 95 % paired bootstrap intervals over items.
-
-    Args:
-        original, pruned: the models.
-        tokenizer: of both.
-        tasks, data, batch_size, num_fewshot, limit, seed, apply_chat_template: as in `run_tasks`.
-
-    Raises:
-        Whatever `run_tasks` raises.
-    """
-    settings = _settings(batch_size, num_fewshot, limit, seed, apply_chat_template)
-
-    def work() -> list[Comparison]:
-        loaded = _loaded(tasks, data, seed)
-        before, after = (_run(model, tokenizer, loaded, settings) for model in (original, pruned))
-        return [line for name in before for line in compare_results(before[name], after[name])]
-
-    return on_first(work)
-
-
-def compare_results(before: TaskResult, after: TaskResult) -> list[Comparison]:
-    """One line for every metric of a task that two models were run on.
-
-    Raises:
-        InvalidDataError: the results are of different items, metrics or settings.
-    """
-    for part in ("name", "items", "version", "settings"):
-        one, other = getattr(before, part), getattr(after, part)
-        if one != other:
-            raise InvalidDataError(
-                f"Two results of {before.name!r} differ in {part} ({one!r:.60}, {other!r:.60}): "
-                "run both models on the same task with the same settings."
-            )
-    shots = before.settings["num_fewshot"]
-    lines = []
-    for metric, scores in before.scores.items():
-        pair = torch.tensor([scores, after.scores[metric]], dtype=torch.float64)
-        low, high = paired_interval(pair[0], pair[1])
-        lines.append(
-            Comparison(
-                name=f"{before.name} ({metric})",
-                group="tasks",
-                unit="",
-                before=before.means[metric],
-                after=after.means[metric],
-                higher_is_better=True,
-                count=len(scores),
-                low=low,
-                high=high,
-                floor=before.floors.get(metric),
-                note=f"lm-eval {before.settings['lm_eval']}, version {before.version}, "
-                f"{shots} examples",
-            )
-        )
-    return lines
-
-
-def _settings(
-    batch_size: int, num_fewshot: int | None, limit: int | None, seed: int, chat: bool
-) -> dict[str, Any]:
-    """Arguments of `simple_evaluate`, checked."""
     at_least_one(batch_size=batch_size, limit=1 if limit is None else limit)
     if num_fewshot is not None and num_fewshot < 0:
         raise InvalidDataError(f"num_fewshot={num_fewshot} must be at least 0.")
-    return {
-        "batch_size": batch_size,
-        "num_fewshot": num_fewshot,
-        "limit": limit,
-        "apply_chat_template": chat,
-        "random_seed": seed,
-        "numpy_random_seed": seed,
-        "torch_random_seed": seed,
-        "fewshot_random_seed": seed,
-    }
-
-
-def _loaded(tasks: Sequence[Task], data: str | Path | None, seed: int) -> dict[str, Any]:
-    """The tasks by name as objects of lm-eval, with their items."""
     if isinstance(tasks, str) or not tasks:
         raise InvalidDataError(f"tasks={tasks!r} must be a list of one or more tasks.")
     if importlib.util.find_spec("lm_eval") is None:
@@ -234,22 +142,80 @@ def _loaded(tasks: Sequence[Task], data: str | Path | None, seed: int) -> dict[s
             "Tasks of lm-eval need lm-eval: pip install 'llm_pruner[eval]', or use the built-in "
             "scorer (backend='built-in')."
         )
-    found: dict[str, Any] = {}
-    with _quiet(), _seeded(seed):
-        for task in tasks:
-            found.update(_load(task, None if data is None else Path(data)))
-    return found
+    settings = {"limit": limit, "apply_chat_template": apply_chat_template}
+    options = {"num_fewshot": num_fewshot, **settings, **dict.fromkeys(SEEDS, seed)}
+
+    def work() -> dict[str, TaskResult]:
+        loaded: dict[str, Any] = {}
+        with _contained(seed):
+            for task in tasks:
+                loaded |= _load(task, None if data is None else Path(data))
+            found = _evaluate(model, tokenizer, loaded, batch_size, options)
+        shared = {**settings, "seed": seed, "lm_eval": found["lm_eval_version"]}
+        return {name: _result(name, found, shared) for name in loaded}
+
+    return on_first(work)
+
+
+def compare_results(
+    before: Mapping[str, TaskResult], after: Mapping[str, TaskResult]
+) -> list[Comparison]:
+    """Every metric of every task, with 95 % paired bootstrap intervals over the items.
+
+    Args:
+        before, after: what `run_tasks` returned for two models.
+
+    Raises:
+        InvalidDataError: the results are of different tasks, items, metrics or settings.
+    """
+    if list(before) != list(after):
+        raise InvalidDataError(
+            f"Results of different tasks ({', '.join(before)}; {', '.join(after)}): run both "
+            "models on the same tasks."
+        )
+    pairs = zip(before.values(), after.values(), strict=True)
+    return [comparison for pair in pairs for comparison in _compare(*pair)]
+
+
+def _compare(before: TaskResult, after: TaskResult) -> Iterator[Comparison]:
+    for part in ("items", "version", "settings"):
+        one, other = getattr(before, part), getattr(after, part)
+        if one != other:
+            raise InvalidDataError(
+                f"Two results of {before.name!r} differ in {part} ({one!r:.60}, {other!r:.60}): "
+                "run both models on the same task with the same settings."
+            )
+    settings = before.settings
+    for metric, scores in before.scores.items():
+        sides = [torch.tensor(one.scores[metric], dtype=torch.float64) for one in (before, after)]
+        low, high = paired_interval(*sides)
+        yield Comparison(
+            name=f"{before.name} ({metric})",
+            group="tasks",
+            unit="",
+            before=before.means[metric],
+            after=after.means[metric],
+            higher_is_better=True,
+            count=len(scores),
+            low=low,
+            high=high,
+            floor=before.floors.get(metric),
+            note=f"lm-eval {settings['lm_eval']}, version {before.version}, "
+            f"{settings['num_fewshot']} examples",
+        )
 
 
 def _load(task: Task, folder: Path | None) -> dict[str, Any]:
+    """The tasks that `task` stands for, by name, as objects of lm-eval with their items."""
     named = isinstance(task, str) and not task.endswith((".yaml", ".yml"))
     spec: Any = task if isinstance(task, str) else copy.deepcopy(dict(task))
     if named:
-        spec = _check_name(str(task)) if folder is None else _with_rows(str(task), folder)
+        _check_name(str(task))
+        spec = task if folder is None else _with_rows(str(task), folder)
     name = task if isinstance(task, str) else task.get("task", "(a dict without 'task')")
     try:
         loaded: dict[str, Any] = _manager(named).load([spec])["tasks"]
-    except Exception as error:  # whatever datasets, jinja2 or a task's own code make of it
+    except Exception as error:  # whatever datasets, jinja2 or a task's own code raise
         reason = " ".join(str(error).split())
         source = "" if folder is None or not named else f" from folder {str(folder)!r}"
         raise LoadError(
@@ -262,14 +228,13 @@ def _load(task: Task, folder: Path | None) -> dict[str, Any]:
 
 @cache
 def _manager(defaults: bool) -> Any:
-    """lm-eval's list of tasks; it takes seconds to read all those that come with it."""
+    """lm-eval's list of tasks; reading all those that come with it takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=defaults)
 
 
-def _check_name(name: str) -> str:
-    """Raise UnknownNameError if lm-eval has no task of this name."""
+def _check_name(name: str) -> None:
     known = _manager(True).all_tasks
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
@@ -277,17 +242,16 @@ def _check_name(name: str) -> str:
         raise UnknownNameError(
             f"lm-eval has no task {name!r}.{hint} All {len(known)}: lm-eval ls tasks."
         )
-    return name
 
 
 def _with_rows(name: str, folder: Path) -> dict[str, Any]:
     """The definition of a task that reads its items from a file in a folder.
 
-    A dict that names a task does not build on the task of that name; within a group it does.
+    Within a group a dict builds on the task it names; alone it does not.
     """
-    if _check_name(name) not in _manager(True).all_subtasks:
+    if name not in _manager(True).all_subtasks:
         raise InvalidDataError(
-            f"{name!r} is a group of tasks of lm-eval: with items of your own name single tasks."
+            f"{name!r} is a group of tasks of lm-eval: with your own items name single tasks."
         )
     files = [folder / f"{name}.{ending}" for ending in ("jsonl", "json")]
     file = next((path for path in files if path.is_file()), None)
@@ -298,39 +262,37 @@ def _with_rows(name: str, folder: Path) -> dict[str, Any]:
     rows = {
         "dataset_path": "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {SPLIT: str(file.resolve())}},
-        "test_split": SPLIT,
+        "dataset_kwargs": {"data_files": {"test": str(file.resolve())}},
+        "test_split": "test",
         "validation_split": None,
         "training_split": None,
-        "fewshot_split": SPLIT,
+        "fewshot_split": "test",
     }
     return {"group": f"{name} of {folder.name}", "task": [{"task": name, **rows}]}
 
 
-def _run(
+def _evaluate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Mapping[str, Any],
-    settings: Mapping[str, Any],
-) -> dict[str, TaskResult]:
-    """Every loaded task's result for one model."""
-    from lm_eval import __version__, simple_evaluate
+    batch_size: int,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What `simple_evaluate` returns for one model."""
+    from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    seed = settings["random_seed"]
-    with evaluating(model), _quiet(), _seeded(seed), _refusing_nan(model):
-        lm = HFLM(
-            pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
-            batch_size=settings["batch_size"],
-        )
+    own = copy.deepcopy(tokenizer)  # it is given a padding token
+    with evaluating(model), _refusing_nan(model):
+        lm = HFLM(pretrained=model, tokenizer=own, batch_size=batch_size)
         try:
-            found = simple_evaluate(
+            found: dict[str, Any] | None = simple_evaluate(
                 lm,
                 tasks=list(tasks.values()),
                 task_manager=_manager(False),
+                batch_size=batch_size,
                 bootstrap_iters=0,
-                **settings,
+                **options,
             )
         except (AssertionError, ValueError) as error:  # max_gen_toks, few-shot examples, ...
             reason = str(error) or "a choice has no tokens, or more than the model has positions"
@@ -341,27 +303,20 @@ def _run(
             ) from error
     if found is None:
         raise ProcessGroupError(
-            "lm-eval gives results to the first process of a machine alone: start one process, or "
-            "call this within processes.group()."
+            "lm-eval returns results only in the first process of a machine: start one process, "
+            "or call this within distributed.group()."
         )
-    shared = {
-        "limit": settings["limit"],
-        "seed": seed,
-        "apply_chat_template": settings["apply_chat_template"],
-        "lm_eval": __version__,
-    }
-    return {name: _result(name, found, shared) for name in tasks}
+    return found
 
 
 def _result(name: str, found: Mapping[str, Any], shared: Mapping[str, Any]) -> TaskResult:
-    """A task's result from what `simple_evaluate` gives."""
+    """A task's result from what `simple_evaluate` returns."""
     samples = sorted(found["samples"][name], key=lambda sample: int(sample["doc_id"]))
     by_filter: dict[str, list[Any]] = {}
     for sample in samples:
         by_filter.setdefault(sample["filter"], []).append(sample)
-    config = found["configs"][name]
-    choosing = config["output_type"] == "multiple_choice"
-    if config["output_type"] != "generate_until":
+    output_type = found["configs"][name]["output_type"]
+    if output_type != "generate_until":
         _check_finite(name, samples)
     scores: dict[str, list[float]] = {}
     floors: dict[str, float] = {}
@@ -370,14 +325,13 @@ def _result(name: str, found: Mapping[str, Any], shared: Mapping[str, Any]) -> T
         if not kind or not found["higher_is_better"][name].get(metric):
             continue
         values = [sample[metric] for sample in by_filter[kind]]
-        if not all(_is_score(value) for value in values):
+        if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in values):
             continue
-        values = [float(value) for value in values]
         if not math.isclose(math.fsum(values) / len(values), mean, abs_tol=1e-9):
-            continue
+            continue  # not the mean of its items
         shown = metric if kind == "none" else f"{metric} ({kind})"
-        scores[shown] = values
-        if choosing and metric in ("acc", "acc_norm", "acc_bytes"):
+        scores[shown] = list(map(float, values))
+        if output_type == "multiple_choice" and metric in CHOICE_METRICS:
             floors[shown] = statistics.fmean(map(_chance, by_filter[kind]))
     if not scores:
         raise InvalidDataError(
@@ -395,34 +349,30 @@ def _result(name: str, found: Mapping[str, Any], shared: Mapping[str, Any]) -> T
     )
 
 
-def _is_score(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 <= value <= 1  # numpy's numbers are floats, too
-
-
 def _chance(sample: Mapping[str, Any]) -> float:
-    """How often a choice taken blindly is the target, or one of them."""
+    """How often a blind choice is the target, or one of them."""
     target = sample["target"]
     return (len(target) if isinstance(target, list) else 1) / len(sample["resps"])
 
 
 def _check_finite(name: str, samples: Sequence[Mapping[str, Any]]) -> None:
-    """Raise NonFiniteError if a log-likelihood is not finite: the greatest of them would be NaN."""
-    bad = [
+    """Raise NonFiniteError if a log-likelihood is not finite: NaN would win as the greatest."""
+    bad = {
         sample["doc_id"]
         for sample in samples
         for response in sample["resps"]
         if not math.isfinite(response[0][0] if isinstance(response[0], tuple) else response[0])
-    ]
+    }
     if bad:
         raise NonFiniteError(
-            f"Task {name!r}: the log-likelihood of {len(set(bad))} of {len(samples)} items is NaN "
-            f"or infinite (items {sorted(set(bad))[:10]}): the model's weights or {HINT}"
+            f"Task {name!r}: the log-likelihood of {len(bad)} of {len(samples)} items is NaN "
+            f"or infinite (items {sorted(bad)[:10]}): the model's weights or {HINT}"
         )
 
 
 @contextlib.contextmanager
 def _refusing_nan(model: torch.nn.Module) -> Iterator[None]:
-    """Raise NonFiniteError where the logits of a batch's last token are NaN: as when generating."""
+    """Raise NonFiniteError if the logits of a batch's last token are NaN, as in generation."""
 
     def check(_module: Any, _args: Any, output: Any) -> None:
         if bool(output.logits[:, -1].isnan().any()):
@@ -436,31 +386,24 @@ def _refusing_nan(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """The global random generators seeded; as they were afterwards."""
+def _contained(seed: int) -> Iterator[None]:
+    """lm-eval kept to itself: seeded without effect on others, silent but for errors.
+
+    Its progress bars are shown on a terminal only.
+    """
     import numpy
 
-    states = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng():
+    states, logger = (random.getstate(), numpy.random.get_state()), logging.getLogger("lm_eval")
+    level, shown = logger.level, sys.stderr.isatty()
+    silence = contextlib.nullcontext() if shown else contextlib.redirect_stderr(io.StringIO())
+    with torch.random.fork_rng(), silence:
         random.seed(seed)
         numpy.random.seed(seed)
         torch.manual_seed(seed)
+        logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
+            logger.setLevel(level)
             random.setstate(states[0])
             numpy.random.set_state(states[1])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No notes of lm-eval, and its progress bars on a terminal alone."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    shown = sys.stderr.isatty()
-    try:
-        with contextlib.nullcontext() if shown else contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)

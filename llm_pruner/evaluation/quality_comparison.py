@@ -1,28 +1,29 @@
-"""What pruning has done to a model's quality: both models on the same items, with intervals.
+"""What pruning does to a model's quality: both models on the same items, with intervals.
 
-Three groups of numbers: likelihood of texts, scores of tasks, generated answers. Every item is
-read by both models, so every difference has a paired bootstrap interval.
+Three groups of numbers: likelihood of texts, task scores, generated answers. Both models read
+every item, so every difference has a paired bootstrap interval.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..data.items import EvalItem
-from ..data.tokens import Row, encode_rows, pad_rows
+from ..data.tokens import TokenSequence, encode_sequences, pad_sequences
 from ..errors import NonFiniteError
-from ..model.forward import HINT, evaluating, position_limit
+from ..model.forward import evaluating, position_limit
 from ..results import Comparison
 from ..stats import paired_draws, paired_interval, percentiles
 from ..utils import at_least_one, progress
-from .likelihood import scored_logits
+from .likelihood import refuse_nonfinite
 from .similarity import Remembering, load_embedder, similarity_floor
-from .tasks import HolisticEvaluator, choice_losses, choice_score, choice_score_norm, item_kinds
-from .token_measures import TOKEN_READERS
+from .tasks import HolisticEvaluator, item_kinds, task_of
+from .token_measures import PreparedBatch, token_sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,8 +33,8 @@ DRAWS = 1000  # of the bootstrap
 MAX_NLL = 700.0  # nats per token; beyond, exp overflows
 NGRAM = 4  # words
 NATS = "nats/token"
-Scores = dict[tuple[str, str], list[float]]  # by task and metric, one number per item
-METRICS = {"number": "exact match", "open": "similarity"}
+Scores = dict[tuple[str, str], list[float]]  # (task, metric) -> one number per item
+METRICS = {"choice": "acc", "number": "exact match", "open": "similarity"}
 
 
 def compare_quality(
@@ -66,7 +67,8 @@ def compare_quality(
         seed: of the bootstrap.
         window: longest sequence in tokens, lowered to what the models have positions for.
         stride: tokens from the start of one window of running text to the next; `window` if None,
-            so that none is read twice. Less gives every token more context, and costs more passes.
+            so that no token is read twice. A smaller stride gives tokens more context and costs
+            more passes.
         max_new_tokens: longest answer.
         embedder: see `similarity.embed`; all-MiniLM-L6-v2 if None.
 
@@ -81,11 +83,12 @@ def compare_quality(
     questions = [item for item in items if isinstance(item, dict)]
     kinds = item_kinds(questions) if questions else []
     window = min(window, position_limit(original), position_limit(pruned))
-    rows = encode_rows(tokenizer, items, max_length=window, stride=stride)
+    sequences = encode_sequences(tokenizer, items, max_length=window, stride=stride)
     note = _protocol(tokenizer, items, window, stride)
-    found = _text(_token_sums(original, pruned, tokenizer, rows, batch_size), note, seed)
+    sums = _token_sums(original, pruned, tokenizer, sequences, batch_size)
+    comparisons = _text(sums, note, seed)
     if not questions:
-        return found, [], []
+        return comparisons, [], []
     memory = Remembering(embedder or load_embedder())
     sides = [
         HolisticEvaluator(model, tokenizer, None, batch_size, max_new_tokens, embedder=memory)
@@ -94,14 +97,14 @@ def compare_quality(
     first, second = (side.generate([item["prompt"] for item in questions]) for side in sides)
     pairs = list(zip(sides, (first, second), strict=True))
     before, after = (_scores(side, questions, kinds, given) for side, given in pairs)
-    found += _tasks(before, after, _floors(questions, kinds, memory), seed)
+    comparisons += _tasks(before, after, _floors(questions, kinds, memory), seed)
     similar = [side.evaluate_items(questions, given) for side, given in pairs]
     floor = _similarity_floor(questions, memory)
-    found += _answers(similar, (first, second), floor, max_new_tokens, seed)
-    return found, first, second
+    comparisons += _answers(similar, (first, second), floor, max_new_tokens, seed)
+    return comparisons, first, second
 
 
-def _row(
+def _compared(
     name: str,
     group: str,
     sides: Sequence[torch.Tensor],
@@ -114,13 +117,13 @@ def _row(
     floor: float | None = None,
     note: str = "",
 ) -> Comparison:
-    """A comparison of two weighted means over samples, or of ``exp`` of them, with its interval."""
+    """A comparison of two weighted means, or of ``exp`` of them, with its interval."""
     total = len(sides[0]) if weights is None else float(weights.sum())
     means = [float(side.sum()) / total for side in sides]
     if exp and max(means) > MAX_NLL:
         raise NonFiniteError(
             f"A mean loss of {max(means):.0f} nats has no {name}: without these layers the model "
-            "is no language model any more. Remove fewer, or others."
+            "no longer models language. Remove fewer layers, or others."
         )
     before, after = map(math.exp, means) if exp else means
     transform = torch.exp if exp else None
@@ -136,34 +139,23 @@ def _token_sums(
     original: Any,
     pruned: Any,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    sequences: Sequence[TokenSequence],
     batch_size: int,
 ) -> torch.Tensor:
-    """Sums over the scored tokens of every row, by one pass of either model.
+    """Sums over the scored tokens of every sequence, by one pass of either model.
 
-    (5, rows) float64: NLL before and after, KL divergence, tokens agreed on, number of tokens.
+    (5, sequences) float64: NLL before and after, KL divergence, tokens agreed on, all tokens.
     """
-    sums = torch.zeros(5, len(rows), dtype=torch.float64)
-    numbered = [row._replace(item=place) for place, row in enumerate(rows)]
-    read, kl, agree = (TOKEN_READERS[name] for name in ("nll", "kl", "agreement"))
-    for batch in progress(pad_rows(tokenizer, numbered, batch_size), "text"):
+    sums = torch.zeros(5, len(sequences), dtype=torch.float64)
+    numbered = [one._replace(item=index) for index, one in enumerate(sequences)]
+    for batch in progress(pad_sequences(tokenizer, numbered, batch_size), "text"):
         with evaluating(original), evaluating(pruned):
-            sides = [scored_logits(model, batch) for model in (original, pruned)]
-            owner, done = sides[0].owner, 0
-            places = torch.tensor(batch.rows)
-            for (full, label), (other, _) in zip(*(side.chunks() for side in sides), strict=True):
-                cut = other.to(full.device)
-                values = [read(full, label, full), read(cut, label, full), kl(cut, label, full)]
-                values += [agree(cut, label, full), torch.ones_like(values[0])]
-                part = owner[done : done + len(label)]
-                done += len(label)
-                sums.index_add_(1, places[part], torch.stack(values).cpu().double())
-    bad = sorted({rows[place].item for place in (~sums.isfinite()).any(0).nonzero().flatten()})
-    if bad:
-        raise NonFiniteError(
-            f"The models' likelihoods of {len(bad)} items (items {bad[:10]}) are NaN or infinite: "
-            f"weights or {HINT}"
-        )
+            full, cut = (PreparedBatch.of(one, batch).run(one) for one in (original, pruned))
+            before = token_sums(["nll"], full)
+            after = token_sums(["nll", "kl", "agreement"], cut, full)
+        tokens = torch.bincount(full.batch.owner, minlength=len(batch.items))
+        sums[:, list(batch.items)] = torch.cat([before, after, tokens[None]])
+    refuse_nonfinite(sums, [one.item for one in sequences])
     return sums
 
 
@@ -172,14 +164,13 @@ def _text(sums: torch.Tensor, note: str, seed: int) -> list[Comparison]:
     note = f"{note}; {int(tokens.sum()):,} tokens"
     losses, apart = (before, after), (torch.zeros_like(divergence), divergence)
     same = "of the next-token distributions, from the original's"
+    text = partial(_compared, group="text", seed=seed, weights=tokens)
     return [
-        _row("perplexity", "text", losses, seed, weights=tokens, exp=True, better=False, note=note),
-        _row("NLL", "text", losses, seed, weights=tokens, note=note, unit=NATS, better=False),
-        _row("KL divergence", "text", apart, seed, weights=tokens, note=same, unit=NATS,
-             better=False),
-        _row("top-1 agreement", "text", (tokens, agreed), seed, weights=tokens, note=same,
-             better=True),
-    ]  # fmt: skip
+        text("perplexity", sides=losses, exp=True, better=False, note=note),
+        text("NLL", sides=losses, better=False, note=note, unit=NATS),
+        text("KL divergence", sides=apart, better=False, note=same, unit=NATS),
+        text("top-1 agreement", sides=(tokens, agreed), better=True, note=same),
+    ]
 
 
 def _protocol(
@@ -198,10 +189,6 @@ def _protocol(
 
 
 # --- tasks ---------------------------------------------------------------------------------------
-def _task(item: dict[str, Any]) -> str:
-    return str(item.get("task") or "other")
-
-
 def _scores(
     evaluator: HolisticEvaluator,
     items: Sequence[dict[str, Any]],
@@ -209,34 +196,30 @@ def _scores(
     answers: Sequence[str],
 ) -> Scores:
     """The scores of one model, in the order of the items."""
-    found: Scores = {}
-    chosen = [item for item, kind in zip(items, kinds, strict=True) if kind == "choice"]
-    size = evaluator.batch_size
-    losses = choice_losses(evaluator.model, evaluator.tokenizer, chosen, size) if chosen else []
-    for item, own in zip(chosen, losses, strict=True):
-        found.setdefault((_task(item), "acc"), []).append(choice_score(item, own))
-        found.setdefault((_task(item), "acc_norm"), []).append(choice_score_norm(item, own))
+    scores: Scores = {}
     for kind, metric in METRICS.items():
-        rows = [row for row, other in enumerate(kinds) if other == kind]
-        if rows:
-            evaluator.run_benchmark([items[row] for row in rows], [answers[row] for row in rows])
-            found |= {(task, metric): each for task, each in evaluator.item_scores.items()}
-    order = list(dict.fromkeys(map(_task, items)))
-    return dict(sorted(found.items(), key=lambda entry: order.index(entry[0][0])))
+        indices = [index for index, other in enumerate(kinds) if other == kind]
+        if indices:
+            evaluator.run_benchmark([items[i] for i in indices], [answers[i] for i in indices])
+            scores |= {(task, metric): each for task, each in evaluator.item_scores.items()}
+            if kind == "choice":
+                scores |= {(task, "acc_norm"): each for task, each in evaluator.norm_scores.items()}
+    order = list(dict.fromkeys(map(task_of, items)))
+    return dict(sorted(scores.items(), key=lambda entry: order.index(entry[0][0])))
 
 
 def _floors(
     items: Sequence[dict[str, Any]], kinds: Sequence[str], embedder: Any
 ) -> dict[tuple[str, str], float]:
-    """By task and metric what a guess, or an unrelated answer, scores; without exact match."""
+    """(task, metric) -> what a guess, or an unrelated answer, scores; not for exact match."""
     choices: dict[str, list[float]] = {}
     open_items: dict[str, list[dict[str, Any]]] = {}
     for item, kind in zip(items, kinds, strict=True):
         if kind == "choice":
             right = list(item["choices"]).count(item["reference"])
-            choices.setdefault(_task(item), []).append(right / len(item["choices"]))
+            choices.setdefault(task_of(item), []).append(right / len(item["choices"]))
         elif kind == "open":
-            open_items.setdefault(_task(item), []).append(item)
+            open_items.setdefault(task_of(item), []).append(item)
     floors = {
         (task, metric): math.fsum(each) / len(each)
         for task, each in choices.items()
@@ -271,7 +254,7 @@ def _tasks(
         pair = torch.tensor([values, after[task, metric]], dtype=torch.float64)
         name, floor = f"{task} ({metric})", floors.get((task, metric))
         rows.append(
-            _row(name, "tasks", list(pair), seed, better=True, floor=floor, note=NOTES[metric])
+            _compared(name, "tasks", list(pair), seed, better=True, floor=floor, note=NOTES[metric])
         )
         if metric != "acc_norm":
             by_task.setdefault(task, []).append(pair)
@@ -311,13 +294,13 @@ def _answers(
     )
     note = f"greedy, at most {max_new_tokens} new tokens"
     rows = [
-        _row("answer similarity", "answers", list(similar), seed, better=True, floor=floor,
+        _compared("answer similarity", "answers", list(similar), seed, better=True, floor=floor,
              note="cosine to the reference, an empty answer is 0; floor: unrelated references"),
-        _row("answer length", "answers", list(words), seed, unit="words", note=note),
+        _compared("answer length", "answers", list(words), seed, unit="words", note=note),
     ]  # fmt: skip
     if float(words.max()) > NGRAM:  # shorter answers cannot repeat themselves
         share = "share of the word 4-grams of an answer that stood in it before"
         rows.append(
-            _row("repeated 4-grams", "answers", list(repeated), seed, better=False, note=share)
+            _compared("repeated 4-grams", "answers", list(repeated), seed, better=False, note=share)
         )
     return rows

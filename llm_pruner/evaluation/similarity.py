@@ -23,7 +23,7 @@ def load_embedder() -> Any:
     otherwise from the Hugging Face cache or hub; the weights are the same.
 
     Raises:
-        MissingDependencyError: sentence-transformers or the weights cannot be had.
+        MissingDependencyError: sentence-transformers or the weights cannot be loaded.
     """
     source = EMBEDDER
     try:
@@ -118,8 +118,8 @@ def _parts(embedder: Any, text: str) -> list[tuple[str, int]]:
 def similarity_floor(references: Sequence[str], *, embedder: Any = None) -> float:
     """Mean cosine similarity between different references: what an unrelated answer scores.
 
-    Over all pairs of different texts, so nothing is drawn at random. A similarity of
-    `ModelEvaluator` means little unless it is well above this.
+    Over all pairs of different texts. A similarity of `ModelEvaluator` means little unless it is
+    well above this.
 
     Raises:
         InvalidDataError: fewer than two different references.

@@ -11,9 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..data.items import EvalItem, check_items
 from ..data.sampling import safe_sample
-from ..data.tokens import encode_batches
+from ..data.tokens import Batch, encode_batches
 from ..errors import InvalidDataError, LoadError, UnknownNameError
 from ..model.forward import position_limit
 from ..utils import at_least_one, progress
@@ -32,27 +34,28 @@ NUMBER = re.compile(r"(?:(?<!\w)-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?
 class HolisticEvaluator(ModelEvaluator):
     """Scores a model task by task, each item by its kind.
 
-    With ``choices``: 1 if the reference is the choice the model finds most likely. With a
-    number as reference, or of task ``gsm8k``: 1 if the number of the generated answer equals it
-    (`final_number`), or the answer is one of the ``aliases``, word for word. Otherwise: the
-    greatest cosine similarity of the generated answer to the reference or one of the
-    ``aliases``, not below 0.
+    An item with ``choices`` scores 1 if the model finds the reference the most likely choice. An
+    item of task ``gsm8k``, or with a number as reference, scores 1 if the generated answer ends in
+    that number (`final_number`) or is one of the ``aliases``, word for word. Any other item scores
+    the greatest cosine similarity of the generated answer to the reference or one of the
+    ``aliases``, at least 0.
 
-    With ``backend="lm-eval"`` all of this is left to lm-eval, EleutherAI's evaluation harness.
+    With ``backend="lm-eval"``, EleutherAI's evaluation harness does all of this.
 
     Args:
         model, tokenizer, device, batch_size, max_new_tokens, embedder: as in `ModelEvaluator`.
         tasks: the datasets `load_diverse_data` draws from; the eight of `BENCHMARK` if None. For
-            lm-eval its tasks, as in `harness.run_tasks`.
-        backend: what scores, ``built-in`` or ``lm-eval``.
+            lm-eval its tasks, as in `run_tasks`.
+        backend: ``built-in`` or ``lm-eval``.
         settings: for lm-eval `num_fewshot`, `limit`, `seed` and `apply_chat_template`, as in
-            `harness.run_tasks`.
+            `run_tasks`.
 
     Attributes:
-        item_scores: after `run_benchmark`, the scores of each task's items in the data's order.
-        norm_scores: the same of its items with choices by likelihood per character of the choice
-            (`choice_score_norm`), which is ``acc_norm`` of lm-eval where `item_scores` is ``acc``.
-        task_results: after `run_benchmark` by lm-eval, all that it measured on each task.
+        item_scores: the scores of each task's items, in the order of the data, after
+            `run_benchmark`.
+        norm_scores: the same for items with choices, by likelihood per character of the choice
+            (`choice_score_norm`): ``acc_norm`` of lm-eval, whose ``acc`` is `item_scores`.
+        task_results: everything lm-eval measured on each task, after `run_benchmark`.
 
     Raises:
         UnknownNameError: a backend of another name.
@@ -88,19 +91,19 @@ class HolisticEvaluator(ModelEvaluator):
         Args:
             n_per_task: items per task; a task that has fewer gives all it has.
             source: None for the hub datasets `tasks`; otherwise ``demo-eval``, a file, a folder
-                or a hub id, whose items are taken by their ``task``.
+                or a hub id, whose items are grouped by their ``task``.
 
         Raises:
-            LoadError: nothing could be loaded. One source that fails is logged and left out.
+            LoadError: nothing could be loaded. A single source that fails is logged and skipped.
         """
         at_least_one(n_per_task=n_per_task)
         names = self.tasks if source is None else [source]
-        share = n_per_task if source is None else sys.maxsize
+        most = n_per_task if source is None else sys.maxsize
         taken: dict[str, list[dict[str, Any]]] = {}
         for name in progress(names, "datasets"):
-            for item in safe_sample(name, None, None, share):
+            for item in safe_sample(name, None, None, most):
                 if isinstance(item, dict):
-                    taken.setdefault(_task(item), []).append(item)
+                    taken.setdefault(task_of(item), []).append(item)
         if not taken:
             raise LoadError(
                 f"No benchmark items from {', '.join(names) or 'an empty list of tasks'}: the log "
@@ -115,19 +118,19 @@ class HolisticEvaluator(ModelEvaluator):
     ) -> dict[str, float]:
         """Mean score of each task's items, in [0, 1], and ``mean``, the mean over tasks.
 
-        Every item is checked before the model is run. An item without ``task`` counts as ``other``.
+        Every item is checked before the model runs. An item without ``task`` counts as ``other``.
 
         Args:
             data: items with `prompt` and `reference`. For lm-eval None, or a folder with the
-                items of every task, as in `harness.run_tasks`.
-            answers: what `generate` gave for their prompts; generated where needed if None. Not for
-                lm-eval.
+                items of every task, as in `run_tasks`.
+            answers: output of `generate` for their prompts; generated where needed if None. Not
+                for lm-eval.
 
         Raises:
             InvalidDataError: an item that cannot be scored: running text, fewer than two
                 choices or none that is the reference, a gsm8k reference without a number.
             NonFiniteError: the model's logits are not finite.
-            Also what `harness.run_tasks` raises, with lm-eval.
+            Also whatever `run_tasks` raises, with lm-eval.
         """
         if self.backend == "lm-eval":
             return self._run_tasks(data)
@@ -138,19 +141,17 @@ class HolisticEvaluator(ModelEvaluator):
         scores: dict[int, float] = {}
         norms: dict[int, float] = {}
         for kind in sorted(set(kinds)):
-            rows = [index for index, other in enumerate(kinds) if other == kind]
-            some = [items[row] for row in rows]
+            indices = [index for index, other in enumerate(kinds) if other == kind]
+            some = [items[index] for index in indices]
             if kind == "choice":
                 losses = choice_losses(self.model, self.tokenizer, some, self.batch_size)
-                pairs = zip(some, losses, strict=True)
-                both = [(choice_score(*pair), choice_score_norm(*pair)) for pair in pairs]
-                found = [plain for plain, _ in both]
-                norms.update((row, norm) for row, (_, norm) in zip(rows, both, strict=True))
+                found = list(map(choice_score, some, losses))
+                norms = dict(zip(indices, map(choice_score_norm, some, losses), strict=True))
             else:
-                given = self._answers(some) if answers is None else [answers[row] for row in rows]
+                given = self._answers(some) if answers is None else [answers[i] for i in indices]
                 score = self._numbers if kind == "number" else self._similarities
                 found = [max(0.0, value) for value in score(some, given)]
-            scores.update(zip(rows, found, strict=True))
+            scores.update(zip(indices, found, strict=True))
         self.item_scores = _by_task(items, scores)
         self.norm_scores = _by_task(items, norms)
         return self._means()
@@ -191,13 +192,17 @@ class HolisticEvaluator(ModelEvaluator):
         return scores
 
 
-def choice_losses(
+def choice_batches(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Mapping[str, Any]],
-    batch_size: int = 8,
-) -> list[list[float]]:
-    """Summed negative log-likelihood of every choice of every item, in nats."""
+    batch_size: int,
+) -> list[Batch]:
+    """Every choice of every item after its prompt; `Batch.items` counts choices, not items.
+
+    Raises:
+        InvalidDataError: the tokenizer makes no token of a choice.
+    """
     pairs: list[EvalItem] = [
         {"prompt": item["prompt"], "reference": choice}
         for item in items
@@ -207,12 +212,29 @@ def choice_losses(
     batches = encode_batches(
         tokenizer, pairs, batch_size=batch_size, max_length=limit, closed=False
     )
+    if sum(len(batch.items) for batch in batches) < len(pairs):
+        raise InvalidDataError("The tokenizer makes no token of some choices: remove them.")
+    return batches
+
+
+def choice_losses(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Mapping[str, Any]],
+    batch_size: int = 8,
+) -> list[list[float]]:
+    """Summed negative log-likelihood of every choice of every item, in nats."""
+    batches = choice_batches(model, tokenizer, items, batch_size)
     total, _ = sequence_nll(model, progress(batches, "choices"))
-    rows = [row for batch in batches for row in batch.rows]
-    if sorted(rows) != list(range(len(pairs))):
-        raise InvalidDataError("The tokenizer makes nothing of some choices: remove them.")
-    losses = iter([loss for _, loss in sorted(zip(rows, total.tolist(), strict=True))])
-    return [list(islice(losses, len(item["choices"]))) for item in items]
+    losses = torch.empty_like(total)
+    losses[[index for batch in batches for index in batch.items]] = total
+    return by_item(items, losses)
+
+
+def by_item(items: Sequence[Mapping[str, Any]], losses: torch.Tensor) -> list[list[float]]:
+    """The losses of all choices, (choices,), as a list for each item."""
+    left = iter(losses.tolist())
+    return [list(islice(left, len(item["choices"]))) for item in items]
 
 
 def item_kinds(items: Sequence[EvalItem]) -> list[str]:
@@ -238,19 +260,20 @@ def choice_score_norm(item: Mapping[str, Any], losses: Sequence[float]) -> float
 def _by_task(
     items: Sequence[Mapping[str, Any]], scores: Mapping[int, float]
 ) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for row, score in sorted(scores.items()):
-        found.setdefault(_task(items[row]), []).append(score)
-    return found
+    grouped: dict[str, list[float]] = {}
+    for index, score in sorted(scores.items()):
+        grouped.setdefault(task_of(items[index]), []).append(score)
+    return grouped
 
 
-def _task(item: Any) -> str:
+def task_of(item: Any) -> str:
+    """The task an item counts for."""
     return str(item.get("task") or "other")
 
 
 def _kind(index: int, item: EvalItem) -> str:
     """How an item is scored: ``choice``, ``number`` or ``open``."""
-    if isinstance(item, str) or _task(item) == "mean":
+    if isinstance(item, str) or task_of(item) == "mean":
         raise InvalidDataError(
             f"data[{index}] cannot be scored: a benchmark takes dicts with 'prompt' and "
             f"'reference', whose task is not called 'mean'; got {item!r:.80}."
@@ -259,9 +282,10 @@ def _kind(index: int, item: EvalItem) -> str:
     if item.get("choices") is not None:
         check_choices(index, item)
         return "choice"
-    if _task(item) == "gsm8k" and final_number(reference) is None:
+    if task_of(item) == "gsm8k" and final_number(reference) is None:
         raise InvalidDataError(f"data[{index}] has no number in its reference {reference!r:.60}.")
-    return "number" if _task(item) == "gsm8k" or NUMBER.fullmatch(reference.strip(" $")) else "open"
+    number = task_of(item) == "gsm8k" or NUMBER.fullmatch(reference.strip(" $"))
+    return "number" if number else "open"
 
 
 def check_choices(index: int, item: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.items import EvalItem, fingerprint
 from ..data.sampling import split_items
-from ..data.tokens import Batch, Row, encode_rows, pad_rows
+from ..data.tokens import Batch, TokenSequence, encode_sequences, pad_sequences
 from ..errors import InvalidDataError
 from ..model.forward import position_limit
 from ..model.layer_stack import LayerStack
@@ -42,7 +42,7 @@ class HealingJob:
     stack: LayerStack
     removed: tuple[int, ...]
     tokenizer: PreTrainedTokenizerBase
-    train: list[Row]
+    train: list[TokenSequence]
     validation: list[Batch]
     held_out: list[Batch]
     items_key: str = ""
@@ -76,7 +76,7 @@ class HealingJob:
             )
         length = min(MAX_LENGTH, position_limit(stack.model))
         parts = [
-            encode_rows(tokenizer, part, max_length=length)
+            encode_sequences(tokenizer, part, max_length=length)
             for part in (train, *split_items(rest, VALIDATION))
         ]
         padding = tokenizer.pad_token_id
@@ -84,7 +84,7 @@ class HealingJob:
             raise InvalidDataError(
                 "heal_data (or a part of it) holds nothing but padding tokens: pass text."
             )
-        validation, held_out = (pad_rows(tokenizer, part, BATCH_SIZE) for part in parts[1:])
+        validation, held_out = (pad_sequences(tokenizer, part, BATCH_SIZE) for part in parts[1:])
         settings = fingerprint(items), lora or LoraSettings()
         return cls(stack, tuple(removed), tokenizer, parts[0], validation, held_out, *settings)
 
@@ -100,7 +100,7 @@ class HealingJob:
 
     def train_batches(self) -> list[Batch]:
         """The sequences to heal with, padded."""
-        return pad_rows(self.tokenizer, self.train, BATCH_SIZE)
+        return pad_sequences(self.tokenizer, self.train, BATCH_SIZE)
 
     def layers_of(self, model: Any) -> LayerStack:
         """The layers of a pruned model, found where the original has its own."""

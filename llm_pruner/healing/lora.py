@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from ..atomic_output import KEY_FILE, own_checkpoints, write_atomically
-from ..data.tokens import IGNORED, Row, pad_rows
+from ..data.tokens import IGNORED, TokenSequence, pad_sequences
 from ..distributed import lost_process_errors
 from ..errors import InvalidPlanError, MissingDependencyError, NonFiniteError, UnsupportedModelError
 from ..evaluation.likelihood import batch_nll
@@ -136,8 +136,8 @@ class DistillationTrainer(Trainer):
         # For each kept layer, the full model's layer whose output it should reproduce.
         self._teachers = [index - 1 for index in [*job.kept[1:], len(job.stack)]]
 
-    def _collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        (batch,) = pad_rows(self._job.tokenizer, rows, len(rows))
+    def _collate(self, rows: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
+        (batch,) = pad_sequences(self._job.tokenizer, rows, len(rows))
         return {**batch.inputs(), "labels": batch.labels}
 
     def compute_loss(

@@ -113,7 +113,7 @@ def search_in_rounds(
                 on_step({**_in_full_model(step, kept, removed), **outcome})
             healing: Step = {"action": "repair", "method": record["method"], "kept": allowed}
             healing |= {"removed": grown if allowed else removed, "change": change}
-            on_step({**healing, "samples": quality.samples(), "loss": record["healed"]})
+            on_step({**healing, "samples": quality.size(), "loss": record["healed"]})
         if not allowed:
             break
         removed = grown

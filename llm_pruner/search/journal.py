@@ -1,4 +1,4 @@
-"""Measurements kept in a file, so that a killed search does not start again."""
+"""Measurements kept in a file, so that a killed search does not start over."""
 
 from __future__ import annotations
 
@@ -9,49 +9,49 @@ from pathlib import Path
 
 from ..errors import OutputError
 from ..utils import logger
-from .prefix_sharing import Mask
+from .prefix_sharing import LayerSet
 
 
 class Journal:
-    """Readings in a JSON-lines file, so that a killed search does not start again.
+    """Measurements in a JSON-lines file.
 
-    Every line holds what one mask gave on one chunk of samples, under a key that stands for
-    model, data and measures; lines of other keys and a last line cut short by a crash are
-    passed over.
+    Every line holds the values of one set of removed layers on one chunk of the data, under a key
+    that stands for model, data and measures. Lines of other keys are skipped, and so is a last
+    line cut short by a crash.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def read(self, key: str) -> list[tuple[Mask, int, list[list[float]]]]:
-        """(mask, chunk, values) of everything recorded under `key`.
+    def read(self, key: str) -> list[tuple[LayerSet, int, list[list[float]]]]:
+        """(removed layers, chunk, values) of everything recorded under `key`.
 
         Raises:
             OutputError: the file cannot be read.
         """
-        known: list[tuple[Mask, int, list[list[float]]]] = []
+        entries: list[tuple[LayerSet, int, list[list[float]]]] = []
         if not self.path.exists():
-            return known
+            return entries
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise OutputError(f"Cannot read the journal {str(self.path)!r}: {error}.") from error
         for number, line in enumerate(lines, 1):
-            if not line:  # two processes wrote, and one saw the other's line half there
+            if not line:  # two processes wrote, and one saw half of the other's line
                 continue
             try:
                 entry = json.loads(line)
                 if entry["key"] == key:
                     values = [[float(value) for value in part] for part in entry["values"]]
-                    known.append((tuple(entry["removed"]), int(entry["chunk"]), values))
+                    entries.append((tuple(entry["removed"]), int(entry["chunk"]), values))
             except (ValueError, KeyError, TypeError):
                 logger.warning("%s:%d is not a measurement and is ignored.", self.path, number)
-        return known
+        return entries
 
-    def append(self, key: str, removed: Mask, chunk: int, values: list[list[float]]) -> None:
-        """Record one measurement; it is with the operating system when this returns.
+    def append(self, key: str, removed: LayerSet, chunk: int, values: list[list[float]]) -> None:
+        """Record one measurement; the operating system has it when this returns.
 
-        The line goes out in one system call, so that several processes can write to one journal.
+        The line is written in one system call, so several processes can share a journal.
 
         Raises:
             OutputError: the file cannot be written.

@@ -1,211 +1,200 @@
-"""What quality is: measures of a model on items, alone or weighted, sample by sample.
+"""What quality is: measures of a model on items, alone or in a weighted mixture.
 
-A measure gives every sample (an item, or a window of running text) a value and a weight; its
-mean over samples is turned into a quality, of which more is better for every measure. What a
-threshold or tolerance limits is the relative change of that quality: -0.02 is 2 % less.
+A measure gives every token sequence (an item, or a window of running text) a value and a weight.
+Its mean is turned into a quality, for which more is always better. Thresholds and tolerances limit
+the relative change of that quality: -0.02 is 2 % less.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ..data.items import EvalItem
-from ..data.tokens import IGNORED, Batch, Row, encode_rows, pad_rows
+from ..data.tokens import IGNORED, TokenSequence, pad_sequences
 from ..errors import InvalidDataError, InvalidPlanError, UnknownNameError
 from ..evaluation.generation import ModelEvaluator
-from ..evaluation.likelihood import ScoredLogits, scored_logits
-from ..evaluation.tasks import check_choices, choice_score
-from ..evaluation.token_measures import TOKEN_READERS
-from ..model.forward import evaluating, position_limit
+from ..evaluation.tasks import by_item, check_choices, choice_batches, choice_score
+from ..evaluation.token_measures import PreparedBatch, ScoredLogits, token_sums
 from ..model.layer_stack import LayerStack
-from .prefix_sharing import Mask, replayed
+from .prefix_sharing import LayerSet, replayed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-MAX_LENGTH = 512  # tokens of a sample
-Readings = Iterator[tuple[Mask, torch.Tensor]]
+MAX_LENGTH = 512  # tokens of a sequence
+COMPARING = {"kl", "agreement"}  # measures that need the full model's logits
+Readings = Iterator[tuple[LayerSet, torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class Samples:
-    """What is measured on: the token sequences of the items, and the items.
+class EncodedData:
+    """What quality is measured on: token sequences, and the items they come from.
 
     Attributes:
         stack: the layers of the model.
         tokenizer: its tokenizer.
-        rows: one token sequence per sample.
-        items: for each sample its item; None for a window of running text.
+        sequences: what is measured.
+        items: the item of each sequence; None for a window of running text.
         batch_size: sequences per forward pass.
     """
 
     stack: LayerStack
     tokenizer: PreTrainedTokenizerBase
-    rows: list[Row]
+    sequences: list[TokenSequence]
     items: list[dict[str, Any] | None]
     batch_size: int
 
 
 class Measure(Protocol):
-    """One or more measures that come from the same passes.
+    """One or more measures that the same passes give.
 
     Attributes:
-        prunes: whether it needs the pruned model itself, and not only passes without the layers.
+        needs_pruned_model: whether bypassing layers will not do.
     """
 
-    prunes: bool
+    needs_pruned_model: bool
 
-    def __init__(self, samples: Samples, names: Sequence[str]) -> None: ...
+    def __init__(self, data: EncodedData, names: Sequence[str]) -> None: ...
 
     def weights(self) -> torch.Tensor:
-        """(names, samples) float64, 0 where a sample plays no part."""
+        """(names, sequences) float64, 0 where a sequence does not count."""
         ...
 
-    def read(self, which: Sequence[int], masks: Sequence[Mask]) -> Readings:
-        """For each mask the values of the samples `which`: (names, len(which)) float64."""
+    def read(self, chunk: range, layer_sets: Sequence[LayerSet]) -> Readings:
+        """The values of a chunk of sequences without each set of layers.
+
+        The model has to be in evaluation mode.
+
+        Args:
+            chunk: indices of sequences.
+            layer_sets: in the order of `prefix_sharing.in_tree_order`.
+
+        Yields:
+            Each set, in that order, with (names, len(chunk)) float64.
+        """
         ...
 
 
 class TokenMeasures:
     """Measures of the scored tokens: those of a reference, or of running text.
 
-    ``nll``: negative log-likelihood of the token, in nats; quality exp(-mean), the likelihood
-    per token, or 1 / perplexity. ``kl``: KL divergence of the full model's next-token distribution
-    to that of the model without layers, in nats; quality exp(-mean). ``agreement``: 1 where both
-    find the same token most likely; quality the mean.
+    ``nll``: negative log-likelihood of the token, in nats; its quality is exp(-mean), the
+    likelihood per token, or 1 / perplexity. ``kl``: KL divergence of the next-token distribution
+    without the layers from the full model's, in nats; its quality is exp(-mean). ``agreement``: 1
+    where both models find the same token most likely; its quality is the mean.
     """
 
-    prunes = False
+    needs_pruned_model = False
 
-    def __init__(self, samples: Samples, names: Sequence[str]) -> None:
-        self._samples, self._names = samples, names
+    def __init__(self, data: EncodedData, names: Sequence[str]) -> None:
+        self._data, self._names = data, names
+        self._batches: dict[range, PreparedBatch] = {}
 
     def weights(self) -> torch.Tensor:
         """Numbers of scored tokens."""
-        counts = [sum(label != IGNORED for label in row.labels[1:]) for row in self._samples.rows]
+        counts = [sum(label != IGNORED for label in one.labels[1:]) for one in self._data.sequences]
         return torch.tensor([counts] * len(self._names), dtype=torch.float64)
 
-    def read(self, which: Sequence[int], masks: Sequence[Mask]) -> Readings:
-        """Sums over the scored tokens of each sample."""
-        (batch,) = pad_rows(
-            self._samples.tokenizer,
-            [Row(place, *self._samples.rows[row][1:]) for place, row in enumerate(which)],
-            len(which),
-        )
-        compares = set(self._names) & {"kl", "agreement"}
-        full: list[ScoredLogits] = []
+    def read(self, chunk: range, layer_sets: Sequence[LayerSet]) -> Readings:
+        """Sums over the scored tokens of each sequence."""
+        if chunk not in self._batches:
+            numbered = [
+                self._data.sequences[index]._replace(item=number)
+                for number, index in enumerate(chunk)
+            ]
+            (batch,) = pad_sequences(self._data.tokenizer, numbered, len(chunk))
+            self._batches[chunk] = PreparedBatch.of(self._data.stack.model, batch)
+        return _token_readings(self._data.stack, self._batches[chunk], self._names, layer_sets)
 
-        def run(model: torch.nn.Module) -> torch.Tensor:
-            with evaluating(model):
-                scored = scored_logits(model, batch)
-                if compares and not full:  # the full model's pass is the first
-                    full.append(scored)
-                return self._sums(scored, full[0] if full else scored, batch)
 
-        wanted = set(masks)
-        every = {*masks, ()} if compares else wanted
-        for mask, values in replayed(self._samples.stack, every, run):
-            if mask in wanted:
-                yield mask, values
+def _token_readings(
+    stack: LayerStack, batch: PreparedBatch, names: Sequence[str], layer_sets: Sequence[LayerSet]
+) -> Readings:
+    """`token_sums` of one batch without each set of layers, in the order of `Batch.items`."""
+    compares = not COMPARING.isdisjoint(names)
+    full: ScoredLogits | None = None
 
-    def _sums(self, scored: ScoredLogits, full: ScoredLogits, batch: Batch) -> torch.Tensor:
-        parts = []
-        for (scores, label), (wanted, _) in zip(scored.chunks(), full.chunks(), strict=True):
-            values = [TOKEN_READERS[name](scores, label, wanted) for name in self._names]
-            parts.append(torch.stack(values).cpu().double())
-        sums = torch.zeros(len(self._names), len(batch.rows), dtype=torch.float64)
-        rows = torch.tensor(batch.rows)
-        return sums.index_add_(1, rows[scored.owner], torch.cat(parts, dim=1))
+    @torch.no_grad()
+    def run(model: torch.nn.Module) -> torch.Tensor:
+        nonlocal full
+        scored = batch.run(model)
+        if compares and full is None:  # the full model's pass comes first
+            full = scored
+        return token_sums(names, scored, full)
+
+    order = torch.tensor(batch.items).argsort()
+    wanted = set(layer_sets)
+    for removed, sums in replayed(stack, {*wanted, ()} if compares else wanted, run):
+        if removed in wanted:
+            yield removed, sums[:, order]
 
 
 class ChoiceMeasure:
     """``accuracy``: 1 where the reference is the choice with the greatest summed log-likelihood.
 
-    On items with ``choices``; other items play no part.
+    Items without ``choices`` do not count.
     """
 
-    prunes = False
+    needs_pruned_model = False
 
-    def __init__(self, samples: Samples, names: Sequence[str]) -> None:
-        self._samples = samples
-        self._chosen = [bool(item and item.get("choices")) for item in samples.items]
-        for place, item in enumerate(samples.items):
-            if item and self._chosen[place]:
-                check_choices(samples.rows[place].item, item)
-        if not any(self._chosen):
+    def __init__(self, data: EncodedData, names: Sequence[str]) -> None:
+        self._data = data
+        self._asked = [item if item and item.get("choices") else None for item in data.items]
+        for sequence, item in zip(data.sequences, self._asked, strict=True):
+            if item:
+                check_choices(sequence.item, item)
+        if not any(self._asked):
             raise InvalidDataError(
                 "Accuracy needs items with 'choices', and none has any: use another objective "
                 "(nll, kl, agreement, similarity), or items of a multiple-choice task."
             )
+        self._batches: dict[range, list[PreparedBatch]] = {}
 
     def weights(self) -> torch.Tensor:
         """1 for every item with choices."""
-        return torch.tensor([self._chosen], dtype=torch.float64)
+        return torch.tensor([[bool(item) for item in self._asked]], dtype=torch.float64)
 
-    def read(self, which: Sequence[int], masks: Sequence[Mask]) -> Readings:
+    def read(self, chunk: range, layer_sets: Sequence[LayerSet]) -> Readings:
         """0 or 1 per item."""
-        samples = self._samples
-        asked = {place: samples.items[row] for place, row in enumerate(which) if self._chosen[row]}
-        pairs: list[EvalItem] = [
-            {"prompt": item["prompt"], "reference": choice}
-            for item in asked.values()
-            if item
-            for choice in item["choices"]
-        ]
-        losses = self._losses(pairs, masks)
-        for mask in masks:
-            values = torch.zeros(1, len(which), dtype=torch.float64)
-            left = iter(losses[mask].tolist())
-            for place, item in asked.items():
-                if item:
-                    values[0, place] = choice_score(item, [next(left) for _ in item["choices"]])
-            yield mask, values
+        asked = {n: item for n, index in enumerate(chunk) if (item := self._asked[index])}
+        items, stack = list(asked.values()), self._data.stack
+        if chunk not in self._batches:
+            given = stack.model, self._data.tokenizer, items, self._data.batch_size
+            padded = choice_batches(*given) if items else []
+            self._batches[chunk] = [PreparedBatch.of(stack.model, batch) for batch in padded]
+        choices = sum(len(item["choices"]) for item in items)
+        losses = {removed: torch.zeros(choices, dtype=torch.float64) for removed in layer_sets}
 
-    def _losses(self, pairs: Sequence[EvalItem], masks: Sequence[Mask]) -> dict[Mask, torch.Tensor]:
-        """For each mask the summed negative log-likelihood of every choice, in nats."""
-        samples = self._samples
-        losses = {mask: torch.zeros(len(pairs), dtype=torch.float64) for mask in masks}
-        if not pairs:
-            return losses
-        limit = position_limit(samples.stack.model) + 1  # the last token is scored, not read
-        rows = encode_rows(samples.tokenizer, pairs, max_length=limit, closed=False)
-        rows.sort(key=lambda row: len(row.ids))
-        choices = replace(samples, rows=rows, items=[None] * len(rows))
-        reader = TokenMeasures(choices, ["nll"])
-        starts = range(0, len(rows), samples.batch_size)
-        batches = [range(x, min(x + samples.batch_size, len(rows))) for x in starts]
-        calls = [partial(_list, reader.read(batch, masks)) for batch in batches]
-        for batch, readings in zip(batches, samples.stack.run_all(calls), strict=True):
-            owner = torch.tensor([rows[row].item for row in batch])
-            for mask, values in readings:
-                losses[mask].index_add_(0, owner, values[0])
-        return losses
-
-
-def _list(readings: Readings) -> list[tuple[Mask, torch.Tensor]]:
-    return list(readings)
+        batches = self._batches[chunk]
+        passes = [_token_readings(stack, batch, ["nll"], layer_sets) for batch in batches]
+        calls = [partial(list[tuple[LayerSet, torch.Tensor]], one) for one in passes]
+        for batch, readings in zip(batches, stack.run_all(calls), strict=True):
+            for removed, sums in readings:
+                losses[removed][sorted(batch.items)] = sums[0]
+        for removed in layer_sets:
+            scores = map(choice_score, items, by_item(items, losses[removed]))
+            yield removed, _spread(asked, scores, len(chunk))
 
 
 class AnswerMeasure:
     """``similarity``: cosine similarity of a generated answer to the reference.
 
-    See `ModelEvaluator.evaluate`. Generates with each pruned model, so nothing is shared
-    between masks: by far the dearest measure.
+    See `ModelEvaluator.evaluate`. Every pruned model generates anew, so sets of layers share no
+    work: this is by far the most expensive measure.
     """
 
-    prunes = True
+    needs_pruned_model = True
 
-    def __init__(self, samples: Samples, names: Sequence[str]) -> None:
-        self._samples = samples
-        samples.stack.require_weights("the similarity of answers, which generates")
-        if not any(samples.items):
+    def __init__(self, data: EncodedData, names: Sequence[str]) -> None:
+        self._data = data
+        data.stack.require_weights("the similarity of answers, which generates")
+        if not any(data.items):
             raise InvalidDataError(
                 "Similarity of answers needs items with 'prompt' and 'reference'; all of these "
                 "are running text. Use nll, kl or agreement."
@@ -213,33 +202,37 @@ class AnswerMeasure:
 
     def weights(self) -> torch.Tensor:
         """1 for every item with a reference."""
-        return torch.tensor([[bool(item) for item in self._samples.items]], dtype=torch.float64)
+        return torch.tensor([[bool(item) for item in self._data.items]], dtype=torch.float64)
 
-    def read(self, which: Sequence[int], masks: Sequence[Mask]) -> Readings:
+    def read(self, chunk: range, layer_sets: Sequence[LayerSet]) -> Readings:
         """A cosine per item."""
-        samples = self._samples
-        asked = [(place, samples.items[row]) for place, row in enumerate(which)]
-        questions = [(place, item) for place, item in asked if item]
-        for mask in masks:
-            values = torch.zeros(1, len(which), dtype=torch.float64)
-            if questions:
-                model = samples.stack.remove(mask) if mask else samples.stack.model
-                evaluator = ModelEvaluator(model, samples.tokenizer, batch_size=samples.batch_size)
-                places, items = zip(*questions, strict=True)
-                scores = evaluator.evaluate_items(items)
-                values[0, list(places)] = torch.tensor(scores, dtype=torch.float64)
-            yield mask, values
+        data = self._data
+        asked = {n: item for n, index in enumerate(chunk) if (item := data.items[index])}
+        for removed in layer_sets:
+            scores: list[float] = []
+            if asked:
+                model = data.stack.remove(removed) if removed else data.stack.model
+                evaluator = ModelEvaluator(model, data.tokenizer, batch_size=data.batch_size)
+                scores = evaluator.evaluate_items(list(asked.values()))
+            yield removed, _spread(asked, scores, len(chunk))
+
+
+def _spread(asked: Mapping[int, Any], scores: Iterable[float], size: int) -> torch.Tensor:
+    """(1, size): the scores of the sequences that were asked, 0 for the others."""
+    values = torch.zeros(1, size, dtype=torch.float64)
+    values[0, list(asked)] = torch.tensor(list(scores), dtype=torch.float64)
+    return values
 
 
 @dataclass(frozen=True)
 class Objective:
-    """How a measure becomes a quality, of which more is better.
+    """How a measure becomes a quality, for which more is better.
 
     Attributes:
         measured_by: the class that reads it.
-        unit: what a relative change of the quality is a change of.
-        is_loss: whether the mean over tokens or items is a loss in nats, and the quality
-            exp(-mean); otherwise the quality is the mean itself.
+        unit: what the quality is, in words.
+        is_loss: whether the mean is a loss in nats and the quality exp(-mean); otherwise the
+            quality is the mean itself.
     """
 
     measured_by: type[Measure]
@@ -247,7 +240,7 @@ class Objective:
     is_loss: bool = False
 
     def quality(self, mean: float) -> float:
-        """The quality that a mean is."""
+        """The quality of a mean."""
         return math.exp(-mean) if self.is_loss else mean
 
     def slope(self, mean: float) -> float:
@@ -266,7 +259,7 @@ ObjectiveLike = str | Mapping[str, float]
 
 
 def parse_objective(objective: ObjectiveLike) -> dict[str, float]:
-    """Measures and their shares, which add up to 1.
+    """Measures and their weights, which add up to 1.
 
     Args:
         objective: a name of `OBJECTIVES`; several as ``"nll=0.7,kl=0.3"``, or a dict.

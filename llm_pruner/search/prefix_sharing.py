@@ -1,7 +1,7 @@
 """Many pruned models on one batch, every layer run once per distinct state: prefix sharing.
 
-What a layer computes depends on the kept layers below it and on nothing else, so pruned models
-that keep the same layers up to some depth share all states up to there.
+What a layer computes depends only on the kept layers below it, so pruned models that keep the same
+layers up to some depth share all states up to there.
 """
 
 from __future__ import annotations
@@ -16,83 +16,88 @@ from torch import nn
 
 from ..model.layer_stack import LayerStack
 
-Mask = tuple[int, ...]
+LayerSet = tuple[int, ...]  # removed layers, 0-based, ascending
 T = TypeVar("T")
 
 
 def replayed(
-    stack: LayerStack, masks: Iterable[Mask], run: Callable[[nn.Module], T]
-) -> Iterator[tuple[Mask, T]]:
-    """Run the model without the layers of each mask, by as few layer executions as possible.
+    stack: LayerStack, layer_sets: Iterable[LayerSet], run: Callable[[nn.Module], T]
+) -> Iterator[tuple[LayerSet, T]]:
+    """Run the model without each set of layers, in as few layer executions as possible.
 
-    The masks are the leaves of a tree that branches where a layer is removed; the tree is walked
-    depth first. The input of a layer at which a later mask branches off is kept, and that mask's
-    pass begins there (`LayerStack.replay`). The executions are the nodes of the tree: for every
-    mask with one layer removed, half of what whole passes take. At no time are more states kept
-    than the model has layers.
+    The sets are the leaves of a tree that branches where a layer is removed; the tree is walked
+    depth first. The input of a layer at which a later set branches off is kept, and that set's
+    pass begins there (`LayerStack.replay`). The executions are the nodes of the tree: for single
+    removals of every layer, half of what whole passes take. Never more states are kept than the
+    model has layers.
 
-    Where the layers hand on more than the hidden state (`LayerStack.can_replay`) every mask
-    takes a whole pass.
+    Where layers hand on more than the hidden state (`LayerStack.can_replay`), every set takes a
+    whole pass.
 
     Args:
         stack: the layers.
-        masks: sets of 0-based layers to remove, ascending; a mask that occurs twice runs once.
-        run: runs the model it is given on one batch, always the same, and returns something.
+        layer_sets: layers to remove; a set that occurs twice runs once.
+        run: runs the model it is given, always on the same batch, and returns a result.
 
     Yields:
-        Each mask with what `run` returned, in the order of the tree.
+        Each set with what `run` returned, in the order of the tree: no removals come first.
     """
-    ordered = in_tree_order(masks, len(stack))
+    ordered = in_tree_order(layer_sets, len(stack))
     if not stack.can_replay:
 
-        def whole(mask: Mask) -> T:
-            with stack.bypass(mask) as model:
+        def whole(removed: LayerSet) -> T:
+            with stack.bypass(removed) as model:
                 return run(model)
 
-        calls = [partial(whole, mask) for mask in ordered]
+        calls = [partial(whole, removed) for removed in ordered]
         yield from zip(ordered, stack.run_all(calls, alike=True), strict=True)
         return
     forks = [_fork(*pair) for pair in pairwise(ordered)]
-    states: dict[int, torch.Tensor] = {}  # layer -> what enters it, where masks to come branch off
-    for number, mask in enumerate(ordered):
+    states: dict[int, torch.Tensor] = {}  # layer -> its input, where sets to come branch off
+    for number, removed in enumerate(ordered):
         start = forks[number - 1] if number else None
         wanted = _branches(forks[number:])
-        begin = stack.bypass(mask) if start is None else stack.replay(start, states[start], mask)
-        states = {place: state for place, state in states.items() if place in wanted}
+        if start is None:
+            begin = stack.bypass(removed)
+        else:
+            begin = stack.replay(start, states[start], removed)
+        states = {index: state for index, state in states.items() if index in wanted}
         with begin as model, stack.observe_inputs(wanted - set(states), states.__setitem__):
             result = run(model)
-        yield mask, result
+        yield removed, result
 
 
-def in_tree_order(masks: Iterable[Mask], depth: int) -> list[Mask]:
-    """Different masks of `depth` layers, in the order in which `replayed` runs them."""
-    return sorted(set(masks), key=lambda mask: _bits(mask, depth))
+def in_tree_order(layer_sets: Iterable[LayerSet], depth: int) -> list[LayerSet]:
+    """The different sets, for a model of `depth` layers, in the order in which `replayed` runs."""
+
+    def path(removed: LayerSet) -> list[bool]:
+        return [index in removed for index in range(depth)]
+
+    return sorted(set(layer_sets), key=path)
 
 
-def executions(stack: LayerStack, ordered: Sequence[Mask]) -> list[int]:
-    """How many layers `replayed` runs for each of these masks, which are in its order."""
-    whole = [len(stack) - len(mask) for mask in ordered]
+def executions(stack: LayerStack, ordered: Sequence[LayerSet]) -> list[int]:
+    """How many layers `replayed` runs for each of these sets, which are in its order."""
+    whole = [len(stack) - len(removed) for removed in ordered]
     if not stack.can_replay:
         return whole
     forks = [0, *(_fork(*pair) for pair in pairwise(ordered))]
-    below = [sum(layer < fork for layer in mask) for mask, fork in zip(ordered, forks, strict=True)]
-    return [count - (fork - gone) for count, fork, gone in zip(whole, forks, below, strict=True)]
+    shared = [
+        fork - sum(layer < fork for layer in removed)
+        for removed, fork in zip(ordered, forks, strict=True)
+    ]
+    return [count - prefix for count, prefix in zip(whole, shared, strict=True)]
 
 
-def _bits(mask: Mask, depth: int) -> tuple[bool, ...]:
-    """Which layers are removed, first layer first: the path of a mask through the tree."""
-    return tuple(index in mask for index in range(depth))
-
-
-def _fork(left: Mask, right: Mask) -> int:
-    """The first layer that one of two different masks removes and the other does not."""
+def _fork(left: LayerSet, right: LayerSet) -> int:
+    """The first layer that one of two different sets removes and the other does not."""
     return min(set(left) ^ set(right))
 
 
 def _branches(forks: list[int]) -> set[int]:
-    """Where the masks still to come branch off the present one: the falling minima of `forks`."""
-    places: set[int] = set()
+    """Where the sets still to come branch off the present one: the falling minima of `forks`."""
+    branches: set[int] = set()
     for fork in forks:
-        if not places or fork < min(places):
-            places.add(fork)
-    return places
+        if not branches or fork < min(branches):
+            branches.add(fork)
+    return branches

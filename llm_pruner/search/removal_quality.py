@@ -1,9 +1,9 @@
-"""Quality of a model without layers: measured sample by sample, remembered, compared."""
+"""Quality of a model without layers: measured in chunks, remembered, compared."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -12,33 +12,33 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..data.items import EvalItem, fingerprint
-from ..data.tokens import encode_rows
+from ..data.tokens import TokenSequence, encode_sequences
 from ..distributed import gather, portion, working_together
 from ..errors import NonFiniteError, ProcessGroupError, UnsupportedModelError
-from ..model.forward import HINT, position_limit
+from ..model.forward import HINT, evaluating, position_limit
 from ..model.layer_stack import LayerStack
 from ..results import check_layers
-from ..stats import bootstrap_counts
+from ..stats import paired_draws, percentiles
 from ..utils import at_least_one, logger, progress, tokenizer_fingerprint
 from .journal import Journal
-from .objectives import MAX_LENGTH, OBJECTIVES, Measure, ObjectiveLike, Samples, parse_objective
-from .prefix_sharing import Mask, executions, in_tree_order
+from .objectives import MAX_LENGTH, OBJECTIVES, EncodedData, ObjectiveLike, parse_objective
+from .prefix_sharing import LayerSet, executions, in_tree_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-BLOCK = 16  # samples on which a comparison begins, at least
-Share = tuple[int, ...]  # chunks of samples
-Task = tuple[int, list[Mask]]  # a chunk, and the masks to be measured on it
+BLOCK = 16  # sequences on which a comparison begins, at least
+Subset = tuple[int, ...]  # chunks
+Work = list[tuple[int, list[LayerSet]]]  # chunks, and the sets to measure on each
 
 
 class RemovalQuality:
     """Quality of a model without a set of layers; nothing is measured twice.
 
-    Samples are drawn into an order of their own, so that the first ones speak for all: `rungs`
-    are growing shares of them, each about twice the last, on which masks can be compared before
-    everything is measured. The full model is measured on all samples at once.
+    The data are token sequences (items, or windows of running text) in random order, cut into
+    chunks of one batch each. Sets of layers can be compared on growing `subsets` of the chunks
+    before they are measured on all. The full model is always measured on all.
 
     Args:
         stack: the layers.
@@ -47,13 +47,13 @@ class RemovalQuality:
         objective: a name of `OBJECTIVES`, or several with weights: ``"nll=0.7,kl=0.3"``.
         batch_size: sequences per forward pass; does not change the result.
         journal: file that keeps measurements across runs, if any.
-        seed: of the order of samples; does not change the result on all of them.
+        seed: of the order of the sequences; does not change the result on all of them.
 
     Attributes:
-        rungs: numbers of chunks of samples; the last is all of them.
-        measured: chunks measured by this object, over all masks; those of the journal, and of other
-            processes, not counted.
-        refused: masks that cannot be, and why.
+        unit: what `change` measures, in words.
+        measured: chunks measured by this object, over all sets of layers; measurements from the
+            journal and of other processes do not count.
+        refused: sets of layers that the architecture cannot do without, and why.
 
     Raises:
         UnknownNameError, InvalidPlanError: no such objective.
@@ -72,84 +72,76 @@ class RemovalQuality:
         seed: int = 0,
     ) -> None:
         self.stack = stack
-        self._shares = parse_objective(objective)
+        mixture = parse_objective(objective)
+        self.unit = _unit(mixture)
         at_least_one(batch_size=batch_size)
         length = min(MAX_LENGTH, position_limit(stack.model))
-        rows = encode_rows(tokenizer, eval_data, max_length=length)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-        blocks = _blocks(order, batch_size)
-        for block in blocks:
-            block.sort(key=lambda row: len(rows[row].ids))  # of similar length, less padding
-        rows = [rows[index] for block in blocks for index in block]
-        self._lengths = [len(row.ids) for row in rows]
+        encoded = encode_sequences(tokenizer, eval_data, max_length=length)
+        order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(seed))
+        sequences = list[TokenSequence]()
         self._chunks: list[range] = []
-        self._blocks: list[list[int]] = []
-        for begin, block in zip(_starts(blocks), blocks, strict=True):
-            first = len(self._chunks)
-            stops = range(begin, begin + len(block), batch_size)
-            self._chunks += [range(x, min(x + batch_size, begin + len(block))) for x in stops]
+        self._blocks: list[list[int]] = []  # chunks that are compared together
+        for block in _blocks(order.tolist(), batch_size):
+            block.sort(key=lambda index: len(encoded[index].ids))  # similar lengths, less padding
+            begin, first = len(sequences), len(self._chunks)
+            sequences += [encoded[index] for index in block]
+            end = len(sequences)
+            for start in range(begin, end, batch_size):
+                self._chunks.append(range(start, min(start + batch_size, end)))
             self._blocks.append(list(range(first, len(self._chunks))))
-        items = [item if isinstance(item := eval_data[row.item], dict) else None for row in rows]
-        self._items = [row.item for row in rows]
-        samples = Samples(stack, tokenizer, rows, items, batch_size)
+        self._lengths = [len(one.ids) for one in sequences]
+        self._items = [one.item for one in sequences]
+        items = [item if isinstance(item := eval_data[n], dict) else None for n in self._items]
+        data = EncodedData(stack, tokenizer, sequences, items, batch_size)
         names: dict[type, list[str]] = {}
-        for name in self._shares:
+        for name in mixture:
             names.setdefault(OBJECTIVES[name].measured_by, []).append(name)
-        self._measures = [cls(samples, group) for cls, group in names.items()]
-        self._names = [name for group in names.values() for name in group]
+        self._measures = [cls(data, group) for cls, group in names.items()]
+        self._mixture = {name: mixture[name] for group in names.values() for name in group}
         self._weights = torch.cat([measure.weights() for measure in self._measures])
-        self._values: dict[Mask, torch.Tensor] = {}
-        self._done: dict[Mask, set[int]] = {}
-        self._columns_of: dict[Share | None, torch.Tensor] = {}
+        self._values: dict[LayerSet, torch.Tensor] = {}
+        self._done: dict[LayerSet, set[int]] = {}
+        self._indices_of: dict[Subset | None, torch.Tensor] = {}
         self.measured = 0
-        self.refused: dict[Mask, str] = {}
+        self.refused: dict[LayerSet, str] = {}
         self._journal = Journal(journal) if journal is not None else None
         self._key = ":".join(
             (
                 stack.fingerprint,
                 tokenizer_fingerprint(tokenizer),
                 fingerprint(eval_data),
-                "+".join(self._names),
+                "+".join(self._mixture),
                 f"1.{BLOCK}.{batch_size}.{seed}",
             )
         )
-        self._take_up()
+        if self._journal:
+            self._read_journal(self._journal)
 
-    def _take_up(self) -> None:
-        """Take in what the journal knows."""
-        if self._journal is None:
-            return
+    def _read_journal(self, journal: Journal) -> None:
         # From all processes, before any of them writes: from here on they know the same.
-        parts = gather(self._journal.read(self._key))
-        found = {(mask, chunk): values for part in parts for mask, chunk, values in part}
-        for (mask, chunk), values in found.items():
+        parts = gather(journal.read(self._key))
+        entries = {(removed, chunk): values for part in parts for removed, chunk, values in part}
+        for (removed, chunk), values in entries.items():
             known = torch.tensor(values, dtype=torch.float64)
             fits = 0 <= chunk < len(self._chunks) and known.isfinite().all()
-            if not fits or known.shape != (len(self._names), len(self._chunks[chunk])):
-                logger.warning("%s: a reading of %s is damaged.", self._journal.path, list(mask))
+            if not fits or known.shape != (len(self._mixture), len(self._chunks[chunk])):
+                logger.warning("%s: an entry for %s is damaged.", journal.path, list(removed))
                 continue
-            self._keep(mask, chunk, known)
-        if found:
-            logger.info("%d measurements taken up from %s", len(found), self._journal.path)
-
-    @property
-    def unit(self) -> str:
-        """What `change` measures."""
-        if len(self._names) == 1:
-            return f"relative change of {OBJECTIVES[self._names[0]].unit}"
-        parts = (f"{share:.2g} {name}" for name, share in self._shares.items())
-        return f"weighted relative change ({', '.join(parts)})"
+            self._keep(removed, chunk, known)
+        if entries:
+            logger.info("%d measurements read from %s", len(entries), journal.path)
 
     @property
     def items(self) -> int:
-        """How many items of the data play a part."""
+        """How many items of the data count."""
         counted = self._weights.sum(0).nonzero().flatten().tolist()
-        return len({self._items[place] for place in counted})
+        return len({self._items[index] for index in counted})
 
     @property
     def can_bypass(self) -> bool:
-        """Whether any set can be measured, also one that the architecture cannot do without."""
-        return self.stack.can_bypass and not any(measure.prunes for measure in self._measures)
+        """Whether any set can be measured, even one that the architecture cannot do without."""
+        needs = any(measure.needs_pruned_model for measure in self._measures)
+        return self.stack.can_bypass and not needs
 
     def __call__(self, removed: Iterable[int] = ()) -> float:
         """Quality without the layers `removed`; higher is better.
@@ -159,56 +151,49 @@ class RemovalQuality:
         Raises:
             NonFiniteError: it is not finite.
         """
-        mask = check_layers(removed, len(self.stack))
-        self.measure([mask])
-        if len(self._names) == 1:
-            return self._qualities(mask, self._columns(None))[0]
-        return 1.0 + self.change(mask)
+        layers = check_layers(removed, len(self.stack))
+        self.measure([layers])
+        if len(self._mixture) == 1:
+            return self._qualities(layers, None)[0]
+        return 1.0 + self.change(layers)
 
-    def change(self, removed: Iterable[int], share: Share | None = None) -> float:
+    def change(self, removed: Iterable[int], subset: Subset | None = None) -> float:
         """Relative change of quality against the full model: -0.02 is 2 % worse.
 
         Args:
             removed: layers to remove.
-            share: samples to measure on, an element of a `ladder`; all if None.
+            subset: the part of the data to measure on, of `subsets`; all of it if None.
 
         Raises:
             NonFiniteError: it is not finite, or the full model's quality is 0.
         """
-        mask = check_layers(removed, len(self.stack))
-        self.measure([mask], share)
-        columns = self._columns(share)
-        changes = zip(
-            self._names,
-            self._qualities(mask, columns),
-            self._qualities((), columns),
-            self._full(),
-            strict=True,
-        )
+        layers = check_layers(removed, len(self.stack))
+        self.measure([layers], subset)
+        qualities = self._qualities(layers, subset), self._qualities((), subset), self._full()
         return math.fsum(
-            self._shares[name] * (found - full) / abs(scale) for name, found, full, scale in changes
+            weight * (after - before) / abs(full)
+            for weight, after, before, full in zip(self._mixture.values(), *qualities, strict=True)
         )
 
-    def gap(self, left: Mask, right: Mask, share: Share) -> tuple[float, float]:
+    def gap(self, left: LayerSet, right: LayerSet, subset: Subset) -> tuple[float, float]:
         """How much better `left` is than `right`, and the standard error of that.
 
-        Both are changes on the samples of the share, paired sample by sample. The error is that
-        of the estimate for all samples, linearised; on all of them it is 0. Of measures that count
-        it is at least what one sample or token makes, since on few samples two sets often agree
-        in all.
+        Both are changes on the subset, paired sequence by sequence. The error is that of the
+        estimate for all data, linearised; on all data it is 0. For measures that count, it is at
+        least what one item or token contributes, because on few items two sets often agree in all.
         """
-        difference = self.change(left, share) - self.change(right, share)
-        columns = self._columns(share)
-        count, total = len(columns), self._weights.shape[1]
+        difference = self.change(left, subset) - self.change(right, subset)
+        indices = self._indices(subset)
+        count, total = len(indices), self._weights.shape[1]
         if count == total:
             return difference, 0.0
-        paired = self._influence(left, columns) - self._influence(right, columns)
+        paired = self._influence(left, subset) - self._influence(right, subset)
         least = sum(
-            (self._shares[name] / abs(full) / float(weight)) ** 2
-            for name, full, weight in zip(
-                self._names, self._full(), self._weights[:, columns].sum(1), strict=True
+            (weight / abs(full) / float(size)) ** 2
+            for (name, weight), full, size in zip(
+                self._mixture.items(), self._full(), self._weights[:, indices].sum(1), strict=True
             )
-            if not OBJECTIVES[name].is_loss and weight
+            if not OBJECTIVES[name].is_loss and size
         )
         spread = max(float(paired.square().sum()), least) * count / max(1, count - 1)
         return difference, math.sqrt(spread * (1 - count / total))
@@ -216,160 +201,161 @@ class RemovalQuality:
     def interval(
         self, removed: Iterable[int], level: float = 0.95, draws: int = 1000, seed: int = 0
     ) -> tuple[float, float]:
-        """Paired bootstrap interval of `change` on all samples: (low, high).
+        """Paired bootstrap interval of `change` on all data: (low, high).
 
-        Samples are drawn with replacement, the same for both models (Efron's percentile method).
+        Sequences are drawn with replacement, the same for both models (Efron's percentile method).
         """
-        mask = check_layers(removed, len(self.stack))
-        self.measure([mask])
-        counts = bootstrap_counts(self._weights.shape[1], draws, seed)
-        weight = (counts @ self._weights.T).clamp(min=1e-12)
-        found, full = (counts @ self._values[one].T / weight for one in (mask, ()))
-        total = torch.zeros(draws, dtype=torch.float64)
-        for part, (name, scale) in enumerate(zip(self._names, self._full(), strict=True)):
-            objective = OBJECTIVES[name]
-            gains = [
-                objective.quality(one) - objective.quality(other)
-                for one, other in zip(found[:, part].tolist(), full[:, part].tolist(), strict=True)
-            ]
-            total += self._shares[name] / abs(scale) * torch.tensor(gains, dtype=torch.float64)
-        tail = (1 - level) / 2
-        low, high = total.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+        layers = check_layers(removed, len(self.stack))
+        self.measure([layers])
+        changes = torch.zeros(draws, dtype=torch.float64)
+        for number, (name, full) in enumerate(self.full().items()):
+            before, after = self._values[()][number], self._values[layers][number]
+            transform = _likelihood if OBJECTIVES[name].is_loss else None
+            gains = paired_draws(
+                before, after, self._weights[number], transform=transform, draws=draws, seed=seed
+            )
+            changes += self._mixture[name] / abs(full) * gains
+        low, high = percentiles(changes, level).tolist()
         return low, high
 
-    def ladder(self, turn: int = 0) -> list[Share]:
-        """Growing shares of the samples, each about twice the last; the last is all of them.
+    def subsets(self, turn: int = 0) -> list[Subset]:
+        """Growing subsets of the data, each about twice the last; the last is all of it.
 
-        Every turn begins with other samples, so that comparisons of many turns do not all rest
-        on the same few.
+        Every turn begins with other sequences, so that many comparisons do not all rest on the
+        same few.
         """
         count = len(self._blocks)
         order = [self._blocks[(turn + number) % count] for number in range(count)]
         sizes = [2**step for step in range(count.bit_length()) if 2**step < count]
         return [tuple(sorted(chain(*order[:size]))) for size in [*sizes, count]]
 
-    def samples(self, share: Share | None = None) -> int:
-        """How many samples a share holds."""
-        return len(self._columns(share))
+    def size(self, subset: Subset | None = None) -> int:
+        """How many sequences a subset holds; all of the data if None."""
+        return len(self._indices(subset))
 
     def measure(
-        self, masks: Iterable[Mask], share: Share | None = None, label: str = "Measuring"
+        self, layer_sets: Iterable[LayerSet], subset: Subset | None = None, label: str = "Measuring"
     ) -> None:
-        """Measure what is not known yet of `masks` on the samples of a share, all in one sweep.
+        """Measure what is not known yet of `layer_sets` on a subset, all in one run.
 
-        Of several processes each measures its portion, and all come to know everything.
+        Of several processes each measures its portion, and all learn everything.
 
         Raises:
             NonFiniteError: NaN or infinite values; the message names the layers.
         """
-        wanted = dict.fromkeys(masks)
-        todo = []
+        wanted = dict.fromkeys(layer_sets)
+        todo: Work = []
         for chunk in range(len(self._chunks)):
-            here = wanted if share is None or chunk in share else ()
+            here = wanted if subset is None or chunk in subset else ()
             missing = [
-                mask
-                for mask in dict.fromkeys([(), *here])  # the full model always, on all samples
-                if chunk not in self._done.get(mask, ())
+                removed
+                for removed in dict.fromkeys([(), *here])  # the full model always, on all data
+                if chunk not in self._done.get(removed, ())
             ]
             if missing:
                 todo.append((chunk, missing))
-        own = self._portion(todo)
-        if any(any(missing) for _, missing in own):
+        if not todo:
+            return
+        mine = self._portion(todo)
+        if any(any(missing) for _, missing in mine):
             self.stack.prepare()
-        calls = []
-        for chunk, missing in own:
-            parts: dict[Mask, list[torch.Tensor]] = {}
-            calls += [
-                partial(self._measure, chunk, missing, part, parts) for part in self._measures
-            ]
-        for _ in progress(self.stack.run_all(calls), label, total=len(calls)):
-            pass
-        if todo and working_together() > 1:
-            self._exchange(own, todo)
+        calls = [partial(self._measure, chunk, missing) for chunk, missing in mine]
+        with evaluating(self.stack.model):
+            for _ in progress(self.stack.run_all(calls), label, total=len(calls)):
+                pass
+        if working_together() > 1:
+            self._exchange(mine, todo)
 
-    def _portion(self, todo: list[Task]) -> list[Task]:
-        """What of it falls to this process; masks that share states stay together."""
-        units: list[tuple[int, Mask]] = []
+    def _portion(self, todo: Work) -> Work:
+        """What falls to this process, in tree order; sets that share states stay together."""
+        units: list[tuple[int, LayerSet]] = []
         costs: list[int] = []
-        for chunk, masks in todo:
-            ordered = in_tree_order(masks, len(self.stack))
-            lengths = [self._lengths[row] for row in self._chunks[chunk]]
-            units += [(chunk, mask) for mask in ordered]
+        for chunk, missing in todo:
+            ordered = in_tree_order(missing, len(self.stack))
+            lengths = [self._lengths[index] for index in self._chunks[chunk]]
+            units += [(chunk, removed) for removed in ordered]
             padded = len(lengths) * max(lengths)
             costs += [padded * layers for layers in executions(self.stack, ordered)]
-        own: dict[int, list[Mask]] = {}
-        for place in portion(costs):
-            chunk, mask = units[place]
-            own.setdefault(chunk, []).append(mask)
-        return list(own.items())
+        mine: dict[int, list[LayerSet]] = {}
+        for index in portion(costs):
+            chunk, removed = units[index]
+            mine.setdefault(chunk, []).append(removed)
+        return list(mine.items())
 
-    def _exchange(self, own: list[Task], todo: list[Task]) -> None:
+    def _exchange(self, mine: Work, todo: Work) -> None:
         """Take in what the other processes have measured."""
-        found = {
-            (mask, chunk): self._values[mask][:, span.start : span.stop].tolist()
-            for chunk, masks in own
-            for mask in masks
-            if (span := self._chunks[chunk])
+        values = {
+            (removed, chunk): self._values[removed][:, self._span(chunk)].tolist()
+            for chunk, layer_sets in mine
+            for removed in layer_sets
         }
-        wanted = hash(tuple((chunk, tuple(masks)) for chunk, masks in todo))
-        everything = gather((wanted, found))
-        if any(other != wanted for other, _ in everything):
+        asked = hash(tuple((chunk, tuple(layer_sets)) for chunk, layer_sets in todo))
+        everything = gather((asked, values))
+        if any(other != asked for other, _ in everything):
             raise ProcessGroupError(
                 "The processes measure different sets of layers, so they have come to different "
-                "decisions: all need the same model and data, and a strategy no chance of its own."
+                "decisions: all need the same model and data, and a strategy without randomness "
+                "of its own."
             )
         for _, part in everything:
-            for (mask, chunk), values in part.items():
-                self._keep(mask, chunk, torch.tensor(values, dtype=torch.float64))
+            for (removed, chunk), found in part.items():
+                self._keep(removed, chunk, torch.tensor(found, dtype=torch.float64))
 
-    def refusal(self, mask: Mask) -> str:
+    def refusal(self, removed: LayerSet) -> str:
         """Why the architecture cannot do without these layers; empty if it can."""
-        if mask not in self.refused:
+        if removed not in self.refused:
             try:
-                self.stack.remove(mask)
+                self.stack.remove(removed)
                 return ""
             except UnsupportedModelError as error:
-                self.refused[mask] = str(error)
-        return self.refused[mask]
+                self.refused[removed] = str(error)
+        return self.refused[removed]
 
-    def _measure(
-        self, chunk: int, masks: list[Mask], measure: Measure, parts: dict[Mask, list[torch.Tensor]]
-    ) -> None:
-        """One measure on a chunk; where all of them have been read, `parts` is recorded."""
-        for mask, values in measure.read(self._chunks[chunk], masks):
-            parts.setdefault(mask, []).append(values)
-            if len(parts[mask]) == len(self._measures):
-                found = torch.cat(parts.pop(mask))
-                self._check_finite(mask, chunk, found)
-                self.measured += 1
-                self._keep(mask, chunk, found)
-                if self._journal:
-                    self._journal.append(self._key, mask, chunk, found.tolist())
+    def _measure(self, chunk: int, layer_sets: list[LayerSet]) -> None:
+        """Measure sets of layers on a chunk; each is recorded as soon as its values are there."""
+        for removed, values in self._read(self._chunks[chunk], layer_sets):
+            self._check_finite(removed, chunk, values)
+            self.measured += 1
+            self._keep(removed, chunk, values)
+            if self._journal:
+                self._journal.append(self._key, removed, chunk, values.tolist())
 
-    def _check_finite(self, mask: Mask, chunk: int, values: torch.Tensor) -> None:
+    def _read(
+        self, chunk: range, layer_sets: list[LayerSet]
+    ) -> Iterator[tuple[LayerSet, torch.Tensor]]:
+        """The values of all measures: (measures, len(chunk)) for each set, in the given order."""
+        readings: Iterable[Iterable[tuple[LayerSet, torch.Tensor]]]
+        readings = [measure.read(chunk, layer_sets) for measure in self._measures]
+        if self.stack.offloaded:  # in step, so that every weight is read once for all measures
+            readings = self.stack.run_all([partial(list, one) for one in readings])
+        for parts in zip(*readings, strict=True):
+            yield parts[0][0], torch.cat([values for _, values in parts])
+
+    def _check_finite(self, removed: LayerSet, chunk: int, values: torch.Tensor) -> None:
         bad = (~values.isfinite()).any(0).nonzero().flatten().tolist()
         if bad:
-            items = sorted({self._items[self._chunks[chunk].start + place] for place in bad})
-            which = f"The model without layers {list(mask)}" if mask else "The full model"
+            items = sorted({self._items[self._chunks[chunk][index]] for index in bad})
+            which = f"The model without layers {list(removed)}" if removed else "The full model"
             raise NonFiniteError(
                 f"{which} gives NaN or infinite values on items {items[:10]}: its weights or {HINT}"
             )
 
-    def _keep(self, mask: Mask, chunk: int, values: torch.Tensor) -> None:
-        if mask not in self._values:
-            self._values[mask] = torch.zeros_like(self._weights)
-            self._done[mask] = set()
-        samples = self._chunks[chunk]
-        self._values[mask][:, samples.start : samples.stop] = values
-        self._done[mask].add(chunk)
+    def _keep(self, removed: LayerSet, chunk: int, values: torch.Tensor) -> None:
+        if removed not in self._values:
+            self._values[removed] = torch.zeros_like(self._weights)
+            self._done[removed] = set()
+        self._values[removed][:, self._span(chunk)] = values
+        self._done[removed].add(chunk)
 
-    def _columns(self, share: Share | None) -> torch.Tensor:
-        """Positions of the samples of a share."""
-        if share not in self._columns_of:
-            chunks = range(len(self._chunks)) if share is None else share
-            rows = [row for chunk in chunks for row in self._chunks[chunk]]
-            self._columns_of[share] = torch.tensor(rows)
-        return self._columns_of[share]
+    def _span(self, chunk: int) -> slice:
+        return slice(self._chunks[chunk].start, self._chunks[chunk].stop)
+
+    def _indices(self, subset: Subset | None) -> torch.Tensor:
+        """Indices of the sequences of a subset."""
+        if subset not in self._indices_of:
+            chunks = range(len(self._chunks)) if subset is None else subset
+            self._indices_of[subset] = torch.tensor([i for n in chunks for i in self._chunks[n]])
+        return self._indices_of[subset]
 
     def full(self) -> dict[str, float]:
         """The quality of the model with all its layers, by measure.
@@ -378,54 +364,67 @@ class RemovalQuality:
             NonFiniteError: one is not finite, or 0.
         """
         self.measure([()])
-        return dict(zip(self._names, self._full(), strict=True))
+        return dict(zip(self._mixture, self._full(), strict=True))
 
     def change_from(self, other: RemovalQuality) -> float:
         """Relative change of this full model against the full model of another measurement.
 
-        For models that are not one another's cut (a repaired one); measures that compare with the
-        full model itself have no meaning here.
+        For models of which neither is the other without layers (a healed one). Measures that
+        compare with the full model itself have no meaning here.
         """
-        pairs = ((name, value, other.full()[name]) for name, value in self.full().items())
+        before = other.full()
         return math.fsum(
-            self._shares[name] * (found - full) / abs(full) for name, found, full in pairs
+            self._mixture[name] * (after - before[name]) / abs(before[name])
+            for name, after in self.full().items()
         )
 
     def _full(self) -> list[float]:
-        """The full model's qualities on all samples."""
-        qualities = self._qualities((), self._columns(None))
+        """The full model's qualities on all data."""
+        qualities = self._qualities((), None)
         if not all(qualities):
             raise NonFiniteError("The full model's quality is 0: no relative change is defined.")
         return qualities
 
-    def _means(self, mask: Mask, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean of each measure over samples, and the total weight: (measures,)."""
-        weight = self._weights[:, columns].sum(1).clamp(min=1e-12)
-        return self._values[mask][:, columns].sum(1) / weight, weight
+    def _means(self, removed: LayerSet, subset: Subset | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean of each measure, and its total weight: (measures,)."""
+        indices = self._indices(subset)
+        weight = self._weights[:, indices].sum(1).clamp(min=1e-12)
+        return self._values[removed][:, indices].sum(1) / weight, weight
 
-    def _qualities(self, mask: Mask, columns: torch.Tensor) -> list[float]:
-        means, _ = self._means(mask, columns)
-        pairs = zip(self._names, means.tolist(), strict=True)
+    def _qualities(self, removed: LayerSet, subset: Subset | None) -> list[float]:
+        means, _ = self._means(removed, subset)
+        pairs = zip(self._mixture, means.tolist(), strict=True)
         return [OBJECTIVES[name].quality(mean) for name, mean in pairs]
 
-    def _influence(self, mask: Mask, columns: torch.Tensor) -> torch.Tensor:
-        """First-order share of each sample in the relative change."""
-        means, weight = self._means(mask, columns)
-        each = self._values[mask][:, columns] - means[:, None] * self._weights[:, columns]
+    def _influence(self, removed: LayerSet, subset: Subset) -> torch.Tensor:
+        """First-order contribution of each sequence to the relative change."""
+        indices = self._indices(subset)
+        means, total = self._means(removed, subset)
+        each = self._values[removed][:, indices] - means[:, None] * self._weights[:, indices]
         factors = [
-            self._shares[name] * OBJECTIVES[name].slope(mean) / abs(full)
-            for name, mean, full in zip(self._names, means.tolist(), self._full(), strict=True)
+            weight * OBJECTIVES[name].slope(mean) / abs(full)
+            for (name, weight), mean, full in zip(
+                self._mixture.items(), means.tolist(), self._full(), strict=True
+            )
         ]
-        return (torch.tensor(factors, dtype=torch.float64) / weight) @ each
+        return (torch.tensor(factors, dtype=torch.float64) / total) @ each
+
+
+def _unit(mixture: Mapping[str, float]) -> str:
+    if len(mixture) == 1:
+        (name,) = mixture
+        return f"relative change of {OBJECTIVES[name].unit}"
+    parts = (f"{weight:.2g} {name}" for name, weight in mixture.items())
+    return f"weighted relative change ({', '.join(parts)})"
+
+
+def _likelihood(nll: torch.Tensor) -> torch.Tensor:
+    return torch.exp(-nll)
 
 
 def _blocks(order: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Samples in blocks of whole batches; a remainder joins the last block."""
+    """The sequences in blocks of whole batches; a remainder joins the last block."""
     size = -(-BLOCK // batch_size) * batch_size
     count = max(1, len(order) // size)
     ends = [*range(size, size * count, size), len(order)]
     return [list(order[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
-
-
-def _starts(blocks: Sequence[Sequence[int]]) -> list[int]:
-    return [sum(len(block) for block in blocks[:number]) for number in range(len(blocks))]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InvalidDataError, MissingDependencyError, NonFiniteError
 from ..results import check_layers
-from ..utils import render_prompt
 from .style import (
     BLUE,
     GREEN,
@@ -305,15 +304,13 @@ def _encode(model: Any, tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
 
     A prompt that is too long for the model loses its beginning.
     """
-    from ..model.forward import position_limit
+    import torch
 
-    special = not getattr(tokenizer, "chat_template", None)
-    text = render_prompt(tokenizer, prompt)
-    encoded = tokenizer(text, return_tensors="pt", add_special_tokens=special)
-    ids = encoded["input_ids"].to(next(model.parameters()).device)
-    if ids.shape[1] > 1 and ids[0, -1] == tokenizer.eos_token_id:
-        ids = ids[:, :-1]  # some tokenizers close every text; nothing would follow
-    ids = ids[:, -position_limit(model) :]
+    from ..data.tokens import encode_prompt
+    from ..model.forward import input_device, position_limit
+
+    encoded = encode_prompt(tokenizer, prompt, position_limit(model))
+    ids = torch.tensor([encoded], device=input_device(model))
     return {"input_ids": ids, "attention_mask": ids.new_ones(ids.shape)}
 
 

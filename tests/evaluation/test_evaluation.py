@@ -24,7 +24,7 @@ from transformers import (
 from llm_pruner.data.row_formats import DATASETS
 from llm_pruner.data.tokens import IGNORED, Batch, encode_batches, encode_pair
 from llm_pruner.errors import InvalidDataError, LoadError, MissingDependencyError, NonFiniteError
-from llm_pruner.evaluation import likelihood, similarity, tasks
+from llm_pruner.evaluation import similarity, tasks, token_measures
 from llm_pruner.evaluation.generation import ModelEvaluator
 from llm_pruner.evaluation.likelihood import mean_nll, perplexity, sequence_nll
 from llm_pruner.evaluation.similarity import embed, load_embedder, similarity_floor
@@ -127,11 +127,11 @@ def slow_answer(model, tokenizer, prompt, new_tokens, ends=(1,)) -> str:
 def test_sequence_nll_is_the_models_own_loss(model, tokenizer, batch_size):
     batches = encode_batches(tokenizer, MIXED, batch_size=batch_size)
     total, count = sequence_nll(model, batches)
-    rows = [row for batch in batches for row in batch.rows]
-    assert sorted(rows) == list(range(len(MIXED)))
+    order = [item for batch in batches for item in batch.items]
+    assert sorted(order) == list(range(len(MIXED)))
     assert total.dtype == count.dtype == torch.float64
-    for row, nll, n in zip(rows, total.tolist(), count.tolist(), strict=True):
-        expected, expected_count = slow_loss(model, tokenizer, MIXED[row])
+    for item, nll, n in zip(order, total.tolist(), count.tolist(), strict=True):
+        expected, expected_count = slow_loss(model, tokenizer, MIXED[item])
         assert n == expected_count
         assert nll == pytest.approx(expected, rel=1e-5)
 
@@ -157,14 +157,14 @@ def test_padding_side_and_content_change_nothing(model, tokenizer):
         to_left(right.input_ids, 10**6),  # an id that no model has
         to_left(right.attention_mask, 0),
         to_left(right.labels, IGNORED),
-        right.rows,
+        right.items,
     )
     torch.testing.assert_close(sequence_nll(model, [left]), sequence_nll(model, [right]))
 
 
 def test_chunks_of_the_vocabulary_change_nothing(model, tokenizer, monkeypatch):
     whole = mean_nll(model, tokenizer, MIXED)
-    monkeypatch.setattr(likelihood, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(token_measures, "CHUNK_ELEMENTS", 1)
     assert mean_nll(model, tokenizer, MIXED) == pytest.approx(whole, rel=1e-6)
 
 
@@ -355,16 +355,12 @@ def test_a_tokenizer_that_closes_every_text_does_not_end_the_answer(tokenizer):
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"max_new_tokens": -1}, "max_new_tokens=-1 must be at least 1"),
         ({"max_new_tokens": 160}, "max_new_tokens=160 leaves no room .* 160 positions"),
+        ({}, r"one string, 'Who\?'"),
     ],
 )
-def test_impossible_options_are_refused(tokenizer, options, message):
+def test_impossible_requests_are_refused(tokenizer, options, message):
     with pytest.raises(InvalidDataError, match=message):
-        ModelEvaluator(build("llama"), tokenizer, **options)
-
-
-def test_one_string_is_not_a_list_of_prompts(tokenizer):
-    with pytest.raises(InvalidDataError, match=r"one string, 'Who\?'"):
-        ModelEvaluator(build("llama"), tokenizer).generate("Who?")
+        ModelEvaluator(build("llama"), tokenizer, **options).generate("Who?")
 
 
 def test_a_device_moves_the_model(tokenizer):
@@ -465,21 +461,16 @@ def test_long_texts_are_read_to_their_end(minilm):
 
 
 def test_a_missing_embedder_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'llm_pruner\[similarity\]'"):
-        load_embedder.__wrapped__()
-
-
-def test_missing_weights_say_what_to_install(monkeypatch):
     def unreachable(source):
         raise OSError(f"cannot connect for {source}")
 
     stub = type(sys)("sentence_transformers")
     stub.SentenceTransformer = unreachable
-    monkeypatch.setitem(sys.modules, "sentence_transformers", stub)
     monkeypatch.setattr(similarity, "find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"MiniLM-L6-v2 \(OSError: cannot connect"):
-        load_embedder.__wrapped__()
+    for package, reason in ((None, ""), (stub, r"MiniLM-L6-v2 \(OSError: cannot connect.*")):
+        monkeypatch.setitem(sys.modules, "sentence_transformers", package)
+        with pytest.raises(MissingDependencyError, match=reason + r"pip install .*\[similarity\]'"):
+            load_embedder.__wrapped__()
 
 
 def test_the_module_loads_nothing_heavy():

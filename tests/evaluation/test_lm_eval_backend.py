@@ -28,8 +28,7 @@ from llm_pruner.errors import (
     ProcessGroupError,
     UnknownNameError,
 )
-from llm_pruner.evaluation import lm_eval_backend
-from llm_pruner.evaluation.lm_eval_backend import compare_results, compare_tasks, run_tasks
+from llm_pruner.evaluation.lm_eval_backend import compare_results, run_tasks
 from llm_pruner.evaluation.tasks import HolisticEvaluator, choice_losses
 from llm_pruner.utils import format_prompt
 
@@ -248,12 +247,11 @@ def test_a_comparison_is_two_runs_and_a_paired_bootstrap(llama, tokenizer, arc, 
     folder, _ = arc
     pruned = tiny_llama(3)
     settings = {"limit": 15, "num_fewshot": 2, "batch_size": 4}
-    lines = compare_tasks(llama, pruned, tokenizer, ["arc_easy"], folder, **settings)
-    before, after = (
-        run_tasks(model, tokenizer, ["arc_easy"], folder, **settings)["arc_easy"]
-        for model in (llama, pruned)
-    )
-    assert lines == compare_results(before, after)
+    results = [
+        run_tasks(model, tokenizer, ["arc_easy"], folder, **settings) for model in (llama, pruned)
+    ]
+    lines = compare_results(*results)
+    before, after = (result["arc_easy"] for result in results)
     assert [line.name for line in lines] == ["arc_easy (acc)", "arc_easy (acc_norm)"]
     for line, metric in zip(lines, before.scores, strict=True):
         gains = [b - a for a, b in zip(before.scores[metric], after.scores[metric], strict=True)]
@@ -267,9 +265,11 @@ def test_a_comparison_is_two_runs_and_a_paired_bootstrap(llama, tokenizer, arc, 
         assert "2 examples" in line.note
     assert any(line.change for line in lines)
     assert all(line.low <= line.change <= line.high for line in lines)
-    shorter = run_tasks(llama, tokenizer, ["arc_easy"], folder, limit=14)["arc_easy"]
+    shorter = run_tasks(llama, tokenizer, ["arc_easy"], folder, limit=14)
     with pytest.raises(InvalidDataError, match="differ in items"):
-        compare_results(before, shorter)
+        compare_results(results[0], shorter)
+    with pytest.raises(InvalidDataError, match=r"different tasks \(arc_easy; \)"):
+        compare_results(results[0], {})
 
 
 def test_a_shipped_task_reads_local_rows(llama, tokenizer, arc):
@@ -376,15 +376,20 @@ def test_infinite_likelihoods_are_named(llama, tokenizer, definition, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("tasks", "message"),
+    ("tasks", "options", "error", "message"),
     [
-        (["arc_eazy"], "no task 'arc_eazy'. Did you mean 'arc_easy' or"),
-        (["§"], r"no task '§'. All \d+: lm-eval ls tasks"),
+        (["arc_eazy"], {}, UnknownNameError, "no task 'arc_eazy'. Did you mean 'arc_easy' or"),
+        (["§"], {}, UnknownNameError, r"no task '§'. All \d+: lm-eval ls tasks"),
+        ([], {}, InvalidDataError, "must be a list of one or more"),
+        ("arc_easy", {}, InvalidDataError, "must be a list of one or more"),
+        (["arc_easy"], {"limit": 0}, InvalidDataError, "limit=0 must be at least 1"),
+        (["arc_easy"], {"batch_size": 0}, InvalidDataError, "batch_size=0"),
+        (["arc_easy"], {"num_fewshot": -1}, InvalidDataError, "num_fewshot=-1 must be at least 0"),
     ],
 )
-def test_unknown_tasks(llama, tokenizer, tasks, message):
-    with pytest.raises(UnknownNameError, match=message):
-        run_tasks(llama, tokenizer, tasks)
+def test_what_cannot_be_run_is_refused(llama, tokenizer, tasks, options, error, message):
+    with pytest.raises(error, match=message):
+        run_tasks(llama, tokenizer, tasks, **options)
 
 
 def test_data_that_cannot_be_had(llama, tokenizer, tmp_path, definition):
@@ -414,25 +419,6 @@ def test_tasks_that_do_not_fit(llama, tokenizer, definition, tmp_path):
     text = answering(tmp_path, "loglikelihood_rolling", metric_list=metrics, filter_list=None)
     with pytest.raises(InvalidDataError, match=r"'say' has no score in \[0, 1\].*word_perplexity"):
         run_tasks(llama, tokenizer, [text])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"limit": 0}, "limit=0 must be at least 1"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"num_fewshot": -1}, "num_fewshot=-1 must be at least 0"),
-    ],
-)
-def test_counts_that_cannot_be(llama, tokenizer, definition, options, message):
-    with pytest.raises(InvalidDataError, match=message):
-        run_tasks(llama, tokenizer, [definition], **options)
-
-
-@pytest.mark.parametrize("tasks", [[], "arc_easy"])
-def test_tasks_are_a_list(llama, tokenizer, tasks):
-    with pytest.raises(InvalidDataError, match="must be a list of one or more"):
-        run_tasks(llama, tokenizer, tasks)
 
 
 def test_every_backend_takes_its_own_data(llama, tokenizer, items, definition, tmp_path):
@@ -467,9 +453,3 @@ def test_a_process_that_gets_no_results(llama, tokenizer, definition, monkeypatc
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ProcessGroupError, match="first process"):
         run_tasks(llama, tokenizer, [definition], limit=2)
-
-
-def test_the_list_of_tasks_is_read_once():
-    assert lm_eval_backend._manager(True) is lm_eval_backend._manager(True)
-    assert {"arc_easy", "mmlu"} <= set(lm_eval_backend._manager(True).all_tasks)
-    assert "mmlu" not in lm_eval_backend._manager(True).all_subtasks

@@ -11,7 +11,7 @@ import zoo
 from conftest import items, tiny_gpt2, tiny_llama
 from torch import nn
 
-from llm_pruner.data.tokens import encode_batches, encode_rows, pad_rows
+from llm_pruner.data.tokens import encode_batches, encode_sequences, pad_sequences
 from llm_pruner.healing import job, linear
 from llm_pruner.healing.job import HealingJob
 from llm_pruner.healing.linear import heal_linear
@@ -22,8 +22,8 @@ REMOVED = [3, 4, 6]
 
 def job_for(stack, removed, tokenizer, data=None, batch_size=8):
     """Fits and validates on the same items."""
-    rows = encode_rows(tokenizer, data or items(30))
-    validation = pad_rows(tokenizer, rows, batch_size)
+    rows = encode_sequences(tokenizer, data or items(30))
+    validation = pad_sequences(tokenizer, rows, batch_size)
     return HealingJob(stack, tuple(removed), tokenizer, rows, validation, held_out=[])
 
 

@@ -1,4 +1,4 @@
-"""Objectives: every measure a second time, on pruned models, one unpadded sequence at a time."""
+"""Objectives: one contract for all, checked on pruned models by slow loops; then mixtures."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ import random
 
 import pytest
 import torch
-from conftest import N_LAYERS, WORDS, items, tiny_gpt2, tiny_llama
+from conftest import N_LAYERS, WORDS, items, tiny_gpt2, tiny_llama, word_tokenizer
 
-from llm_pruner.data.tokens import encode_pair, encode_rows
-from llm_pruner.errors import InvalidDataError, InvalidPlanError, UnknownNameError
+from llm_pruner.data.tokens import encode_pair
+from llm_pruner.errors import (
+    InvalidDataError,
+    InvalidPlanError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
 from llm_pruner.evaluation import generation
 from llm_pruner.evaluation.generation import ModelEvaluator
-from llm_pruner.evaluation.likelihood import mean_nll
-from llm_pruner.evaluation.tasks import HolisticEvaluator
 from llm_pruner.model.layer_stack import LayerStack
-from llm_pruner.search.objectives import OBJECTIVES, Samples, TokenMeasures, parse_objective
+from llm_pruner.offload.offloaded_stack import layers_of, load_streamed
+from llm_pruner.search.objectives import OBJECTIVES, parse_objective
 from llm_pruner.search.removal_quality import RemovalQuality
+from llm_pruner.utils import clean_output, render_prompt
 
-MASKS = [(), (0,), (7,), (2, 5), (1, 3, 4, 6)]
+LAYER_SETS = [(), (0,), (7,), (2, 5), (1, 3, 4, 6)]
 POSITIONS = 128
+NEW_TOKENS = 64
 LONG = " ".join(random.Random(1).choices(WORDS, k=2 * POSITIONS + 40))  # three windows
-MIXED = [*items(5), "the cat sat on the old red mat", LONG, "one bird by our house"]
 
 
 def choice_items(number: int = 24) -> list[dict]:
@@ -36,6 +41,12 @@ def choice_items(number: int = 24) -> list[dict]:
         item = {"task": "pick", "prompt": prompt, "reference": draw.choice(choices)}
         made.append({**item, "choices": choices})
     return made
+
+
+TEXTS = ["the cat sat on the old red mat", LONG, "one bird by our house"]
+# Of everything a bit, in no order; generation is slow, so it gets less.
+DATA = {name: [*items(3), *choice_items(16), *TEXTS, *items(5)[3:]] for name in OBJECTIVES}
+DATA["similarity"] = [*items(2), LONG, *choice_items(2)]
 
 
 class WordVectors:
@@ -51,10 +62,9 @@ class WordVectors:
         return vectors
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def embedder(monkeypatch):
     monkeypatch.setattr(generation, "load_embedder", WordVectors)
-    return WordVectors()
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -67,8 +77,9 @@ def llama_stack(llama):
     return LayerStack(llama)
 
 
-def without(stack: LayerStack, mask) -> torch.nn.Module:
-    return stack.remove(mask) if mask else stack.model
+def log_probabilities(model, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
 
 
 def scored(model, tokenizer, item) -> list[tuple[torch.Tensor, list[int]]]:
@@ -78,52 +89,162 @@ def scored(model, tokenizer, item) -> list[tuple[torch.Tensor, list[int]]]:
         parts = [(ids[at : at + POSITIONS], 1) for at in range(0, len(ids), POSITIONS)]
     else:
         parts = [encode_pair(tokenizer, item["prompt"], item["reference"])]
+    return [(log_probabilities(model, ids)[n - 1 : -1], ids[n:]) for ids, n in parts]
+
+
+def slow_tokens(pruned, full, tokenizer, item, name) -> list[float]:
+    """A token measure at every scored token."""
+    values = []
+    pairs = zip(scored(pruned, tokenizer, item), scored(full, tokenizer, item), strict=True)
+    for (log_q, ids), (log_p, _) in pairs:
+        for place, label in enumerate(ids):
+            p, q = log_p[place].exp(), log_q[place].exp()
+            values.append(
+                {
+                    "nll": -float(log_q[place, label]),
+                    "kl": float((p * (p / q).log()).sum()),
+                    "agreement": float(p.argmax() == q.argmax()),
+                }[name]
+            )
+    return values
+
+
+def slow_choice(pruned, tokenizer, item) -> float:
+    losses = []
+    for choice in item["choices"]:
+        pair = {"prompt": item["prompt"], "reference": choice}
+        losses.append(sum(slow_tokens(pruned, pruned, tokenizer, pair, "nll")))
+    return float(item["choices"][losses.index(min(losses))] == item["reference"])
+
+
+def slow_answer(pruned, tokenizer, item) -> float:
+    """Argmax by argmax, without a cache; then the cosine."""
+    ids = tokenizer(render_prompt(tokenizer, item["prompt"]))["input_ids"]
+    end = len(ids) + NEW_TOKENS
+    while len(ids) < end and (new := int(log_probabilities(pruned, ids)[-1].argmax())) != 2:
+        ids.append(new)
+    answer = tokenizer.decode(ids[end - NEW_TOKENS :], skip_special_tokens=True)
+    texts = [clean_output(answer), item["reference"]]
+    one, two = torch.nn.functional.normalize(WordVectors().encode(texts, False), dim=1)
+    return float(one @ two) if texts[0] else 0.0
+
+
+def slow(stack, tokenizer, removed, name) -> float:
+    """The mean of a measure, from the pruned model itself, one unpadded sequence at a time."""
+    pruned = stack.remove(removed) if removed else stack.model
+    values: list[float] = []
+    for item in DATA[name]:
+        if name in ("nll", "kl", "agreement"):
+            values += slow_tokens(pruned, stack.model, tokenizer, item, name)
+        elif name == "accuracy" and isinstance(item, dict) and "choices" in item:
+            values.append(slow_choice(pruned, tokenizer, item))
+        elif name == "similarity" and isinstance(item, dict):
+            values.append(slow_answer(pruned, tokenizer, item))
+    return math.fsum(values) / len(values)
+
+
+def measured(stack, tokenizer, name, **options) -> RemovalQuality:
+    return RemovalQuality(stack, tokenizer, DATA[name], objective=name, **options)
+
+
+# --- the contract ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_quality_is_that_of_a_slow_loop_over_the_pruned_model(stack, tokenizer, name):
+    quality = measured(stack, tokenizer, name, batch_size=3)
     found = []
-    for ids, n_prompt in parts:
-        with torch.no_grad():
-            logits = model(torch.tensor([ids]), use_cache=False).logits[0].double()
-        found.append((logits.log_softmax(-1)[n_prompt - 1 : -1], ids[n_prompt:]))
-    return found
+    for removed in LAYER_SETS if name != "similarity" else LAYER_SETS[2:4]:
+        mean = slow(stack, tokenizer, removed, name)
+        expected = math.exp(-mean) if name in ("nll", "kl") else mean
+        found.append(quality(removed))
+        assert found[-1] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert len(set(found)) > 1, "the layers matter"
 
 
-def slow(stack, tokenizer, data, mask) -> dict[str, float]:
-    """The means of the token measures."""
-    sums, count = dict.fromkeys(("nll", "kl", "agreement"), 0.0), 0
-    for item in data:
-        pruned = scored(without(stack, mask), tokenizer, item)
-        full = scored(stack.model, tokenizer, item)
-        for (log_q, ids), (log_p, _) in zip(pruned, full, strict=True):
-            for place, label in enumerate(ids):
-                p, q = log_p[place].exp(), log_q[place].exp()
-                sums["nll"] -= float(log_q[place, label])
-                sums["kl"] += float((p * (p / q).log()).sum())
-                sums["agreement"] += float(p.argmax() == q.argmax())
-                count += 1
-    return {name: total / count for name, total in sums.items()}
+@pytest.mark.parametrize(
+    ("name", "sequences", "counted"),
+    [
+        *((name, 26, 24) for name in ("nll", "kl", "agreement")),
+        ("accuracy", 26, 16),
+        ("similarity", 7, 4),
+    ],
+)
+def test_every_item_that_fits_the_measure_counts(llama_stack, tokenizer, name, sequences, counted):
+    quality = measured(llama_stack, tokenizer, name)
+    assert quality.size() == sequences, "every window of a text is a sequence"
+    assert quality.items == counted
 
 
-# --- each measure ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_batch_size_order_and_padding_side_change_nothing(llama_stack, tokenizer, name):
+    other_side = copy.deepcopy(tokenizer)
+    other_side.padding_side = {"left": "right", "right": "left"}[tokenizer.padding_side]
+    removed = [(), (2, 5), (0, 1)] if name != "similarity" else [(2, 5)]
+    want = [measured(llama_stack, tokenizer, name, batch_size=3)(one) for one in removed]
+    for size in (1, 7, 100):
+        quality = measured(llama_stack, other_side, name, batch_size=size, seed=size)
+        assert [quality(one) for one in removed] == pytest.approx(want, rel=1e-5)
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_token_measures_are_those_of_the_pruned_model(stack, tokenizer, mask):
-    for name, mean in slow(stack, tokenizer, MIXED, mask).items():
-        quality = RemovalQuality(stack, tokenizer, MIXED, objective=name, batch_size=3)
-        expected = mean if name == "agreement" else math.exp(-mean)
-        assert quality(mask) == pytest.approx(expected, rel=1e-4)
-        assert mask == () or expected < 0.98, "the layers matter"
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_else_is_measured_changes_nothing(llama_stack, tokenizer, name):
+    layer_sets = LAYER_SETS if name != "similarity" else LAYER_SETS[:2]
+    together = measured(llama_stack, tokenizer, name)
+    together.measure(layer_sets)
+    for removed in layer_sets:
+        assert measured(llama_stack, tokenizer, name)(removed) == together(removed)
 
 
-def test_nll_is_the_mean_loss_of_the_pruned_model(stack, tokenizer):
-    quality = RemovalQuality(stack, tokenizer, MIXED)
-    for mask in MASKS:
-        loss = mean_nll(without(stack, mask), tokenizer, MIXED, max_length=POSITIONS)
-        assert quality(mask) == pytest.approx(math.exp(-loss), rel=1e-5)
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("training", [True, False])
+def test_model_modes_and_gradients_are_as_before(llama_stack, tokenizer, name, training):
+    llama_stack.model.train(training)
+    llama_stack.model.model.norm.train(not training)
+    before = {key: module.training for key, module in llama_stack.model.named_modules()}
+    layers = list(llama_stack)
+    measured(llama_stack, tokenizer, name)((2, 5))
+    assert {key: m.training for key, m in llama_stack.model.named_modules()} == before
+    assert torch.is_grad_enabled()
+    assert list(llama_stack) == layers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(path)
+    word_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_offloaded_model_has_the_same_quality(llama_stack, folder, name):
+    model, tokenizer = load_streamed(folder, device="cpu")
+    if OBJECTIVES[name].measured_by.needs_pruned_model:
+        with pytest.raises(UnsupportedModelError, match="similarity of answers, which generates"):
+            measured(layers_of(model), tokenizer, name)
+        return
+    qualities = [measured(one, tokenizer, name) for one in (llama_stack, layers_of(model))]
+    for removed in LAYER_SETS:
+        assert len({quality(removed) for quality in qualities}) == 1
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_slope_is_the_derivative_of_the_quality(name):
+    objective, step = OBJECTIVES[name], 1e-6
+    for mean in (0.1, 0.7, 2.0):
+        rise = objective.quality(mean + step) - objective.quality(mean - step)
+        assert objective.slope(mean) == pytest.approx(rise / (2 * step), rel=1e-5)
+        better = objective.quality(mean + (-step if objective.is_loss else step))
+        assert better > objective.quality(mean)
+
+
+# --- what is peculiar to one ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["kl", "agreement"])
 def test_the_full_model_is_as_good_as_itself(stack, tokenizer, name):
-    quality = RemovalQuality(stack, tokenizer, MIXED, objective=name, batch_size=2)
+    quality = measured(stack, tokenizer, name, batch_size=2)
     assert quality(()) == 1.0
     assert quality.change(()) == 0.0
     assert quality((2, 5)) < 0.99
@@ -131,50 +252,14 @@ def test_the_full_model_is_as_good_as_itself(stack, tokenizer, name):
 
 
 def test_kl_is_not_that_of_the_other_direction(llama_stack, tokenizer):
-    data, mask = items(4), (2, 5)
-    backwards = 0.0
-    for item in data:
-        (log_q, ids), (log_p, _) = (
-            scored(model, tokenizer, item)[0]
-            for model in (llama_stack.remove(mask), llama_stack.model)
-        )
-        backwards += float((log_q.exp() * (log_q - log_p)).sum()) / len(ids)
-    quality = RemovalQuality(llama_stack, tokenizer, data, objective="kl")
-    forwards = slow(llama_stack, tokenizer, data, mask)["kl"]
-    assert -math.log(quality(mask)) == pytest.approx(forwards, rel=1e-4)
-    assert forwards != pytest.approx(backwards / len(data), rel=0.05)
-
-
-def test_accuracy_is_the_score_of_the_benchmark(stack, tokenizer):
-    data = choice_items()
-    quality = RemovalQuality(stack, tokenizer, data, objective="accuracy", batch_size=5)
-    found = []
-    for mask in MASKS:
-        evaluator = HolisticEvaluator(without(stack, mask), tokenizer)
-        assert quality(mask) == pytest.approx(evaluator.run_benchmark(data)["pick"])
-        found.append(quality(mask))
-    assert len(set(found)) > 1, "the masks differ"
-
-
-def test_accuracy_is_that_of_the_items_with_choices(llama_stack, tokenizer):
-    data = choice_items(9)
-    mixed = [*items(3), *data[:4], LONG, *data[4:]]
-    quality = RemovalQuality(llama_stack, tokenizer, mixed, objective="accuracy", batch_size=4)
-    assert (
-        quality((2, 5))
-        == HolisticEvaluator(llama_stack.remove((2, 5)), tokenizer).run_benchmark(data)["pick"]
+    pruned, full = llama_stack.remove((2, 5)), llama_stack.model
+    forwards, backwards = (
+        [kl for item in DATA["kl"] for kl in slow_tokens(*pair, tokenizer, item, "kl")]
+        for pair in ((pruned, full), (full, pruned))
     )
-
-
-def test_similarity_is_that_of_the_pruned_models_answers(llama_stack, tokenizer, embedder):
-    data = items(3)
-    quality = RemovalQuality(llama_stack, tokenizer, [*data, LONG], objective="similarity")
-    found = []
-    for mask in ((), (2, 5)):
-        evaluator = ModelEvaluator(without(llama_stack, mask), tokenizer, embedder=embedder)
-        assert quality(mask) == pytest.approx(evaluator.evaluate(data))
-        found.append(quality(mask))
-    assert found[0] != found[1]
+    found = -math.log(measured(llama_stack, tokenizer, "kl")((2, 5)))
+    assert found == pytest.approx(math.fsum(forwards) / len(forwards), rel=1e-4)
+    assert found != pytest.approx(math.fsum(backwards) / len(backwards), rel=0.01)
 
 
 def test_similarity_is_measured_on_a_model_that_lacks_the_layers(
@@ -189,17 +274,10 @@ def test_similarity_is_measured_on_a_model_that_lacks_the_layers(
         assert slots == list(range(len(layers)))
         assert self.model.config.num_hidden_layers == len(layers)
         assert self.batch_size == 3
-        ids = torch.tensor([[5, 6, 7]])
-        options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": ids * 0 + 1}
-        cached, plain = (
-            self.model.generate(ids, use_cache=use, **options) for use in (True, False)
-        )
-        assert torch.equal(cached, plain)
         seen.append((self.model, len(layers), [item["prompt"] for item in asked]))
         return [0.9 - 0.1 * (N_LAYERS - len(layers))] * len(asked)
 
     monkeypatch.setattr(ModelEvaluator, "evaluate_items", evaluate_items)
-    layers = list(llama_stack)
     quality = RemovalQuality(
         llama_stack, tokenizer, eval_data, objective="similarity", batch_size=3
     )
@@ -212,87 +290,6 @@ def test_similarity_is_measured_on_a_model_that_lacks_the_layers(
     for model, number, _ in seen:
         assert (model is llama_stack.model) == (number == N_LAYERS)
         assert all(id(parameter) in shared for parameter in model.parameters())
-    assert list(llama_stack) == layers
-
-
-# --- mixtures -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("objective", "shares"),
-    [
-        ("nll=0.7,kl=0.3", {"nll": 0.7, "kl": 0.3}),
-        ({"nll": 3, "accuracy": 1}, {"nll": 0.75, "accuracy": 0.25}),
-        ("kl, agreement=3 ,nll=4", {"kl": 0.125, "agreement": 0.375, "nll": 0.5}),
-    ],
-    ids=str,
-)
-def test_a_mixture_is_the_weighted_mean_of_relative_changes(
-    llama_stack, tokenizer, objective, shares
-):
-    data = [*choice_items(10), *items(4)]
-    quality = RemovalQuality(llama_stack, tokenizer, data, objective=objective, batch_size=4)
-    assert quality(()) == 1.0
-    for mask in MASKS[1:]:
-        alone = {
-            name: RemovalQuality(llama_stack, tokenizer, data, objective=name) for name in shares
-        }
-        each = {name: one(mask) / one(()) - 1 for name, one in alone.items()}
-        expected = sum(share * each[name] for name, share in shares.items())
-        assert quality.change(mask) == pytest.approx(expected, rel=1e-4, abs=1e-7)
-        assert quality(mask) == pytest.approx(1 + expected, rel=1e-5)
-
-
-def test_the_unit_names_what_is_mixed(llama_stack, tokenizer):
-    quality = RemovalQuality(llama_stack, tokenizer, items(2), objective="nll=3,kl=1")
-    assert quality.unit == "weighted relative change (0.75 nll, 0.25 kl)"
-
-
-@pytest.mark.parametrize("objective", ["nll", "nll=7", {"nll": 0.1}, " nll "], ids=str)
-def test_one_measure_has_all_of_the_weight(objective):
-    assert parse_objective(objective) == {"nll": 1.0}
-
-
-def test_weights_add_up_to_1():
-    assert parse_objective("nll=2,kl=5,accuracy=1") == {"nll": 0.25, "kl": 0.625, "accuracy": 0.125}
-    assert parse_objective("nll,kl") == {"nll": 0.5, "kl": 0.5}
-    mixture = parse_objective({"nll": 0.7, "kl": 0.3})
-    assert parse_objective(mixture) == mixture
-
-
-@pytest.mark.parametrize("objective", ["nl", "nl=1", {"nl": 1}, "kl,nl"], ids=str)
-def test_an_unknown_objective_is_refused(llama_stack, tokenizer, objective):
-    with pytest.raises(UnknownNameError, match=r"objective 'nl'.*'nll'.*Known: "):
-        RemovalQuality(llama_stack, tokenizer, items(2), objective=objective)
-
-
-BAD = ["0", "-1", "nan", "inf", "much", "1=2", ""]
-
-
-@pytest.mark.parametrize(
-    "objective",
-    [*(f"nll=1,kl={weight}" for weight in BAD)]
-    + [{"kl": weight} for weight in (0, -1.0, math.nan, math.inf, "much", None)],
-    ids=str,
-)
-def test_weights_that_are_no_positive_numbers_are_refused(objective):
-    with pytest.raises(InvalidPlanError, match=r"weight of 'kl' must be a positive number, as in"):
-        parse_objective(objective)
-
-
-@pytest.mark.parametrize("objective", ["nll,nll", "nll=1,kl=1,nll=2", {}], ids=str)
-def test_each_measure_is_named_once(objective):
-    with pytest.raises(InvalidPlanError, match="must name each measure once"):
-        parse_objective(objective)
-
-
-@pytest.mark.parametrize("objective", ["", ",", "nll,"])
-def test_an_empty_name_is_refused(objective):
-    with pytest.raises(UnknownNameError, match="objective ''"):
-        parse_objective(objective)
-
-
-# --- data -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("objective", ["accuracy", "nll=1,accuracy=1"])
@@ -302,86 +299,6 @@ def test_accuracy_without_choices_is_refused(llama_stack, tokenizer, objective, 
         RemovalQuality(llama_stack, tokenizer, data, objective=objective)
 
 
-def test_similarity_of_running_text_is_refused(llama_stack, tokenizer):
-    with pytest.raises(InvalidDataError, match=r"all of these are running text. Use nll, kl"):
-        RemovalQuality(llama_stack, tokenizer, [LONG, "the cat"], objective="similarity")
-
-
-def test_every_window_of_a_text_is_a_sample(llama_stack, tokenizer):
-    quality = RemovalQuality(llama_stack, tokenizer, [LONG, *items(2)])
-    assert quality.samples() == 5
-    tokens = 2 * (POSITIONS - 1) + 39
-    answers = [encode_pair(tokenizer, i["prompt"], i["reference"]) for i in items(2)]
-    assert float(quality._weights.sum()) == tokens + sum(len(ids) - n for ids, n in answers)
-
-
-# --- what makes no difference ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("objective", ["nll", "kl", "agreement", "accuracy"])
-@pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
-def test_batches_change_nothing(llama_stack, tokenizer, objective, batch_size):
-    data = [*choice_items(12), *items(3), LONG]
-    one, other = (
-        RemovalQuality(
-            llama_stack, tokenizer, data, objective=objective, batch_size=size, seed=size
-        )
-        for size in (3, batch_size)
-    )
-    for mask in ((), (2, 5), (0, 1)):
-        assert other(mask) == pytest.approx(one(mask), rel=1e-5)
-
-
-@pytest.mark.parametrize("objective", ["nll", "kl", "accuracy", "similarity"])
-def test_the_side_of_the_padding_changes_nothing(llama_stack, tokenizer, embedder, objective):
-    data = choice_items(4)
-    left = copy.deepcopy(tokenizer)
-    left.padding_side = {"left": "right", "right": "left"}[tokenizer.padding_side]
-    one, other = (
-        RemovalQuality(llama_stack, known, data, objective=objective) for known in (tokenizer, left)
-    )
-    assert other((2, 5)) == pytest.approx(one((2, 5)), rel=1e-5)
-
-
-@pytest.mark.parametrize("name", ["nll", "kl", "agreement"])
-def test_what_else_is_measured_changes_nothing(llama_stack, tokenizer, name):
-    alone = RemovalQuality(llama_stack, tokenizer, items(), objective=name)
-    together = RemovalQuality(llama_stack, tokenizer, items(), objective=name)
-    together.measure(MASKS)
-    for mask in MASKS:
-        assert together(mask) == alone(mask)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_between_readings_the_caller_has_model_and_gradients_as_they_were(
-    llama_stack, tokenizer, training
-):
-    rows = encode_rows(tokenizer, items(3), max_length=POSITIONS)
-    samples = Samples(llama_stack, tokenizer, rows, list(items(3)), 3)
-    llama_stack.model.train(training)
-    llama_stack.model.model.norm.train(not training)
-    before = {name: module.training for name, module in llama_stack.model.named_modules()}
-    for _ in TokenMeasures(samples, ["kl"]).read([0, 2], MASKS):
-        assert torch.is_grad_enabled()
-        assert {name: m.training for name, m in llama_stack.model.named_modules()} == before
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_slope_is_the_derivative_of_the_quality(name):
-    objective, step = OBJECTIVES[name], 1e-6
-    for mean in (0.1, 0.7, 2.0):
-        rise = objective.quality(mean + step) - objective.quality(mean - step)
-        assert objective.slope(mean) == pytest.approx(rise / (2 * step), rel=1e-5)
-        better = objective.quality(mean + (-step if objective.is_loss else step))
-        assert better > objective.quality(mean)
-
-
-@pytest.mark.parametrize("objective", [None, 5, ["nll"]], ids=str)
-def test_what_is_no_objective_is_refused(objective):
-    with pytest.raises(InvalidPlanError, match="must be a name, as nll, or several with weights"):
-        parse_objective(objective)
-
-
 @pytest.mark.parametrize("choices", [["a cat", "a mat"], "red", ["red"]], ids=str)
 def test_accuracy_refuses_choices_without_the_reference(llama_stack, tokenizer, choices):
     item = {"prompt": "the cat", "reference": "red", "choices": choices}
@@ -389,3 +306,75 @@ def test_accuracy_refuses_choices_without_the_reference(llama_stack, tokenizer, 
         RemovalQuality(
             llama_stack, tokenizer, [*choice_items(), item], objective="accuracy", batch_size=4
         )
+
+
+def test_similarity_of_running_text_is_refused(llama_stack, tokenizer):
+    with pytest.raises(InvalidDataError, match=r"all of these are running text. Use nll, kl"):
+        RemovalQuality(llama_stack, tokenizer, [LONG, "the cat"], objective="similarity")
+
+
+# --- mixtures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("objective", "weights"),
+    [
+        ("nll=0.7,kl=0.3", {"nll": 0.7, "kl": 0.3}),
+        ({"nll": 3, "accuracy": 1}, {"nll": 0.75, "accuracy": 0.25}),
+        ("kl, agreement=3 ,nll=4", {"kl": 0.125, "agreement": 0.375, "nll": 0.5}),
+        ("accuracy=2,kl=5,nll=1", {"accuracy": 0.25, "kl": 0.625, "nll": 0.125}),
+    ],
+    ids=str,
+)
+def test_a_mixture_is_the_weighted_mean_of_relative_changes(
+    llama_stack, tokenizer, objective, weights
+):
+    data = [*choice_items(10), *items(4)]
+    assert parse_objective(objective) == weights
+    quality = RemovalQuality(llama_stack, tokenizer, data, objective=objective, batch_size=4)
+    assert quality(()) == 1.0
+    alone = {name: RemovalQuality(llama_stack, tokenizer, data, objective=name) for name in weights}
+    for removed in LAYER_SETS[1:]:
+        each = {name: one(removed) / one(()) - 1 for name, one in alone.items()}
+        expected = sum(weight * each[name] for name, weight in weights.items())
+        assert quality.change(removed) == pytest.approx(expected, rel=1e-4, abs=1e-7)
+        assert quality(removed) == pytest.approx(1 + expected, rel=1e-5)
+    terms = ", ".join(f"{weight:.2g} {name}" for name, weight in weights.items())
+    assert quality.unit == f"weighted relative change ({terms})"
+
+
+@pytest.mark.parametrize("objective", ["nll", "nll=7", {"nll": 0.1}, " nll "], ids=str)
+def test_one_measure_has_all_of_the_weight(objective):
+    assert parse_objective(objective) == {"nll": 1.0}
+
+
+def test_a_parsed_mixture_is_a_mixture():
+    mixture = parse_objective("nll,kl")
+    assert parse_objective(mixture) == mixture == {"nll": 0.5, "kl": 0.5}
+
+
+BAD = ["0", "-1", "nan", "inf", "much", "1=2", ""]
+
+
+@pytest.mark.parametrize(
+    ("objective", "error", "message"),
+    [
+        *((name, UnknownNameError, r"objective 'nl'.*'nll'.*Known: ")
+          for name in ("nl", "nl=1", {"nl": 1}, "kl,nl")),
+        *((f"nll=1,kl={weight}", InvalidPlanError, r"weight of 'kl' must be a positive number, as")
+          for weight in BAD),
+        *(({"kl": weight}, InvalidPlanError, r"weight of 'kl' must be a positive number, as in")
+          for weight in (0, -1.0, math.nan, math.inf, "much", None)),
+        *((names, InvalidPlanError, "must name each measure once")
+          for names in ("nll,nll", "nll=1,kl=1,nll=2", {})),
+        *((empty, UnknownNameError, "objective ''") for empty in ("", ",", "nll,")),
+        *((thing, InvalidPlanError, "must be a name, as nll, or several with weights")
+          for thing in (None, 5, ["nll"])),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_objective_is_refused(llama_stack, tokenizer, objective, error, message):
+    with pytest.raises(error, match=message):
+        parse_objective(objective)
+    with pytest.raises(error, match=message):
+        RemovalQuality(llama_stack, tokenizer, items(2), objective=objective)

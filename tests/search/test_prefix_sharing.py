@@ -46,19 +46,19 @@ def run(model: nn.Module) -> torch.Tensor:
         return model(**{key: value for key, value in given.items() if key in accepted}).logits
 
 
-def random_masks(depth: int, number: int, seed: int) -> list[tuple[int, ...]]:
+def random_sets(depth: int, number: int, seed: int) -> list[tuple[int, ...]]:
     """Sets of any size from none to all but one, in any order, some of them twice."""
     draw = random.Random(seed)
     sizes = [draw.randint(0, depth - 1) for _ in range(number)]
-    masks = [tuple(sorted(draw.sample(range(depth), size))) for size in sizes]
-    return [*masks, *draw.sample(masks, number // 4)]
+    layer_sets = [tuple(sorted(draw.sample(range(depth), size))) for size in sizes]
+    return [*layer_sets, *draw.sample(layer_sets, number // 4)]
 
 
-def tree_nodes(masks: list[tuple[int, ...]], depth: int) -> int:
+def tree_nodes(layer_sets: list[tuple[int, ...]], depth: int) -> int:
     """Different non-empty beginnings of the lists of kept layers."""
     beginnings = set()
-    for mask in masks:
-        kept = [layer for layer in range(depth) if layer not in mask]
+    for layer_set in layer_sets:
+        kept = [layer for layer in range(depth) if layer not in layer_set]
         beginnings |= {tuple(kept[:size]) for size in range(1, len(kept) + 1)}
     return len(beginnings)
 
@@ -95,20 +95,22 @@ def check_untouched(stack: LayerStack, layers: list[nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("name", [*REPLAYABLE, *WHOLE])
-def test_every_mask_computes_what_a_whole_pass_computes(name):
+def test_every_set_computes_what_a_whole_pass_computes(name):
     stack = build(name)
     layers = list(stack)
     assert stack.can_replay == (name in REPLAYABLE)
-    masks = random_masks(len(stack), 24, seed=len(name))
-    masks = [mask for mask in masks if not USED.get(name, set()) & set(mask)]
+    layer_sets = random_sets(len(stack), 24, seed=len(name))
+    layer_sets = [
+        layer_set for layer_set in layer_sets if not USED.get(name, set()) & set(layer_set)
+    ]
     want = {}
-    for mask in set(masks):
-        with stack.bypass(mask):
-            want[mask] = run(stack.model)
-    found = list(replayed(stack, masks, run))
-    assert sorted(mask for mask, _ in found) == sorted(want), "every mask, and none twice"
-    for mask, logits in found:
-        assert torch.equal(logits, want[mask]), mask
+    for layer_set in set(layer_sets):
+        with stack.bypass(layer_set):
+            want[layer_set] = run(stack.model)
+    found = list(replayed(stack, layer_sets, run))
+    assert sorted(layer_set for layer_set, _ in found) == sorted(want), "every set, and none twice"
+    for layer_set, logits in found:
+        assert torch.equal(logits, want[layer_set]), layer_set
     different = len({float(logits.sum()) for logits in want.values()})
     assert len(want) > 4
     assert different == len(want) or name == "mllama", "its layers for images do nothing here"
@@ -116,22 +118,22 @@ def test_every_mask_computes_what_a_whole_pass_computes(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3n_text"])
-def test_a_replayed_mask_is_the_model_without_the_layers(name):
-    """By another road than the stand-ins: the pruned model itself."""
+def test_a_replayed_set_is_the_model_without_the_layers(name):
+    """Not by way of bypasses: the pruned model itself."""
     stack = build(name)
-    for mask, logits in replayed(stack, random_masks(len(stack), 6, seed=1), run):
-        pruned = stack.remove(mask) if mask else stack.model
+    for layer_set, logits in replayed(stack, random_sets(len(stack), 6, seed=1), run):
+        pruned = stack.remove(layer_set) if layer_set else stack.model
         torch.testing.assert_close(logits, run(pruned), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("can_replay", [True, False])
-def test_both_roads_visit_the_masks_in_the_same_order(can_replay):
+def test_both_ways_visit_the_sets_in_the_same_order(can_replay):
     stack = LayerStack(tiny_llama(5))
-    masks = random_masks(5, 12, seed=2)
-    want = [(mask, logits) for mask, logits in replayed(stack, masks, run)]
+    layer_sets = random_sets(5, 12, seed=2)
+    want = [(layer_set, logits) for layer_set, logits in replayed(stack, layer_sets, run)]
     stack.can_replay = can_replay
-    again = list(replayed(stack, iter(masks), run))
-    assert [mask for mask, _ in again] == [mask for mask, _ in want]
+    again = list(replayed(stack, iter(layer_sets), run))
+    assert [layer_set for layer_set, _ in again] == [layer_set for layer_set, _ in want]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(again, want, strict=True))
 
 
@@ -139,11 +141,11 @@ def test_the_full_model_comes_first():
     """Measures that compare with the full model rely on it."""
     stack = LayerStack(tiny_llama(5))
     for seed in range(5):
-        masks = [*random_masks(5, 6, seed), ()]
-        assert next(replayed(stack, masks, run))[0] == ()
+        layer_sets = [*random_sets(5, 6, seed), ()]
+        assert next(replayed(stack, layer_sets, run))[0] == ()
 
 
-def test_no_mask_no_pass():
+def test_no_set_no_pass():
     assert list(replayed(LayerStack(tiny_llama(2)), [], lambda model: 1 / 0)) == []
 
 
@@ -154,21 +156,21 @@ def test_no_mask_no_pass():
 @pytest.mark.parametrize("seed", range(3))
 def test_layers_run_once_for_every_node_of_the_tree(name, seed):
     stack = build(name)
-    masks = random_masks(len(stack), 4 * 4**seed, seed)
+    layer_sets = random_sets(len(stack), 4 * 4**seed, seed)
     with counted(stack) as tokens:
-        list(replayed(stack, masks, run))
-    assert sum(tokens.values()) == tree_nodes(masks, len(stack)) * IDS.numel()
+        list(replayed(stack, layer_sets, run))
+    assert sum(tokens.values()) == tree_nodes(layer_sets, len(stack)) * IDS.numel()
 
 
 @pytest.mark.parametrize("name", ["llama", "zaya"])
 @pytest.mark.parametrize("seed", range(3))
-def test_what_every_mask_will_cost_is_known(name, seed):
+def test_what_every_set_will_cost_is_known(name, seed):
     stack = build(name)
-    ordered = in_tree_order(random_masks(len(stack), 12, seed), len(stack))
+    ordered = in_tree_order(random_sets(len(stack), 12, seed), len(stack))
     with counted(stack) as tokens:
         told, before = [], 0
-        for mask, _ in replayed(stack, ordered, run):
-            told.append((mask, (sum(tokens.values()) - before) // IDS.numel()))
+        for layer_set, _ in replayed(stack, ordered, run):
+            told.append((layer_set, (sum(tokens.values()) - before) // IDS.numel()))
             before = sum(tokens.values())
     assert list(zip(ordered, executions(stack, ordered), strict=True)) == told
 
@@ -176,9 +178,9 @@ def test_what_every_mask_will_cost_is_known(name, seed):
 @pytest.mark.parametrize("depth", [1, 2, 5, 9])
 def test_ablating_every_layer_costs_half_of_whole_passes(depth):
     stack = LayerStack(tiny_llama(depth))
-    masks = [(), *((layer,) for layer in range(depth) if depth > 1)]
+    layer_sets = [(), *((layer,) for layer in range(depth) if depth > 1)]
     with counted(stack) as tokens:
-        list(replayed(stack, masks, run))
+        list(replayed(stack, layer_sets, run))
     assert sum(tokens.values()) == (depth + depth * (depth - 1) // 2) * IDS.numel()
     runs = [count // IDS.numel() for count in tokens.values()]
     assert runs == [layer + 1 for layer in range(depth)], "once as it is, once for every one below"
@@ -186,29 +188,29 @@ def test_ablating_every_layer_costs_half_of_whole_passes(depth):
 
 def test_all_sets_of_layers_cost_two_layers_each():
     stack = LayerStack(tiny_llama(6))
-    masks = [mask for size in range(6) for mask in combinations(range(6), size)]
+    layer_sets = [layer_set for size in range(6) for layer_set in combinations(range(6), size)]
     with counted(stack) as tokens:
-        list(replayed(stack, masks, run))
+        list(replayed(stack, layer_sets, run))
     assert sum(tokens.values()) == (2**6 - 1) * IDS.numel()
 
 
-def test_without_replay_every_mask_is_a_whole_pass():
+def test_without_replay_every_set_is_a_whole_pass():
     stack = build("zaya")
-    masks = random_masks(len(stack), 10, seed=4)
+    layer_sets = random_sets(len(stack), 10, seed=4)
     with counted(stack) as tokens:
-        list(replayed(stack, masks, run))
-    kept = sum(len(stack) - len(mask) for mask in set(masks))
-    assert sum(tokens.values()) == kept * IDS.numel() > tree_nodes(masks, len(stack))
+        list(replayed(stack, layer_sets, run))
+    kept = sum(len(stack) - len(layer_set) for layer_set in set(layer_sets))
+    assert sum(tokens.values()) == kept * IDS.numel() > tree_nodes(layer_sets, len(stack))
 
 
 @pytest.mark.parametrize("shape", ["single", "pairs", "random"])
 def test_never_more_states_are_kept_than_layers(shape, monkeypatch):
     depth = 7
     stack = LayerStack(tiny_llama(depth))
-    masks = {
+    layer_sets = {
         "single": [(), *((layer,) for layer in range(depth))],
         "pairs": list(combinations(range(depth), 2)),
-        "random": random_masks(depth, 60, seed=5),
+        "random": random_sets(depth, 60, seed=5),
     }[shape]
     seen: list[weakref.ref] = []
     observe_inputs = stack.observe_inputs
@@ -227,12 +229,12 @@ def test_never_more_states_are_kept_than_layers(shape, monkeypatch):
         alive.append(sum(state() is not None for state in seen))
         return run(model)
 
-    for _ in replayed(stack, masks, count):
+    for _ in replayed(stack, layer_sets, count):
         alive.append(sum(state() is not None for state in seen))
     most, last = max(alive), alive[-1]
     assert 1 < most <= depth
     assert most == depth or shape != "single"
-    assert last <= 1, "the last mask leaves none behind but its own"
+    assert last <= 1, "the last set leaves none behind but its own"
 
 
 # --- afterwards -------------------------------------------------------------------------------
@@ -251,7 +253,7 @@ def test_an_error_in_a_pass_leaves_the_model_as_it_was(name, place):
             raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"):
-        list(replayed(stack, random_masks(len(stack), 9, seed=6), fail))
+        list(replayed(stack, random_sets(len(stack), 9, seed=6), fail))
     check_untouched(stack, layers)
     assert torch.equal(run(stack.model), before)
 
@@ -325,21 +327,21 @@ SECRETS = {
 def test_what_a_layer_leaves_elsewhere_is_found_out(secret):
     stack = LayerStack(Notes(*SECRETS[secret]), path="layers")
     assert stack.can_replay == (secret == "none")
-    masks = [(), (2,), (3,), (5,), (2, 3), (3, 5), (2, 3, 5)]
-    for mask, logits in replayed(stack, masks, run):
-        with stack.bypass(mask):
-            assert torch.equal(logits, run(stack.model)), mask
+    layer_sets = [(), (2,), (3,), (5,), (2, 3), (3, 5), (2, 3, 5)]
+    for layer_set, logits in replayed(stack, layer_sets, run):
+        with stack.bypass(layer_set):
+            assert torch.equal(logits, run(stack.model)), layer_set
 
 
 def test_notes_that_outlast_a_pass_are_those_of_the_same_layers():
     """Depth first, what the layers below left last is what they would leave again."""
     stack = LayerStack(Notes({1: "kv"}, {4: "kv"}), path="layers")
-    masks = [mask for mask in random_masks(6, 40, seed=7) if 1 not in mask]
-    found = dict(replayed(stack, masks, run))
+    layer_sets = [layer_set for layer_set in random_sets(6, 40, seed=7) if 1 not in layer_set]
+    found = dict(replayed(stack, layer_sets, run))
     assert len(found) > 8
-    for mask, logits in found.items():
-        with stack.bypass(mask):
-            assert torch.equal(logits, run(stack.model)), mask
+    for layer_set, logits in found.items():
+        with stack.bypass(layer_set):
+            assert torch.equal(logits, run(stack.model)), layer_set
 
 
 def test_a_refused_replay_changes_nothing():

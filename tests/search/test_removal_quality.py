@@ -1,4 +1,4 @@
-"""Comparison of cuts on shares of the samples, intervals, and the journal, by plain arithmetic."""
+"""Comparison of cuts on subsets of the samples, intervals, and the journal, by plain arithmetic."""
 
 from __future__ import annotations
 
@@ -19,28 +19,30 @@ from llm_pruner.model.layer_stack import LayerStack
 from llm_pruner.search.journal import Journal
 from llm_pruner.search.removal_quality import RemovalQuality
 
-MASKS = [(2, 5), (1, 3, 4)]
+LAYER_SETS = [(2, 5), (1, 3, 4)]
 
 
 @pytest.fixture(scope="module")
 def right(tokenizer):
-    """A quality of 48 items, and for each mask which items are right, asked one by one."""
+    """A quality of 48 items, and for each layer_set which items are right, asked one by one."""
     stack, data = LayerStack(tiny_llama()), choice_items(48)
     quality = RemovalQuality(stack, tokenizer, data, objective="accuracy", batch_size=4)
     alone = [RemovalQuality(stack, tokenizer, [item], objective="accuracy") for item in data]
-    return quality, {mask: [one(mask) for one in alone] for mask in [(), *MASKS]}
+    return quality, {
+        layer_set: [one(layer_set) for one in alone] for layer_set in [(), *LAYER_SETS]
+    }
 
 
 def test_the_error_of_a_comparison_is_that_of_a_paired_difference(right):
     """Of a mean without replacement; on all items there is none."""
     quality, found = right
-    left, other = MASKS
+    left, other = LAYER_SETS
     full = statistics.fmean(found[()])
-    for share in quality.ladder(1):
-        asked = [quality._items[place] for place in quality._columns(share).tolist()]
+    for subset in quality.subsets(1):
+        asked = [quality._items[index] for index in quality._indices(subset).tolist()]
         pairs = [(found[left][item] - found[other][item]) / full for item in asked]
         rest = 1 - len(asked) / 48
-        gap, error = quality.gap(left, other, share)
+        gap, error = quality.gap(left, other, subset)
         assert gap == pytest.approx(statistics.fmean(pairs))
         assert error == pytest.approx(math.sqrt(statistics.variance(pairs) / len(asked) * rest))
     assert len(asked) == 48
@@ -49,9 +51,9 @@ def test_the_error_of_a_comparison_is_that_of_a_paired_difference(right):
 
 def test_every_turn_looks_at_other_samples_first(right):
     quality, _ = right
-    firsts = [quality.ladder(turn)[0] for turn in range(3)]
-    assert sorted(sum(firsts, ())) == sorted(quality.ladder()[-1])
-    assert quality.ladder(3) == quality.ladder(0)
+    firsts = [quality.subsets(turn)[0] for turn in range(3)]
+    assert sorted(sum(firsts, ())) == sorted(quality.subsets()[-1])
+    assert quality.subsets(3) == quality.subsets(0)
 
 
 @pytest.mark.parametrize("level", [0.95, 0.5])
@@ -160,12 +162,12 @@ def test_sets_that_agree_on_few_samples_are_not_told_apart(tokenizer):
     """A measure that counts: the error is at least what one item makes."""
     stack, data = LayerStack(tiny_llama()), choice_items(48)
     quality = RemovalQuality(stack, tokenizer, data, objective="accuracy", batch_size=4)
-    share = quality.ladder()[0]
-    gap, error = quality.gap((3,), (3,), share)
-    count, full = quality.samples(share), quality(())
+    subset = quality.subsets()[0]
+    gap, error = quality.gap((3,), (3,), subset)
+    count, full = quality.size(subset), quality(())
     assert gap == 0
     assert error == pytest.approx(math.sqrt(count / (count - 1) * (1 - count / 48)) / count / full)
-    assert quality.gap((3,), (3,), quality.ladder()[-1]) == (0, 0)
+    assert quality.gap((3,), (3,), quality.subsets()[-1]) == (0, 0)
 
 
 def test_a_measure_that_needs_the_pruned_model_asks_the_architecture_first(tokenizer, monkeypatch):
