@@ -171,7 +171,7 @@ def test_layers_alone_are_removed_on_disk(run, saved, tmp_path, monkeypatch):
         assert code == 0
         assert "Removed 2 of 8 layers (0-based): [2, 5]" in out
         assert "tensors, bit for bit (every byte compared, reloaded)" in out
-        assert "What this costs was not measured: --eval-dataset does" in out
+        assert "What this costs was not measured: use --eval-dataset" in out
         code, out, _ = run("--layers", "2,5", "--output", "disk", "--json", data=None)
         assert code == 4
         code, out, _ = run(*"--layers 2,5 --output disk --json --overwrite".split(), data=None)
