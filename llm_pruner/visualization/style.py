@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -228,10 +229,13 @@ def check_number(given: Sequence[Any], most: int, what: str) -> None:
 
 
 def file_bytes(figure: Figure, suffix: str) -> bytes:
-    """The figure as a file of that kind, a key of `METADATA`; equal figures give equal bytes."""
-    buffer = io.BytesIO()
+    """The figure as a file of that kind, a key of `METADATA`; equal figures give equal bytes.
+
+    A copy is drawn, because every drawing moves the axes of a constrained layout a little.
+    """
+    buffer, copy = io.BytesIO(), pickle.loads(pickle.dumps(figure))
     with house_style():
-        figure.savefig(buffer, format=suffix[1:], metadata=METADATA[suffix])
+        copy.savefig(buffer, format=suffix[1:], metadata=METADATA[suffix])
     return buffer.getvalue()
 
 

@@ -19,6 +19,7 @@ import llm_pruner
 from llm_pruner.errors import InvalidDataError, NonFiniteError, OutputError
 from llm_pruner.model.layer_stack import LayerStack
 from llm_pruner.results import Comparison, LayerScores
+from llm_pruner.visualization.style import file_bytes
 
 LONG = "a_strategy_with a name that is long, costs $5 and $6^{, \u4f60 and\nmore"
 MAGIC = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF", ".PNG": b"\x89PNG"}
@@ -162,6 +163,14 @@ def test_equal_input_gives_equal_files_of_every_kind(name, tmp_path):
         assert not any(word in data for word in (b"/Type3", b"CreationDate", b"<dc:date>"))
     assert dict(matplotlib.rcParams) == before
     assert (matplotlib.get_backend(), plt.get_fignums()) == (backend, [])
+
+
+@every_function
+def test_files_of_one_figure_do_not_depend_on_their_order(name):
+    one, two = draw(name, CASES[name][0]), draw(name, CASES[name][0])
+    vectors = file_bytes(one, ".svg")
+    assert file_bytes(two, ".png") == file_bytes(one, ".png")
+    assert file_bytes(two, ".svg") == vectors
 
 
 @every_function
