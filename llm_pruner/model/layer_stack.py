@@ -101,11 +101,8 @@ class LayerStack(Sequence[nn.Module]):
 
         Here each call is made when its result is asked for. Where the weights are not in memory,
         all calls advance together, layer by layer, so that every weight is read once for all.
-
-        Args:
-            calls: functions without arguments.
-            alike: whether they run the model on the same inputs, and differ only in the layers
-                they bypass.
+        Calls are `alike` if they run the model on the same inputs, and differ only in the layers
+        that they bypass.
         """
         for call in calls:
             yield call()
@@ -206,9 +203,8 @@ class LayerStack(Sequence[nn.Module]):
         is that of the pass in which `hidden` was observed; give it the same token ids and mask.
 
         Args:
-            start: the layer that gets `hidden` as its input.
-            hidden: (sequences, tokens, hidden), as `observe_inputs` or `observe` reports it for
-                that layer.
+            start: the layer whose input is `hidden`.
+            hidden: (sequences, tokens, hidden), from `observe_inputs` or `observe`.
             removed: layers to bypass from `start` on; those below do not matter.
 
         Raises:

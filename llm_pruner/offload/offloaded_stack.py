@@ -105,8 +105,9 @@ def load_within(
     Raises:
         LoadError: see both.
     """
-    other = None if dtype == "auto" else getattr(torch, dtype)
-    size = count_bytes(empty_model(model_id, dtype=other, trust_remote_code=trust_remote_code))
+    torch_dtype = None if dtype == "auto" else getattr(torch, dtype)
+    empty = empty_model(model_id, dtype=torch_dtype, trust_remote_code=trust_remote_code)
+    size = count_bytes(empty)
     how: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if size + ROOM <= max_memory:
         logger.info("%s of weights fit into memory.", format_bytes(size))
