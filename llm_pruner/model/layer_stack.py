@@ -249,9 +249,10 @@ class LayerStack(Sequence[nn.Module]):
         """Whether `replay` gives exactly the result of the whole pass.
 
         Tried out on two tokens, because a layer may use something that a lower layer has left
-        outside the hidden state (keys and values shared between layers).
+        outside the hidden state (keys and values shared between layers). False for offloaded
+        layers: a pass begins at the first, and equal work is shared between passes.
         """
-        if not self._passes_one_state():
+        if self.offloaded or not self._passes_one_state():
             return False
         states: dict[int, torch.Tensor] = {}
         starts = sorted({len(self) // 2, len(self) - 1})

@@ -153,12 +153,7 @@ def model_class(model_id: str, **options: Any) -> tuple[str, Any, Any]:
 def empty_model(
     model_id: str, *, trust_remote_code: bool, dtype: Any = None, revision: str | None = None
 ) -> Any:
-    """A model built from its config alone, on the meta device: shapes without memory.
-
-    Args:
-        model_id, trust_remote_code: see `load_model`.
-        dtype: a torch dtype to use instead of the config's.
-        revision: branch, tag or commit of a hub repository.
+    """A model built from its config alone, in its dtype or another one, without memory for weights.
 
     Raises:
         LoadError: the config cannot be found or read, or no model can be built from it.

@@ -203,11 +203,6 @@ class OffloadedStack(LayerStack):
         )
 
     @property
-    def can_replay(self) -> bool:
-        """False: a pass begins at the first layer, and equal work is shared between passes."""
-        return False
-
-    @property
     def can_bypass(self) -> bool:
         """Whether layers pass nothing but the hidden state to one another."""
         self.prepare()
@@ -216,10 +211,9 @@ class OffloadedStack(LayerStack):
     def run_all(self, calls: Iterable[Callable[[], T]], *, alike: bool = False) -> Iterator[T]:
         """All calls in step, layer by layer; see `LayerStack.run_all`.
 
-        A call may run several passes, one after the other: every weight is read once for the first
-        passes of all calls, once for the second ones, and so on. A call may itself use `run_all`.
-        Passes that are `alike` share a layer's result as long as they have bypassed the same
-        layers.
+        Every weight is read once for the first passes of all calls, once for the second ones, and
+        so on. A call may itself use `run_all`. Passes that are `alike` share a layer's result as
+        long as they have bypassed the same layers.
 
         Raises:
             LoadError: a weight cannot be read.
