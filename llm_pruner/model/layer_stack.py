@@ -25,6 +25,7 @@ from .loading import model_fingerprint
 from .removal import has_skeleton, remove_layers, skeleton
 
 TRIALS, ALTERNATIVES = 4, 3  # removals tried for the message of a refusal, and sets it names
+NO_ALTERNATIVE = "Nor can any set of one layer more or less."
 InputObserver = Callable[[int, torch.Tensor], None]
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 T = TypeVar("T")
@@ -316,11 +317,13 @@ class LayerStack(Sequence[nn.Module]):
                 break
         if working:
             return f"Sets close to this one that can be removed: {working}."
-        return f"Nor can the sets closest to it: {tried}." if tried else "No close set can either."
+        return f"Nor can the sets closest to it: {tried}." if tried else NO_ALTERNATIVE
 
     def _close_to(self, removed: frozenset[int]) -> Iterator[frozenset[int]]:
         """Sets of one layer more, and of one less (or of another single layer); nearest first."""
-        others = sorted(self._kept(removed), key=lambda i: min(abs(i - j) for j in removed))
+        others = sorted(
+            self._kept(removed), key=lambda i: min((abs(i - j) for j in removed), default=0)
+        )
         larger = [removed | {index} for index in others] if len(others) > 1 else []
         smaller = [removed - {index} for index in sorted(removed)]
         if len(removed) == 1:
