@@ -321,9 +321,11 @@ class LayerStack(Sequence[nn.Module]):
 
     def _close_to(self, removed: frozenset[int]) -> Iterator[frozenset[int]]:
         """Sets of one layer more, and of one less (or of another single layer); nearest first."""
-        others = sorted(
-            self._kept(removed), key=lambda i: min((abs(i - j) for j in removed), default=0)
-        )
+
+        def distance(index: int) -> int:
+            return min((abs(index - other) for other in removed), default=0)
+
+        others = sorted(self._kept(removed), key=distance)
         larger = [removed | {index} for index in others] if len(others) > 1 else []
         smaller = [removed - {index} for index in sorted(removed)]
         if len(removed) == 1:
