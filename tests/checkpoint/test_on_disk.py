@@ -414,12 +414,12 @@ def test_adapters_are_refused(source, tmp_path):
 
 
 @pytest.mark.parametrize("layers", [[8], [], [1, 1], range(8)])
-def test_layers_that_cannot_be(source, tmp_path, layers):
+def test_impossible_layers_are_refused(source, tmp_path, layers):
     with pytest.raises(InvalidPlanError):
         prune_checkpoint(source, layers, tmp_path / "out")
 
 
-def test_places_that_cannot_be(source, tmp_path):
+def test_impossible_folders_are_refused(source, tmp_path):
     with pytest.raises(LoadError, match="is not a folder"):
         prune_checkpoint(tmp_path / "nothing", REMOVED, tmp_path / "out")
     with pytest.raises(OutputError, match="is not empty"):
@@ -440,7 +440,7 @@ def test_a_manifest_finds_a_flipped_bit(source, tmp_path):
 
 
 def test_verification_reloads(source, tmp_path):
-    """A checkpoint that lacks a tensor from the start is told with `verify`."""
+    """A checkpoint that lacks a tensor from the start is found by `verify`."""
     with last_file(source) as stored:
         stored.pop("model.norm.weight")
     with pytest.raises(VerificationError, match="missing_keys"):
@@ -495,7 +495,7 @@ def test_from_the_hub_only_what_stays_is_fetched(hub, source, tmp_path):
     assert hub.sent < there.bytes_before
 
 
-def test_a_hub_that_stumbles_is_asked_again(hub, tmp_path):
+def test_a_hub_that_fails_once_is_asked_again(hub, tmp_path):
     hub.fail("resolve", 503, after=8, times=1)
     prune_checkpoint("me/model", REMOVED, tmp_path / "out")
     assert check_manifest(tmp_path / "out").revision == SHA
