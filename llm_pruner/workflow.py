@@ -211,7 +211,8 @@ def _write_report(
     write_card(report, folder)
     protected = [layer for layer in report.plan.keep if layer not in pruner.candidates]
     curve = _curve(report)
-    figures = report_figures(report, protected=protected, curve=curve)
+    skipped = () if as_files else ("holistic_benchmark",)  # which the page does not show
+    figures = report_figures(report, protected=protected, curve=curve, skip=skipped)
     figures |= _model_figures(pruner, pruned, report, held_out)
     write_html(report, folder / PAGE_FILE, figures=figures, curve=curve)
     if as_files:

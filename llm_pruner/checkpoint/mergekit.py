@@ -29,7 +29,7 @@ def write_mergekit_yaml(
     """
     removed = check_layers(layers, len(stack))
     if not removed:
-        raise InvalidPlanError("layers=[]: a recipe that removes nothing is no recipe.")
+        raise InvalidPlanError("layers=[]: the recipe removes nothing. Name at least one layer.")
     _warn_of_mergekit(stack, removed)
     edges = [-1, *removed, len(stack)]
     slices = [
@@ -43,7 +43,7 @@ def write_mergekit_yaml(
 
 
 def _warn_of_mergekit(stack: LayerStack, removed: Sequence[int]) -> None:
-    """MergeKit sets the layer count in the config and nothing else: say so where it matters."""
+    """Warn if more of the config has to change than the layer count, which is all MergeKit sets."""
     old, new = (
         text_config(model.config).to_dict() for model in (stack.model, stack.remove(removed))
     )
@@ -52,7 +52,7 @@ def _warn_of_mergekit(stack: LayerStack, removed: Sequence[int]) -> None:
     if beyond:
         logger.warning(
             "MergeKit will write a wrong config for this recipe, or stop before it writes one: it "
-            "sets the layer count alone, and %s must change too. Use the config.json of the pruned "
+            "sets only the layer count, and %s must change too. Use the config.json of the pruned "
             "checkpoint, and its tokenizer if MergeKit stopped.",
             ", ".join(beyond),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -156,24 +157,25 @@ def _card(source: Source, plan: PruningPlan) -> str:
 def _manifest(
     checkpoint: Checkpoint, plan: PruningPlan, shards: dict[str, list[Pair]], *, hashed: bool
 ) -> Manifest:
-    tensors = {}
-    for file, pairs in shards.items():
-        for old, new in pairs:
-            tensors[new.name] = {
-                "file": file,
-                "dtype": new.dtype,
-                "shape": list(new.shape),
-                "from": old.name,
-                "from_file": old.file,
-                "sha256": tensor_hash(checkpoint.source, old) if hashed else None,
-            }
+    pairs = [pair for file_pairs in shards.values() for pair in file_pairs]
+    tensors = {
+        new.name: {
+            "file": new.file,
+            "dtype": new.dtype,
+            "shape": list(new.shape),
+            "from": old.name,
+            "from_file": old.file,
+            "sha256": tensor_hash(checkpoint.source, old) if hashed else None,
+        }
+        for old, new in pairs
+    }
     return Manifest(
         source=checkpoint.source.name,
         revision=checkpoint.source.revision,
         num_layers=plan.num_layers,
         remove=plan.remove,
         bytes_before=checkpoint.bytes,
-        bytes_after=sum(new.size for pairs in shards.values() for _, new in pairs),
+        bytes_after=sum(new.size for _, new in pairs),
         tensors=tensors,
     )
 
@@ -183,11 +185,14 @@ def _writing_shards(
     checkpoint: Checkpoint, stage: Path, shards: dict[str, list[Pair]], *, link: bool
 ) -> Iterator[None]:
     """Write the files while the block runs, several at a time; they are complete at its end."""
+    counts = Counter(tensor.file for tensor in checkpoint.tensors.values())
     with ThreadPoolExecutor(THREADS) as pool:
-        jobs = [
-            pool.submit(_write_shard, checkpoint, stage / file, pairs, link=link)
-            for file, pairs in shards.items()
-        ]
+        jobs = []
+        for file, pairs in shards.items():
+            complete = len(pairs) == counts[pairs[0][0].file]
+            unchanged = complete and all(old.name == new.name for old, new in pairs)
+            job = pool.submit(_write_shard, checkpoint, stage / file, pairs, link and unchanged)
+            jobs.append(job)
         try:
             yield
             for job in progress(as_completed(jobs), "Copying files", total=len(jobs)):
@@ -197,11 +202,9 @@ def _writing_shards(
             raise
 
 
-def _write_shard(checkpoint: Checkpoint, path: Path, pairs: Sequence[Pair], *, link: bool) -> None:
+def _write_shard(checkpoint: Checkpoint, path: Path, pairs: Sequence[Pair], link: bool) -> None:
     file = pairs[0][0].file
-    whole = [tensor for tensor in checkpoint.tensors.values() if tensor.file == file]
-    untouched = len(whole) == len(pairs) and all(old.name == new.name for old, new in pairs)
-    if untouched and link and checkpoint.source.folder is not None:
+    if link and checkpoint.source.folder is not None:
         origin = (checkpoint.source.folder / file).resolve()
         try:
             os.link(origin, path)

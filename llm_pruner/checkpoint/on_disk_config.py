@@ -18,7 +18,7 @@ from ..model.layer_names import LayerNames
 from ..results import PruningPlan
 from ..utils import logger
 from .safetensors_files import Checkpoint, read_checkpoint
-from .sources import LocalFolder, Source, cached_source
+from .sources import LocalFolder, cached_source
 
 MOST_LAYERS = 10_000  # a config that claims more is damaged
 
@@ -37,12 +37,9 @@ def model_identity(model: Any, num_layers: int) -> dict[str, str]:
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", "")
     commit = getattr(config, "_commit_hash", None)
-    source: Source | None = None
-    if name and Path(name).is_dir():
-        source = LocalFolder(name)
-    elif name and commit:
-        source = cached_source(name, commit)
-    if source is None:
+    local = bool(name) and Path(name).is_dir()
+    source = LocalFolder(name) if local else name and commit and cached_source(name, commit)
+    if not source:
         return {"revision": commit} if commit else {}
     try:
         counts = _layer_counts(source.read_json("config.json"))
@@ -94,14 +91,7 @@ def pruned_config(
     trust_remote_code: bool,
     verify: bool,
 ) -> dict[str, Any]:
-    """The contents of the pruned config.json.
-
-    Args:
-        checkpoint: the full checkpoint.
-        layers: its layers.
-        plan: what to remove.
-        trust_remote_code: run code that comes with the checkpoint, if its config needs it.
-        verify: check the removal with the model's class even if the config can do without it.
+    """The contents of the pruned config.json, checked by the model's class to `verify` it.
 
     Raises:
         LoadError: the model's class is needed, and cannot be loaded.

@@ -120,18 +120,14 @@ def read_checkpoint(source: Source) -> Checkpoint:
                 raise source.broken(file, f"tensor {tensor.name!r} stands in {other!r} too")
             tensors[tensor.name] = tensor
     if INDEX_FILE in source.files():
-        weight_map = source.read_json(INDEX_FILE)["weight_map"]
-        wrong = sorted(
-            name
-            for name in weight_map.keys() | tensors.keys()
-            if name not in tensors or weight_map.get(name) != tensors[name].file
-        )
-        if wrong:
-            there = f"in {tensors[wrong[0]].file!r}" if wrong[0] in tensors else "in no file"
-            claimed = f"{weight_map.get(wrong[0], 'none')!r}"
-            raise source.broken(
-                INDEX_FILE, f"tensor {wrong[0]!r} is {there}, and the index says {claimed}"
-            )
+        index = source.read_json(INDEX_FILE)["weight_map"]
+        stored = {name: tensor.file for name, tensor in tensors.items()}
+        differing = index.items() ^ stored.items()
+        if differing:
+            name = min(name for name, _ in differing)
+            there = f"in {stored[name]!r}" if name in stored else "in no file"
+            reason = f"tensor {name!r} is {there}, and the index says {index.get(name, 'none')!r}"
+            raise source.broken(INDEX_FILE, reason)
     return Checkpoint(source, tensors, metadata)
 
 

@@ -170,17 +170,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_weights(name: str, there: set[str]) -> str:
-    pickled = sorted(file for file in there if file.endswith(PICKLES))
-    if not pickled:
-        return (
-            f"Checkpoint {name!r} holds no {SINGLE_FILE} and no {INDEX_FILE}: give a folder or "
-            "repository that save_pretrained has written."
-        )
+    for file in sorted(there):
+        if file.endswith(PICKLES):
+            return (
+                f"Checkpoint {name!r} holds pickled weights ({file}), which can run code when they "
+                "are read, so they are not. If you trust it, convert it first: load it with "
+                "AutoModelForCausalLM.from_pretrained and write it with save_pretrained. Or use a "
+                "revision of the repository that has safetensors."
+            )
     return (
-        f"Checkpoint {name!r} holds pickled weights ({pickled[0]}), which can run code when they "
-        "are read, so they are not. If you trust it, convert it first: load it with "
-        "AutoModelForCausalLM.from_pretrained and write it with save_pretrained. Or use a "
-        "revision of the repository that has safetensors."
+        f"Checkpoint {name!r} holds no {SINGLE_FILE} and no {INDEX_FILE}: give a folder or "
+        "repository that save_pretrained has written."
     )
 
 

@@ -1,4 +1,4 @@
-"""Checks that a pruned model, in memory or reloaded, computes what it should."""
+"""Checks that a pruned model computes what it should, in memory and reloaded."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ HALF_TOLERANCE = 3e-2
 def verify_removal(stack: LayerStack, removed: Sequence[int], pruned: PreTrainedModel) -> None:
     """Check in memory that `pruned` computes what the bypassed original computes.
 
-    The cached forward is compared with the uncached one too, unless the original itself
-    differs there.
+    Passes with and without cache are compared too, unless those of the original itself differ.
 
     Raises:
-        VerificationError: it does not; the message says by how much.
+        VerificationError: it does not.
     """
     original: Any = stack.model
     ids = _probe(pruned)
@@ -39,11 +38,11 @@ def verify_removal(stack: LayerStack, removed: Sequence[int], pruned: PreTrained
         with stack.bypass(removed):
             want = original(input_ids=ids, use_cache=False).logits
         got = pruned(input_ids=ids, use_cache=False).logits
-        _demand_equal(pruned, got, want, "The pruned model and the bypassed original")
+        _require_equal(pruned, got, want, "The pruned model and the bypassed original")
         whole = original(input_ids=ids, use_cache=False).logits[:, -1]
         try:
             cached = _cached_logits(original, ids)
-        except Exception as error:  # whatever the original cannot do, the pruned one need not
+        except Exception as error:  # the pruned model need not do what the original cannot
             logger.info("No cache check: %s: %s", type(error).__name__, error)
             return
         if cached is None or _difference(cached, whole) > _tolerance(original, whole):
@@ -51,7 +50,7 @@ def verify_removal(stack: LayerStack, removed: Sequence[int], pruned: PreTrained
         stepwise = _cached_logits(pruned, ids)
         if stepwise is None:
             raise VerificationError("The pruned model returns no cache, though the original does.")
-        _demand_equal(pruned, stepwise, got[:, -1], "The pruned model with and without cache")
+        _require_equal(pruned, stepwise, got[:, -1], "The pruned model with and without cache")
 
 
 def verify_checkpoint(folder: str | Path, model: PreTrainedModel) -> None:
@@ -67,7 +66,7 @@ def verify_checkpoint(folder: str | Path, model: PreTrainedModel) -> None:
     with evaluating(model), evaluating(reloaded):
         want = model(input_ids=ids, use_cache=False).logits
         got = reloaded(input_ids=ids, use_cache=False).logits
-    _demand_equal(model, got, want, "The reloaded checkpoint and the pruned model")
+    _require_equal(model, got, want, "The reloaded checkpoint and the pruned model")
 
 
 def load_cleanly(folder: str | Path, auto: Any, **options: Any) -> Any:
@@ -94,7 +93,7 @@ def load_cleanly(folder: str | Path, auto: Any, **options: Any) -> Any:
 
 
 def _probe(model: Any) -> torch.Tensor:
-    """A fixed sequence of tokens within the model's vocabulary and length, (1, tokens)."""
+    """Fixed tokens within the model's vocabulary and length: (1, tokens)."""
     config = model.config.get_text_config(decoder=True)
     length = min(PROBE_TOKENS, position_limit(model))
     generator = torch.Generator().manual_seed(0)
@@ -103,7 +102,7 @@ def _probe(model: Any) -> torch.Tensor:
 
 
 def _cached_logits(model: Any, ids: torch.Tensor) -> torch.Tensor | None:
-    """Logits of the last token, the last half of `ids` fed one by one through the cache.
+    """Logits of the last token, if the second half of `ids` is fed token by token with a cache.
 
     None for a model without a key-value cache.
     """
@@ -111,12 +110,9 @@ def _cached_logits(model: Any, ids: torch.Tensor) -> torch.Tensor | None:
     output = model(input_ids=ids[:, :half], use_cache=True)
     if getattr(output, "past_key_values", None) is None:
         return None
-    for position in range(half, ids.shape[1]):
-        output = model(
-            input_ids=ids[:, position : position + 1],
-            past_key_values=output.past_key_values,
-            use_cache=True,
-        )
+    for token in ids[:, half:].unbind(1):
+        cache = output.past_key_values
+        output = model(input_ids=token[:, None], past_key_values=cache, use_cache=True)
     logits: torch.Tensor = output.logits[:, -1]
     return logits
 
@@ -131,11 +127,11 @@ def _tolerance(model: Any, logits: torch.Tensor) -> float:
     return max(least, TOLERANCE.get(logits.dtype, HALF_TOLERANCE))
 
 
-def _demand_equal(model: Any, got: torch.Tensor, want: torch.Tensor, who: str) -> None:
+def _require_equal(model: Any, got: torch.Tensor, want: torch.Tensor, what: str) -> None:
     difference, allowed = _difference(got, want), _tolerance(model, want)
     if not difference <= allowed:  # written so that NaN fails
         raise VerificationError(
-            f"{who} compute different logits (relative difference {difference:.2g}, allowed "
+            f"{what} compute different logits (relative difference {difference:.2g}, allowed "
             f"{allowed:.2g}). Nothing was written. If the weights are finite, please "
             "report this architecture."
         )

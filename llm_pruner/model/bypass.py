@@ -52,7 +52,8 @@ def learn_forms(
             None if part is None else next((k for k, v in inputs.items() if v is part), None)
             for part in output
         )
-        forms.append(ReturnForm(_builder(output), sources))
+        build = getattr(type(output), "_make", type(output))  # of a named tuple, or not
+        forms.append(ReturnForm(build, sources))
     known = {len(form.sources): form for form in forms if form.sources and _is_used(form)}
     return [
         form if not form.sources or _is_used(form) else known.get(len(form.sources), form)
@@ -63,12 +64,6 @@ def learn_forms(
 def _is_used(form: ReturnForm) -> bool:
     """Whether the next layer took anything of the result (there is none after the last layer)."""
     return any(source is not None for source in form.sources)
-
-
-def _builder(output: tuple[Any, ...] | list[Any]) -> Callable[[list[Any]], Any]:
-    kind: Any = type(output)
-    build: Callable[[list[Any]], Any] = getattr(kind, "_make", kind)  # of a named tuple, or not
-    return build
 
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Argument, Any]:
@@ -88,9 +83,7 @@ class Bypass(nn.Module):
     def __init__(self, layer: nn.Module, form: ReturnForm, *, adds: bool = False) -> None:
         super().__init__()
         # Not a submodule: the layer's parameters must not be listed twice.
-        object.__setattr__(self, "_layer", layer)
-        object.__setattr__(self, "_form", form)
-        object.__setattr__(self, "_adds", adds)
+        vars(self).update(_layer=layer, _form=form, _adds=adds)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The hidden state among the arguments, in the form in which the layer returns it."""

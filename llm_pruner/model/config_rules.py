@@ -258,9 +258,8 @@ def _only_count(config: Any, num_layers: int) -> set[str]:
     """The only field of a custom config whose value is the layer count, if exactly one is."""
     if hasattr(config, "num_hidden_layers"):  # a known name, derived from another field
         return set()
-    equal = {name for name, value in vars(config).items() if value == num_layers}
-    numbers = {name for name in equal if type(vars(config)[name]) is int}
-    return numbers if len(numbers) == 1 else set()
+    equal = {name for name, x in vars(config).items() if type(x) is int and x == num_layers}
+    return equal if len(equal) == 1 else set()
 
 
 def _refit(config: Any, pattern: Pattern, removal: Removal) -> dict[str, int]:

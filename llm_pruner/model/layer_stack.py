@@ -25,6 +25,7 @@ from .loading import model_fingerprint
 from .removal import has_skeleton, remove_layers, skeleton
 
 TRIALS, ALTERNATIVES = 4, 3  # removals tried for the message of a refusal, and sets it names
+NO_ALTERNATIVE = "Nor can any set of one layer more or less."
 InputObserver = Callable[[int, torch.Tensor], None]
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 T = TypeVar("T")
@@ -101,11 +102,8 @@ class LayerStack(Sequence[nn.Module]):
 
         Here each call is made when its result is asked for. Where the weights are not in memory,
         all calls advance together, layer by layer, so that every weight is read once for all.
-
-        Args:
-            calls: functions without arguments.
-            alike: whether they run the model on the same inputs, and differ only in the layers
-                they bypass.
+        Calls are `alike` if they run the model on the same inputs, and differ only in the layers
+        that they bypass.
         """
         for call in calls:
             yield call()
@@ -206,9 +204,8 @@ class LayerStack(Sequence[nn.Module]):
         is that of the pass in which `hidden` was observed; give it the same token ids and mask.
 
         Args:
-            start: the layer that gets `hidden` as its input.
-            hidden: (sequences, tokens, hidden), as `observe_inputs` or `observe` reports it for
-                that layer.
+            start: the layer whose input is `hidden`.
+            hidden: (sequences, tokens, hidden), from `observe_inputs` or `observe`.
             removed: layers to bypass from `start` on; those below do not matter.
 
         Raises:
@@ -253,9 +250,10 @@ class LayerStack(Sequence[nn.Module]):
         """Whether `replay` gives exactly the result of the whole pass.
 
         Tried out on two tokens, because a layer may use something that a lower layer has left
-        outside the hidden state (keys and values shared between layers).
+        outside the hidden state (keys and values shared between layers). False for offloaded
+        layers: a pass begins at the first, and equal work is shared between passes.
         """
-        if not self._passes_one_state():
+        if self.offloaded or not self._passes_one_state():
             return False
         states: dict[int, torch.Tensor] = {}
         starts = sorted({len(self) // 2, len(self) - 1})
@@ -319,11 +317,15 @@ class LayerStack(Sequence[nn.Module]):
                 break
         if working:
             return f"Sets close to this one that can be removed: {working}."
-        return f"Nor can the sets closest to it: {tried}." if tried else "No close set can either."
+        return f"Nor can the sets closest to it: {tried}." if tried else NO_ALTERNATIVE
 
     def _close_to(self, removed: frozenset[int]) -> Iterator[frozenset[int]]:
         """Sets of one layer more, and of one less (or of another single layer); nearest first."""
-        others = sorted(self._kept(removed), key=lambda i: min(abs(i - j) for j in removed))
+
+        def distance(index: int) -> int:
+            return min((abs(index - other) for other in removed), default=0)
+
+        others = sorted(self._kept(removed), key=distance)
         larger = [removed | {index} for index in others] if len(others) > 1 else []
         smaller = [removed - {index} for index in sorted(removed)]
         if len(removed) == 1:

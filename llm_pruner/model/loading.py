@@ -151,29 +151,19 @@ def model_class(model_id: str, **options: Any) -> tuple[str, Any, Any]:
 
 
 def empty_model(
-    model_id: str,
-    *,
-    trust_remote_code: bool,
-    dtype: torch.dtype | None = None,
-    revision: str | None = None,
+    model_id: str, *, trust_remote_code: bool, dtype: Any = None, revision: str | None = None
 ) -> Any:
-    """A model built from its config alone, on the meta device: it has shapes, and no memory.
-
-    Args:
-        model_id, trust_remote_code: see `load_model`.
-        dtype: another dtype than the config's.
-        revision: branch, tag or commit of a hub repository.
+    """A model built from its config alone, in its dtype or another one, without memory for weights.
 
     Raises:
         LoadError: the config cannot be found or read, or no model can be built from it.
     """
     import torch
 
-    code: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    where = {} if revision is None else {"revision": revision}
-    _, auto, config = model_class(model_id, **code, **where)
+    code = {"trust_remote_code": trust_remote_code}
+    _, auto, config = model_class(model_id, revision=revision, **code)
     try:
         with torch.device("meta"):
-            return auto.from_config(config, **code, **({} if dtype is None else {"dtype": dtype}))
+            return auto.from_config(config, dtype=dtype or config.dtype, **code)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise LoadError(explain_load_failure("model", model_id, error)) from error

@@ -135,14 +135,14 @@ def _slice_tensors(
                 setattr(targets[owner], leaf, sliced)
 
 
-def _compare_tensors(pruned: nn.Module, skeleton: nn.Module) -> None:
-    have = {name: tuple(tensor.shape) for name, tensor in pruned.state_dict().items()}
-    want = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    differing = sorted(
-        name for name in have.keys() | want.keys() if have.get(name) != want.get(name)
+def _compare_tensors(pruned: nn.Module, after: nn.Module) -> None:
+    have, want = (
+        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        for model in (pruned, after)
     )
+    differing = {name for name, _ in have.items() ^ want.items()}
     if differing:
-        name = differing[0]
+        name = min(differing)
         raise UnsupportedModelError(
             f"{type(pruned).__name__} without these layers cannot be reloaded: "
             f"{len(differing)} tensors differ from what its config describes, first {name!r} "
@@ -220,8 +220,6 @@ def _plain(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple | set):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(_is_plain(item) for pair in value.items() for item in pair)
+    if isinstance(value, list | tuple | set | dict):
+        return all(map(_is_plain, value.items() if isinstance(value, dict) else value))
     return value is None or isinstance(value, int | float | str | bool)

@@ -105,8 +105,9 @@ def load_within(
     Raises:
         LoadError: see both.
     """
-    other = None if dtype == "auto" else getattr(torch, dtype)
-    size = count_bytes(empty_model(model_id, dtype=other, trust_remote_code=trust_remote_code))
+    torch_dtype = None if dtype == "auto" else getattr(torch, dtype)
+    empty = empty_model(model_id, dtype=torch_dtype, trust_remote_code=trust_remote_code)
+    size = count_bytes(empty)
     how: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if size + ROOM <= max_memory:
         logger.info("%s of weights fit into memory.", format_bytes(size))
@@ -202,11 +203,6 @@ class OffloadedStack(LayerStack):
         )
 
     @property
-    def can_replay(self) -> bool:
-        """False: a pass begins at the first layer, and equal work is shared between passes."""
-        return False
-
-    @property
     def can_bypass(self) -> bool:
         """Whether layers pass nothing but the hidden state to one another."""
         self.prepare()
@@ -215,10 +211,9 @@ class OffloadedStack(LayerStack):
     def run_all(self, calls: Iterable[Callable[[], T]], *, alike: bool = False) -> Iterator[T]:
         """All calls in step, layer by layer; see `LayerStack.run_all`.
 
-        A call may run several passes, one after the other: every weight is read once for the first
-        passes of all calls, once for the second ones, and so on. A call may itself use `run_all`.
-        Passes that are `alike` share a layer's result as long as they have bypassed the same
-        layers.
+        Every weight is read once for the first passes of all calls, once for the second ones, and
+        so on. A call may itself use `run_all`. Passes that are `alike` share a layer's result as
+        long as they have bypassed the same layers.
 
         Raises:
             LoadError: a weight cannot be read.

@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -29,7 +29,6 @@ from .activation_store import ActivationStore
 from .weight_store import EMBEDDING, Stations
 
 THREAD_STACK = 2**20  # bytes; the layers themselves run in the scheduler's thread
-Trace = tuple[int, ...]  # what a pass has done: i where it ran layer i, ~i where it bypassed it
 
 
 class Scheduler:
@@ -113,7 +112,7 @@ class Scheduler:
             result = results.get(way)
             if result is None or not result.serves(job):
                 result = self._answer(job)
-                if way is not None and left[way] > 0 and not isinstance(result.answer, _Failure):
+                if way is not None and left[way] > 0 and not isinstance(result.answer, Exception):
                     results[way] = result
             else:
                 self.store.restore(job.given)
@@ -139,7 +138,7 @@ class Scheduler:
         try:
             answer = job.work()
         except Exception as error:  # for the model's own code to handle, or the call's
-            return _Result(_Failure(error), job.station, False, [])
+            return _Result(error, job.station, False, [])
         return _Result(answer, job.station, before == _marks(job.given), _marks(answer))
 
     def _check_shared(self) -> None:
@@ -163,45 +162,46 @@ class Scheduler:
                 self._resume(job.parent)
 
 
+@dataclass(eq=False)
 class Job:
     """One call: a thread that runs when it is its turn.
 
     Attributes:
         order: jobs with a lower number go first.
+        parent: the job that made the call and waits for it; None for the caller of `Scheduler.run`.
         group: an object that calls which are alike have in common; None for a call of its own.
-        trace: what its passes have done so far.
+        trace: what its passes have done: i where one ran layer i, ~i where one bypassed it.
         bypassed: bypasses, by layer.
         observers: functions that see what goes in and out of the layers.
         borrows: below this layer it takes any result of its group; None: only where safe.
         records: where to note every layer's arguments and result; None for nowhere.
         station: where it waits.
         given: the arguments and keyword arguments for the station.
+        answer: what the station returned, or raised.
+        children: how many of its own calls are not done.
     """
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        order: int,
-        call: Callable[[], Any],
-        parent: Job | None,
-        group: object,
-    ) -> None:
-        self.scheduler, self.order, self.parent, self.group = scheduler, order, parent, group
-        self.trace: Trace = ()
-        self.bypassed: dict[int, Bypass] = {}
-        self.observers: list[Observer] = []
-        self.borrows: int | None = None
-        self.records: dict[int, Any] | None = None
-        self.station = EMBEDDING
-        self.given: tuple[Any, Any] | None = None
-        self.children = 0
-        self.done = False
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.answer: Any = None
-        self._function: Callable[..., Any] | None = None
-        self._modes = (False, False)  # of the waiting thread: gradients, inference
-        self._call: Callable[[], Any] | None = call
+    scheduler: Scheduler
+    order: int
+    call: Callable[[], Any] | None
+    parent: Job | None
+    group: object
+    trace: tuple[int, ...] = ()
+    bypassed: dict[int, Bypass] = field(default_factory=dict)
+    observers: list[Observer] = field(default_factory=list)
+    borrows: int | None = None
+    records: dict[int, Any] | None = None
+    station: int = EMBEDDING
+    given: tuple[Any, Any] = ((), {})
+    answer: Any = None
+    children: int = 0
+    done: bool = False
+    result: Any = None
+    error: BaseException | None = None
+    _function: Callable[..., Any] | None = None
+    _modes: tuple[bool, bool] = (False, False)  # of the waiting thread: gradients, inference
+
+    def __post_init__(self) -> None:
         self._turn = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, name="llm_pruner pass", daemon=True)
 
@@ -239,7 +239,6 @@ class Job:
     def work(self) -> Any:
         """Call the function that it waits for, as its own thread would."""
         assert self._function is not None
-        assert self.given is not None
         args, kwargs = self.given
         grad, inference = self._modes
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
@@ -271,7 +270,7 @@ class Job:
     def _run(self) -> None:
         _thread.job = self
         torch.set_num_threads(1)  # or every thread would have a team of OpenMP threads of its own
-        call, self._call = self._call, None
+        call, self.call = self.call, None
         try:
             assert call is not None
             self.result = call()
@@ -292,17 +291,10 @@ class Job:
         self._turn.acquire()
         if self.scheduler.stopping:
             raise _Stop
-        answer, self.answer, self.given = self.answer, None, None
-        if isinstance(answer, _Failure):
-            raise answer.error
+        answer, self.answer, self.given = self.answer, None, ((), {})
+        if isinstance(answer, Exception):
+            raise answer
         return answer
-
-
-@dataclass
-class _Failure:
-    """What a layer raised, to be raised in the pass that ran it."""
-
-    error: Exception
 
 
 @dataclass
@@ -310,7 +302,7 @@ class _Result:
     """What a station answered a pass, for others that have come the same way.
 
     Attributes:
-        answer: what it returned, or a `_Failure`.
+        answer: what it returned, or raised.
         station: where.
         pure: whether it left its inputs unchanged.
         marks: those of the answer, when it was new.

@@ -31,9 +31,7 @@ class WaitingLayer(nn.Module):
     def __init__(self, layer: nn.Module, index: int) -> None:
         super().__init__()
         # Not a submodule, so that walks over the modules find no weights that are not in memory.
-        object.__setattr__(self, "layer", layer)
-        object.__setattr__(self, "index", index)
-        self.training = layer.training
+        vars(self).update(layer=layer, index=index, training=layer.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer returns, or its bypass, when it is this pass's turn."""

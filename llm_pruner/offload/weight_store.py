@@ -60,9 +60,6 @@ class Weights:
                 return name
         raise LoadError(f"No file of the checkpoint holds {names[0]!r}: it cannot be offloaded.")
 
-    def _wrote(self, file: str) -> bool:
-        return self._folder is not None and file.startswith(self._folder.name)
-
     def fingerprint(self, model: nn.Module) -> str:
         """Short hash of the config of `model` and of the first values of every tensor."""
         digest = hashlib.sha256(model.config.to_json_string().encode())  # type: ignore[operator, union-attr]
@@ -85,6 +82,7 @@ class Weights:
         for name in names:
             files.setdefault(self._index[name]["safetensors_file"], []).append(name)
         for file, inside in files.items():
+            written = self._folder is not None and file.startswith(self._folder.name)
             try:
                 with safe_open(file, framework="pt") as opened:
                     for name in inside:
@@ -93,7 +91,7 @@ class Weights:
                         dtype = getattr(torch, self._index[name]["dtype"])
                         # As transformers does, down to the alignment, on which some kernels depend:
                         # what is used as stored is mapped from its file, what was converted is new.
-                        found[name] = stored.to(self.device, dtype, copy=self._wrote(file))
+                        found[name] = stored.to(self.device, dtype, copy=written)
             except OSError as error:
                 raise LoadError(
                     f"Cannot read {file!r} any more: {error}. Keep the checkpoint where it is "

@@ -192,7 +192,7 @@ def _comparison_row(entry: Comparison) -> str:
 
 
 def _choice(plan: PruningPlan) -> str:
-    options = {k: v for k, v in plan.options.items() if v is not None and k != "heal"}
+    options = {k: v for k, v in plan.options.items() if v is not None}
     body = _facts({"strategy": plan.strategy, **{k: _value(v) for k, v in options.items()}})
     rows = []
     for step in plan.steps:

@@ -188,8 +188,7 @@ def _usage(name: str) -> str:
 
 
 def _history(plan: PruningPlan, report: PruningReport | None) -> str:
-    healing = plan.options.get("heal")
-    method = healing.get("method", "none") if isinstance(healing, dict) else "none"
+    method = plan.healing.get("method", "none")
     healed = f"healed with {inert(method)}" if method != "none" else "not healed"
     versions = (report.versions if report else {}) or plan.versions
     listed = ", ".join(f"{inert(name)} {inert(version)}" for name, version in versions.items())

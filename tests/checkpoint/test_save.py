@@ -9,15 +9,17 @@ from collections import namedtuple
 import pytest
 import torch
 import yaml
+import zoo
 from conftest import N_LAYERS, tiny_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from llm_pruner import SmartPruner
+from llm_pruner import SmartPruner, load_model
 from llm_pruner.atomic_output import PLAN_FILE
 from llm_pruner.checkpoint import save, verify
 from llm_pruner.checkpoint.mergekit import write_mergekit_yaml
 from llm_pruner.checkpoint.verify import verify_checkpoint, verify_removal
-from llm_pruner.errors import InvalidPlanError, OutputError, VerificationError
+from llm_pruner.errors import InvalidPlanError, LoadError, OutputError, VerificationError
 from llm_pruner.model.layer_stack import LayerStack
 from llm_pruner.results import PruningPlan
 from llm_pruner.utils import count_bytes
@@ -106,20 +108,16 @@ def test_room_on_the_disk_is_looked_at_before_anything_is_written(pruner, tmp_pa
     pruner.prune_and_save([2], tmp_path / "out", "m")
 
 
-def damage_weights(folder):
-    from safetensors.torch import load_file, save_file
-
+def damage_weights(folder, factor=1.01):
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.down_proj.weight"] *= 1.01
+    weight = tensors.pop("model.layers.1.mlp.down_proj.weight")
+    if factor:
+        tensors["model.layers.1.mlp.down_proj.weight"] = weight * factor
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def drop_tensor(folder):
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.1.mlp.down_proj.weight"]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    damage_weights(folder, factor=None)
 
 
 def one_layer_less(folder):
@@ -213,11 +211,6 @@ def test_tolerances_are_tight():
 
 def test_a_wrapper_is_loaded_pruned_and_written_with_its_processor(tokenizer, tmp_path):
     """A vision-language model: its text decoder is pruned, everything else carried along."""
-    import zoo
-    from transformers import AutoModelForImageTextToText
-
-    from llm_pruner import load_model
-
     model = zoo.build_wrapper("llava")
     model.save_pretrained(tmp_path / "in")
     tokenizer.save_pretrained(tmp_path / "in")
@@ -231,8 +224,6 @@ def test_a_wrapper_is_loaded_pruned_and_written_with_its_processor(tokenizer, tm
 
 
 def test_mergekit_users_are_warned_of_configs_it_does_not_adapt(tmp_path, caplog):
-    import zoo
-
     write_mergekit_yaml(LayerStack(zoo.build("qwen3")), [2], tmp_path / "r.yaml", "m")
     assert "MergeKit will write a wrong config" in caplog.text
     assert "layer_types must change too" in caplog.text
@@ -241,86 +232,46 @@ def test_mergekit_users_are_warned_of_configs_it_does_not_adapt(tmp_path, caplog
     assert not caplog.text
 
 
-CUSTOM_CONFIG = """
-from transformers import PretrainedConfig
+CUSTOM_CODE = {
+    "configuration_tiny.py": """
+from transformers import LlamaConfig
 
-
-class TinyConfig(PretrainedConfig):
+class TinyConfig(LlamaConfig):
     model_type = "tinycustom"
-
-    def __init__(self, num_hidden_layers=8, width=16, vocab_size=64, **options):
-        self.num_hidden_layers, self.width, self.vocab_size = num_hidden_layers, width, vocab_size
-        super().__init__(**options)
-"""
-CUSTOM_MODEL = """
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
-
+""",
+    "modeling_tiny.py": """
+from transformers import LlamaForCausalLM
 from .configuration_tiny import TinyConfig
 
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.mix = nn.Linear(width, width)
-
-    def forward(self, hidden):
-        return hidden + self.mix(hidden).tanh()
-
-
-class TinyForCausalLM(PreTrainedModel):
+class TinyForCausalLM(LlamaForCausalLM):
     config_class = TinyConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.embed = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(config.width) for _ in range(config.num_hidden_layers))
-        self.head = nn.Linear(config.width, config.vocab_size)
-        self.post_init()
-
-    def get_input_embeddings(self):
-        return self.embed
-
-    def forward(self, input_ids, attention_mask=None, use_cache=None):
-        hidden = self.embed(input_ids)
-        for block in self.blocks:
-            hidden = block(hidden)
-        return CausalLMOutput(logits=self.head(hidden))
-"""
+""",
+}
 
 
-def test_custom_code_travels_with_the_checkpoint(tokenizer, tmp_path, monkeypatch):
+def test_custom_code_travels_with_the_checkpoint(llama, tokenizer, tmp_path, monkeypatch):
     """The output loads without the folder it was made from; code runs only when asked for."""
-    from safetensors.torch import save_file
-
-    from llm_pruner import load_model
-    from llm_pruner.errors import LoadError
-
     source = tmp_path / "custom"
-    source.mkdir()
-    (source / "configuration_tiny.py").write_text(CUSTOM_CONFIG)
-    (source / "modeling_tiny.py").write_text(CUSTOM_MODEL)
+    llama.save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    for name, code in CUSTOM_CODE.items():
+        (source / name).write_text(code)
+    config = json.loads((source / "config.json").read_text())
     names = {"AutoConfig": "configuration_tiny.TinyConfig"}
     names["AutoModelForCausalLM"] = "modeling_tiny.TinyForCausalLM"
-    config = {"model_type": "tinycustom", "auto_map": names, "architectures": ["TinyForCausalLM"]}
+    config |= {"model_type": "tinycustom", "auto_map": names, "architectures": ["TinyForCausalLM"]}
     (source / "config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    shapes = {"embed.weight": (64, 16), "head.weight": (64, 16), "head.bias": (64,)}
-    for index in range(8):
-        shapes |= {f"blocks.{index}.mix.weight": (16, 16), f"blocks.{index}.mix.bias": (16,)}
-    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    tokenizer.save_pretrained(source)
 
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(LoadError, match=r"code of its own.*--trust-remote-code"):
         load_model(str(source), device="cpu")
     model, own = load_model(str(source), device="cpu", trust_remote_code=True)
+    assert type(model).__name__ == "TinyForCausalLM"
     pruned, _ = SmartPruner(model, own).prune_and_save([2, 5], tmp_path / "out", "m")
     source.rename(tmp_path / "away")
     again, _ = load_model(str(tmp_path / "out"), device="cpu", trust_remote_code=True)
-    assert len(again.blocks) == 6
+    assert type(again).__name__ == "TinyForCausalLM"
+    assert len(again.model.layers) == 6
     with torch.inference_mode():
         assert torch.equal(again(IDS).logits, pruned(IDS).logits)
 

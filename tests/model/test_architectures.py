@@ -22,13 +22,18 @@ CAUSAL = {
     "gpt2": "count under another name",
     "gpt_neox": "layers elsewhere in the tree",
     "falcon": "cache slot in self_attention",
+    "bloom": "position bias made outside the layers",
+    "opt": "projections around the layers",
+    "phi": "biases and a shared norm",
+    "mixtral": "experts",
+    "gemma2": "layer_types that alternate",
     "bart": "decoder inside an encoder-decoder's config",
     "qwen3": "layer_types",
     "gemma3_text": "layer_types on the layers",
     "smollm3": "no_rope_layers",
     "granite_swa": "layer_rope_theta",
     "laguna": "heads per layer",
-    "glm_moe_dsa": "indexer types; top-k handed on",
+    "glm_moe_dsa": "indexer types; top-k passed on",
     "qwen3_moe": "mlp_only_layers",
     "llama4_text": "moe_layers",
     "lfm2": "full_attn_idxs",
@@ -48,7 +53,7 @@ CAUSAL = {
     "diffllama": "index in the arithmetic",
     "beam": "index in the residual sum",
     "minicpm3": "count in the arithmetic",
-    "zaya": "router state handed on",
+    "zaya": "router state passed on",
     "rwkv": "weights rescaled in place",
     "emu3": "text class of a composite config",
     "openai-gpt": "layers that return lists",
@@ -189,9 +194,9 @@ class OddConfig(PreTrainedConfig):
 
 
 class OddLayer(nn.Module):
-    def __init__(self, width, place):
+    def __init__(self, width, index):
         super().__init__()
-        self.mix, self.layer_idx = nn.Linear(width, width), place
+        self.mix, self.layer_idx = nn.Linear(width, width), index
 
     def forward(self, hidden_states):
         return hidden_states + self.mix(hidden_states).tanh()

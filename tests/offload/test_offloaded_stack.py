@@ -1,4 +1,4 @@
-"""Streamed scores are those of the model in memory, to the last bit, and so is what is refused."""
+"""Offloaded scores equal those of the model in memory to the last bit, and so do refusals."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ARCHITECTURES = {
     "ctrl": "embedded tokens changed in place",
     "blt": "encoder and decoder around the layers",
     "llama4_text": "a look at the embedding before it runs",
-    "gemma3_text": "two kinds of masks",
+    "gemma3_text": "two kinds of attention masks",
     "gemma3n_text": "per-layer embeddings",
     "gemma4_text-shared-kv": "keys and values shared between layers",
     "gemma4_text-experts": "experts beside a dense part",
@@ -56,7 +56,7 @@ ARCHITECTURES = {
     "inkling2_text": "residuals of blocks",
     "openai-gpt": "layers that return lists",
     "reformer": "layers that return named tuples",
-    "xlnet": "two streams",
+    "xlnet": "two residual streams",
 }
 WRAPPERS = {
     "gemma3": "text and image tokens in one mask",
@@ -99,7 +99,7 @@ def folder(tmp_path) -> str:
 
 
 def pair(folder: str) -> tuple[torch.nn.Module, torch.nn.Module, object]:
-    """The model in memory, the streamed one, the tokenizer."""
+    """The model in memory, the offloaded one, the tokenizer."""
     whole, tokenizer = load_model(folder, device="cpu")
     return whole, load_streamed(folder, device="cpu")[0], tokenizer
 
@@ -113,12 +113,12 @@ def scored(cls: type, model: torch.nn.Module, tokenizer: object) -> dict[int, fl
 
 
 def assert_equal(folder: str) -> None:
-    whole, streamed, tokenizer = pair(folder)
+    whole, offloaded, tokenizer = pair(folder)
     for cls in STRATEGIES:
-        assert scored(cls, streamed, tokenizer) == scored(cls, whole, tokenizer), cls.__name__
+        assert scored(cls, offloaded, tokenizer) == scored(cls, whole, tokenizer), cls.__name__
     found, wanted = (
         list(PruneMePruner(model, tokenizer, batch_size=2).hidden_states(texts()))
-        for model in (streamed, whole)
+        for model in (offloaded, whole)
     )
     assert len(found) == len(wanted) == 3
     for (states, real), (others, mask) in zip(found, wanted, strict=True):
@@ -137,17 +137,17 @@ def test_scores_of_a_wrapper_are_those_in_memory(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_streamed_is_refused(name, tmp_path):
-    streamed, tokenizer = load_streamed(saved(built(name), tmp_path), device="cpu")
+def test_what_cannot_be_offloaded_is_refused(name, tmp_path):
+    offloaded, tokenizer = load_streamed(saved(built(name), tmp_path), device="cpu")
     with pytest.raises(UnsupportedModelError, match=REFUSED[name]):
-        PruneMePruner(streamed, tokenizer).compute_layer_scores(texts())
+        PruneMePruner(offloaded, tokenizer).compute_layer_scores(texts())
 
 
 def test_converted_weights_that_lie_elsewhere_round_alike(tmp_path):
     """Transformers maps these experts from the checkpoint; here they are read from a copy."""
-    whole, streamed, tokenizer = pair(saved(zoo.build_wrapper("qwen3_vl_moe"), tmp_path))
+    whole, offloaded, tokenizer = pair(saved(zoo.build_wrapper("qwen3_vl_moe"), tmp_path))
     for cls in STRATEGIES:
-        assert scored(cls, streamed, tokenizer) == pytest.approx(
+        assert scored(cls, offloaded, tokenizer) == pytest.approx(
             scored(cls, whole, tokenizer), rel=1e-5, abs=1e-6
         )
 
@@ -163,10 +163,10 @@ def test_other_dtypes_than_stored(tmp_path):
     folder = saved(tiny_llama().to(torch.bfloat16), tmp_path, shards="30KB")
     for dtype in ("float32", "auto"):
         whole, tokenizer = load_model(folder, device="cpu", dtype=dtype)
-        streamed, _ = load_streamed(folder, device="cpu", dtype=dtype)
+        offloaded, _ = load_streamed(folder, device="cpu", dtype=dtype)
         for cls in STRATEGIES:
-            assert scored(cls, streamed, tokenizer) == scored(cls, whole, tokenizer)
-        stack = layers_of(streamed)
+            assert scored(cls, offloaded, tokenizer) == scored(cls, whole, tokenizer)
+        stack = layers_of(offloaded)
         assert stack.bytes_read <= 5 * stored_bytes(folder)  # two of them for ablation
 
 
@@ -174,53 +174,53 @@ def test_other_dtypes_than_stored(tmp_path):
     "objective", ["kl", "agreement", "accuracy", "nll=0.5,kl=0.2,accuracy=0.3"]
 )
 def test_every_objective_in_one_reading(objective, folder):
-    whole, streamed, tokenizer = pair(folder)
+    whole, offloaded, tokenizer = pair(folder)
     data = [
         {**item, "choices": [item["reference"], item["reference"] + " cat" if i % 3 else "the"]}
         for i, item in enumerate(items(20))
     ]
     qualities = [
         RemovalQuality(layers_of(model), tokenizer, data, objective=objective, batch_size=4)
-        for model in (whole, streamed)
+        for model in (whole, offloaded)
     ]
     stack = qualities[1].stack
     stack.prepare()
     before = stack.bytes_read
-    masks = [(2,), (2, 5), (3,), (2, 6)]
+    removals = [(2,), (2, 5), (3,), (2, 6)]
     for quality in qualities:
-        quality.measure(masks)
+        quality.measure(removals)
     assert stack.bytes_read - before <= 1.05 * stored_bytes(folder)
-    for mask in masks:
-        assert qualities[0].change(mask) == qualities[1].change(mask)
-        assert qualities[0].interval(mask) == qualities[1].interval(mask)
+    for removed in removals:
+        assert qualities[0].change(removed) == qualities[1].change(removed)
+        assert qualities[0].interval(removed) == qualities[1].interval(removed)
 
 
 def test_a_search_finds_the_same(folder, tmp_path):
-    whole, streamed, tokenizer = pair(folder)
+    whole, offloaded, tokenizer = pair(folder)
     plans = [
         SmartPruner(model, tokenizer, batch_size=4, journal=tmp_path / f"{number}.jsonl").plan(
             items(24), n_layers=2, held_out=texts()
         )
-        for number, model in enumerate((whole, streamed))
+        for number, model in enumerate((whole, offloaded))
     ]
     assert plans[0].remove == plans[1].remove
     assert plans[0].held_out == plans[1].held_out
-    again = SmartPruner(streamed, tokenizer, batch_size=4, journal=tmp_path / "1.jsonl")
+    again = SmartPruner(offloaded, tokenizer, batch_size=4, journal=tmp_path / "1.jsonl")
     assert again.optimize_selection(None, items(24), n_layers=2) == list(plans[1].remove)
     assert again.quality(items(24)).measured == 0
 
 
 def test_layers_run_and_bytes_are_read_once(folder):
-    streamed, tokenizer = load_streamed(folder, device="cpu")
+    offloaded, tokenizer = load_streamed(folder, device="cpu")
     total, depth, batches = stored_bytes(folder), 8, 3
     ran: list[int] = []
-    for index, layer in enumerate(LayerStack(streamed)):
+    for index, layer in enumerate(LayerStack(offloaded)):
         layer.register_forward_hook(lambda *_, index=index: ran.append(index))
-    pruner = PruneMePruner(streamed, tokenizer, batch_size=2)
+    pruner = PruneMePruner(offloaded, tokenizer, batch_size=2)
     pruner.compute_layer_scores(texts())
     assert ran == [index for index in range(depth) for _ in range(batches)]
     assert 0.9 * total < pruner.layers.bytes_read <= total  # the head is not needed
-    ablation = AblationPruner(streamed, tokenizer, batch_size=2)
+    ablation = AblationPruner(offloaded, tokenizer, batch_size=2)
     ran.clear()
     ablation.layers.prepare()
     assert len(ran) == depth + depth // 2 + 1
@@ -233,7 +233,7 @@ def test_layers_run_and_bytes_are_read_once(folder):
 
 
 def test_states_that_do_not_fit_wait_in_files(folder, monkeypatch, tmp_path):
-    whole, streamed, tokenizer = pair(folder)
+    whole, offloaded, tokenizer = pair(folder)
     wanted = {cls: scored(cls, whole, tokenizer) for cls in STRATEGIES}
     spill = tmp_path / "spill"
     spill.mkdir()
@@ -248,7 +248,7 @@ def test_states_that_do_not_fit_wait_in_files(folder, monkeypatch, tmp_path):
 
     monkeypatch.setattr("llm_pruner.offload.scheduler.ActivationStore", Watched)
     for cls in STRATEGIES:
-        pruner = cls(streamed, tokenizer, protect=(0, 0), batch_size=2)
+        pruner = cls(offloaded, tokenizer, protect=(0, 0), batch_size=2)
         pruner.layers.budget = 0
         assert dict(pruner.compute_layer_scores(texts())) == wanted[cls]
     assert all(store.bytes_written for store in stores)
@@ -279,7 +279,7 @@ def test_a_store_counts_what_it_holds(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_full_disk_is_told(monkeypatch, tmp_path):
+def test_a_full_disk_is_reported(monkeypatch, tmp_path):
     def full(prefix):
         path = tmp_path / prefix
         path.touch()
@@ -303,8 +303,8 @@ def assert_clean(stack: OffloadedStack) -> None:
 
 
 def test_the_error_of_a_call_is_raised(folder):
-    streamed, tokenizer = load_streamed(folder, device="cpu")
-    pruner = PruneMePruner(streamed, tokenizer, batch_size=2)
+    offloaded, tokenizer = load_streamed(folder, device="cpu")
+    pruner = PruneMePruner(offloaded, tokenizer, batch_size=2)
     seen: list[int] = []
 
     def call(fails: bool) -> None:
@@ -314,7 +314,7 @@ def test_the_error_of_a_call_is_raised(folder):
                 raise ZeroDivisionError("here")
 
         with torch.no_grad(), pruner.layers.observe(look):
-            streamed(input_ids=torch.tensor([[3, 4, 5]]))
+            offloaded(input_ids=torch.tensor([[3, 4, 5]]))
 
     calls = [lambda: call(False), lambda: call(True), lambda: call(False)]
     with pytest.raises(ZeroDivisionError, match="here"):
@@ -326,8 +326,8 @@ def test_the_error_of_a_call_is_raised(folder):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
 def test_an_interruption_ends_all_calls(folder, error):
-    streamed, tokenizer = load_streamed(folder, device="cpu")
-    pruner = AblationPruner(streamed, tokenizer, batch_size=2)
+    offloaded, tokenizer = load_streamed(folder, device="cpu")
+    pruner = AblationPruner(offloaded, tokenizer, batch_size=2)
 
     def interrupt(*_: object) -> None:
         raise error("stop")
@@ -342,10 +342,10 @@ def test_an_interruption_ends_all_calls(folder, error):
 
 def test_a_state_changed_before_another_pass_has_it_is_computed_anew(folder):
     """As it is in memory, where every pass has its own."""
-    whole, streamed, _ = pair(folder)
+    whole, offloaded, _ = pair(folder)
     ids = torch.tensor([[3, 4, 5, 6]])
     results = []
-    for model in (whole, streamed):
+    for model in (whole, offloaded):
         stack = layers_of(model)
         stack.prepare()
 
@@ -364,8 +364,8 @@ def test_a_state_changed_before_another_pass_has_it_is_computed_anew(folder):
 
 
 def test_a_shared_state_that_is_changed_later_is_refused(folder):
-    streamed, _ = load_streamed(folder, device="cpu")
-    stack = layers_of(streamed)
+    offloaded, _ = load_streamed(folder, device="cpu")
+    stack = layers_of(offloaded)
 
     def run() -> torch.Tensor:
         kept = {}
@@ -376,7 +376,7 @@ def test_a_shared_state_that_is_changed_later_is_refused(folder):
                 kept[1].add_(1)
 
         with torch.no_grad(), stack.observe(meddle):
-            return streamed(input_ids=torch.tensor([[3, 4]]), use_cache=False).logits
+            return offloaded(input_ids=torch.tensor([[3, 4]]), use_cache=False).logits
 
     with pytest.raises(UnsupportedModelError, match="changes states of earlier layers"):
         list(stack.run_all([run, run], alike=True))
@@ -385,8 +385,8 @@ def test_a_shared_state_that_is_changed_later_is_refused(folder):
 
 def test_a_call_may_run_several_passes(folder):
     """Each reads the weights anew, in step with those of the other calls."""
-    whole, streamed, _ = pair(folder)
-    stack = layers_of(streamed)
+    whole, offloaded, _ = pair(folder)
+    stack = layers_of(offloaded)
 
     def run(model: torch.nn.Module, times: int) -> torch.Tensor:
         ids = torch.tensor([[3, 4, 5]])
@@ -395,21 +395,21 @@ def test_a_call_may_run_several_passes(folder):
                 ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
         return ids
 
-    found = list(stack.run_all([lambda n=n: run(streamed, n) for n in (1, 3)]))
+    found = list(stack.run_all([lambda n=n: run(offloaded, n) for n in (1, 3)]))
     assert [x.tolist() for x in found] == [run(whole, n).tolist() for n in (1, 3)]
     assert stack.bytes_read <= 3 * stored_bytes(folder)
 
 
 def test_what_needs_the_weights_is_refused(folder, tmp_path):
-    streamed, tokenizer = load_streamed(folder, device="cpu")
-    pruner = AblationPruner(streamed, tokenizer, objective="similarity")
-    plan = PruneMePruner(streamed, tokenizer).plan(texts(), n_layers=1)
+    offloaded, tokenizer = load_streamed(folder, device="cpu")
+    pruner = AblationPruner(offloaded, tokenizer, objective="similarity")
+    plan = PruneMePruner(offloaded, tokenizer).plan(texts(), n_layers=1)
     for action in (
         lambda: pruner.compute_layer_scores(items()),
         lambda: pruner.prune_and_save([3], tmp_path / "out", "tiny"),
         lambda: carry_out(pruner, plan, tmp_path / "out", items()),
-        lambda: streamed(input_ids=torch.tensor([[3]])),
-        lambda: streamed.generate(torch.tensor([[3]]), max_new_tokens=1),
+        lambda: offloaded(input_ids=torch.tensor([[3]])),
+        lambda: offloaded.generate(torch.tensor([[3]]), max_new_tokens=1),
     ):
         with pytest.raises(UnsupportedModelError, match="remove them on disk"):
             action()
@@ -425,14 +425,14 @@ def test_what_needs_the_weights_is_refused(folder, tmp_path):
 
 def test_the_pruned_skeleton_says_what_can_go(tmp_path):
     """A search asks the architecture, which needs no weights."""
-    streamed, _ = load_streamed(saved(zoo.build("minimax"), tmp_path), device="cpu")
-    stack = layers_of(streamed)
+    offloaded, _ = load_streamed(saved(zoo.build("minimax"), tmp_path), device="cpu")
+    stack = layers_of(offloaded)
     assert len(LayerStack(stack.remove([0, 1]))) == zoo.N_LAYERS - 2
     with pytest.raises(UnsupportedModelError, match="must be full attention"):
         stack.remove([0])
 
 
-def test_a_damaged_checkpoint_is_told(folder):
+def test_a_damaged_checkpoint_is_refused(folder):
     first = sorted(Path(folder).glob("*.safetensors"))[0]
     tensors = load_file(first)
     name = next(iter(tensors))
@@ -442,9 +442,9 @@ def test_a_damaged_checkpoint_is_told(folder):
         load_streamed(folder, device="cpu")
 
 
-def test_a_file_that_goes_away_is_told(folder):
-    streamed, tokenizer = load_streamed(folder, device="cpu")
-    pruner = PruneMePruner(streamed, tokenizer)
+def test_a_file_that_disappears_is_reported(folder):
+    offloaded, tokenizer = load_streamed(folder, device="cpu")
+    pruner = PruneMePruner(offloaded, tokenizer)
     for path in Path(folder).glob("*.safetensors"):
         path.unlink()
     with pytest.raises(LoadError, match="Cannot read"):
@@ -455,10 +455,10 @@ def test_a_file_that_goes_away_is_told(folder):
 def test_converted_weights_go_with_the_model(tmp_path, monkeypatch):
     """Fused experts are written once, beside the checkpoint, and not left there."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    streamed, _ = load_streamed(saved(zoo.build("qwen3_moe"), tmp_path / "model"), device="cpu")
+    offloaded, _ = load_streamed(saved(zoo.build("qwen3_moe"), tmp_path / "model"), device="cpu")
     (written,) = tmp_path.glob("llm-pruner-*")
     assert list(written.glob("*.safetensors"))
-    del streamed
+    del offloaded
     gc.collect()
     assert not written.exists()
 
@@ -485,11 +485,11 @@ def test_memory_decides(folder, monkeypatch):
     ("text", "size"),
     [("4GiB", 2**32), ("500 MB", 5 * 10**8), ("1.5kib", 1536), ("123", 123), ("2B", 2)],
 )
-def test_sizes_are_read(text, size):
+def test_sizes_are_parsed(text, size):
     assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "4 pies", "-1GiB", "0", "GiB", "1e9"])
-def test_what_is_no_size_is_refused(text):
+def test_anything_but_a_size_is_refused(text):
     with pytest.raises(InvalidPlanError, match=r"must be a size of memory, e\.g\. 4GiB"):
         parse_bytes(text)
