@@ -726,7 +726,7 @@ def test_a_model_larger_than_the_memory_gives_the_same_plan(run, caplog, monkeyp
     _, whole, _ = run(*words)
     code, streamed, _ = run(*words, "--max-memory", "150KB")
     assert code == 0
-    assert "exceed 0 MiB: layers are read one by one" in caplog.text
+    assert "exceed 0 MiB: layers are read one at a time" in caplog.text
     assert json.loads(streamed) == json.loads(whole)
     assert run(*words, "--max-memory", "1GiB")[0] == 0
     assert "fit into memory" in caplog.text
@@ -737,7 +737,7 @@ def test_what_a_streamed_model_cannot_do_is_told_at_once(run, tmp_path, monkeypa
     for words, purpose in (("--heal linear", "healing"), ("--visualize", "drawing figures")):
         code, _, err = run("--n-layers", "2", "--max-memory", "150KB", *words.split())
         assert code == 3
-        assert f"which does not do for {purpose}" in err
+        assert f"which does not work for {purpose}" in err
         assert "remove them on disk" in err
     code, _, err = run("--n-layers", "2", "--max-memory", "10KB", "--dry-run")
     assert code == 2
