@@ -130,11 +130,7 @@ class _JsonFile:
             raise InvalidPlanError(f"Damaged {cls.FORMAT!r} file: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON to `path`, whole or not at all, in a folder that is made if need be.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
+        """Write the JSON to `path`, whole or not at all; see `write_atomically`."""
         write_atomically(path, self.to_json())
 
     @classmethod
@@ -160,7 +156,7 @@ class _JsonFile:
 
     @classmethod
     def _convert(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a file in an earlier format as fields of the present one."""
+        """The fields of an earlier format as fields of the present one."""
         return data
 
 
@@ -227,14 +223,6 @@ class PruningPlan(_JsonFile):
         """The 0-based indices that stay, ascending."""
         return tuple(index for index in range(self.num_layers) if index not in self.remove)
 
-    def check_fits(self, num_layers: int) -> None:
-        """Raise InvalidPlanError if the plan was made for a model of another depth."""
-        if num_layers != self.num_layers:
-            raise InvalidPlanError(
-                f"The plan is for a model of {self.num_layers} layers ({self.model_id!r}), this "
-                f"one has {num_layers}: use the plan's model, or score this one."
-            )
-
     def check_model(self, num_layers: int, identity: Mapping[str, str]) -> None:
         """Raise InvalidPlanError if the plan was made for another model.
 
@@ -243,7 +231,11 @@ class PruningPlan(_JsonFile):
             identity: what is known of its checkpoint, as in `model`; what only one side knows is
                 not compared.
         """
-        self.check_fits(num_layers)
+        if num_layers != self.num_layers:
+            raise InvalidPlanError(
+                f"The plan is for a model of {self.num_layers} layers ({self.model_id!r}), this "
+                f"one has {num_layers}: use the plan's model, or score this one."
+            )
         known = self.model.keys() & identity.keys()
         if "weights" in known:  # whatever commit they come from
             known -= {"revision"}
@@ -428,7 +420,7 @@ class PruningReport(_JsonFile):
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        names = [entry.name for entry in self.comparisons]
+        names = [row.name for row in self.comparisons]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise InvalidPlanError(f"Comparisons of the same name: {repeated}: name each once.")
@@ -445,7 +437,7 @@ class PruningReport(_JsonFile):
         raise UnknownNameError.of("comparison", name, [row.name for row in self.comparisons])
 
     def __contains__(self, name: object) -> bool:
-        return any(entry.name == name for entry in self.comparisons)
+        return any(row.name == name for row in self.comparisons)
 
     def to_frame(self) -> pd.DataFrame:
         """The comparisons as a table, one row each, ``name`` its index."""

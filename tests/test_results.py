@@ -265,9 +265,9 @@ def test_tables(plan):
 
 
 def test_a_plan_fits_one_depth(plan):
-    plan.check_fits(8)
+    plan.check_model(8, {})
     with pytest.raises(InvalidPlanError, match=r"of 8 layers \('some/model'\), this one has 12"):
-        plan.check_fits(12)
+        plan.check_model(12, {})
 
 
 @pytest.mark.parametrize(

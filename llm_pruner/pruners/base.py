@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,27 +17,21 @@ from ..checkpoint.on_disk_config import model_identity
 from ..checkpoint.save import save_checkpoint
 from ..checkpoint.verify import verify_removal
 from ..data.items import EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap
-from ..data.tokens import Batch
-from ..distributed import on_first, portion
+from ..distributed import on_first
 from ..errors import InvalidPlanError
-from ..evaluation.likelihood import encode_for
 from ..healing.heal import Heal, heal_model
 from ..healing.lora_settings import LoraSettings
-from ..model.forward import check_ids, evaluating, forward_options
 from ..model.loading import model_fingerprint
 from ..model.removal import share_copy
 from ..offload.offloaded_stack import layers_of
 from ..results import DepthCurve, LayerScores, PruningPlan, Removes, check_layers
 from ..search.removal_quality import RemovalQuality
-from ..utils import package_versions, progress
+from ..utils import package_versions
 from .budget import Budget, Removable
+from .residual_stream import read_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-class _LastState(Exception):
-    """Ends a forward pass once the states between the layers are known."""
 
 
 class _HealedModel:
@@ -218,8 +211,8 @@ class BasePruner(ABC):
             self.removable.refuse_protected(plan.remove)
             if not plan.remove:
                 self._refuse_empty(scores)
-            if quality is not None and held_out is not None:
-                plan = replace(plan, held_out=_measured(quality, plan.remove, held_out))
+            if quality is not None:
+                plan = replace(plan, held_out=quality.cost(plan.remove))
         except BaseException:
             kept = [step["removed"] for step in self.steps if step["kept"]]
             if self.partial_plan is None and kept:
@@ -279,7 +272,7 @@ class BasePruner(ABC):
 
     def measure_choice(self, layers: Sequence[int], held_out: Sequence[EvalItem]) -> dict[str, Any]:
         """What removing `layers` costs on other data, as `PruningPlan.held_out` describes it."""
-        return _measured(self.quality(held_out), layers, held_out)
+        return self.quality(held_out).cost(layers)
 
     def prune_and_save(
         self,
@@ -435,28 +428,8 @@ class BasePruner(ABC):
                 output of the last one before the final norm.
             real: bool (sequences, tokens), false for padding.
         """
-        batches = encode_for(self.model, self.tokenizer, eval_data, self.batch_size)
-        if shared:
-            own = portion([batch.input_ids.numel() for batch in batches])
-            batches = batches[own.start : own.stop]
-        calls = [partial(self._states, batch) for batch in batches]
-        yield from progress(self.layers.run_all(calls), "Reading activations", total=len(calls))
-
-    def _states(self, batch: Batch) -> tuple[list[torch.Tensor], torch.Tensor]:
-        states: list[torch.Tensor] = []
-
-        def keep(index: int, entering: torch.Tensor, leaving: torch.Tensor) -> None:
-            states.append(entering)
-            if index == self.num_layers - 1:
-                states.append(leaving)
-                raise _LastState
-
-        check_ids(self.model, batch.input_ids)
-        batch = batch.to(self.layers.device)
-        with evaluating(self.model), self.layers.observe(keep), suppress(_LastState):
-            # All positions: some models let their last layers see those of the logits alone.
-            self.model(**batch.inputs(), **forward_options(self.model))
-        return states, batch.attention_mask.bool()
+        data = self.tokenizer, eval_data, self.batch_size
+        return read_stream(self.layers, *data, shared=shared)
 
     def _scored(self, scores: Mapping[int, float]) -> LayerScores:
         if not isinstance(scores, Mapping):
@@ -489,18 +462,3 @@ class BasePruner(ABC):
     def _options(self) -> dict[str, Any]:
         """Constructor options worth recording in a plan."""
         return {}
-
-
-def _measured(
-    quality: RemovalQuality, removed: Sequence[int], held_out: Sequence[EvalItem]
-) -> dict[str, Any]:
-    """What removing layers costs, as `PruningPlan.held_out` describes it."""
-    low, high = quality.interval(removed)
-    return {
-        "change": quality.change(removed),
-        "low": low,
-        "high": high,
-        "unit": quality.unit,
-        "items": quality.items,
-        "fingerprint": fingerprint(held_out),
-    }

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -105,11 +105,12 @@ class RemovalQuality:
         self.measured = 0
         self.refused: dict[LayerSet, str] = {}
         self._journal = Journal(journal) if journal is not None else None
+        self._fingerprint = fingerprint(eval_data)
         self._key = ":".join(
             (
                 stack.fingerprint,
                 tokenizer_fingerprint(tokenizer),
-                fingerprint(eval_data),
+                self._fingerprint,
                 "+".join(self._mixture),
                 f"1.{BLOCK}.{batch_size}.{seed}",
             )
@@ -217,6 +218,19 @@ class RemovalQuality:
             changes += self._mixture[name] / abs(full) * gains
         low, high = percentiles(changes, level).tolist()
         return low, high
+
+    def cost(self, removed: Iterable[int]) -> dict[str, Any]:
+        """What removing layers costs on all data, as `PruningPlan.held_out` describes it."""
+        layers = tuple(removed)
+        low, high = self.interval(layers)
+        return {
+            "change": self.change(layers),
+            "low": low,
+            "high": high,
+            "unit": self.unit,
+            "items": self.items,
+            "fingerprint": self._fingerprint,
+        }
 
     def subsets(self, turn: int = 0) -> list[Subset]:
         """Growing subsets of the data, each about twice the last; the last is all of it.

@@ -12,10 +12,10 @@ from torch import nn
 
 from llm_pruner import get_strategy
 from llm_pruner.errors import InvalidDataError, InvalidPlanError
-from llm_pruner.pruners import base
 from llm_pruner.pruners.measured import AblationPruner, SmartPruner
 from llm_pruner.results import DepthCurve, PruningPlan
 from llm_pruner.search import layer_search
+from llm_pruner.search.removal_quality import RemovalQuality
 
 
 @BOTH
@@ -248,7 +248,7 @@ def test_an_interruption_after_the_search_costs_nothing_of_it(tokenizer, monkeyp
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(base, "_measured", stop)
+    monkeypatch.setattr(RemovalQuality, "cost", stop)
     with pytest.raises(KeyboardInterrupt):
         pruner.plan(MIXED, n_layers=2, held_out=MIXED[:2])
     assert pruner.partial_plan.remove == want.remove

@@ -1,0 +1,61 @@
+"""Reading the residual stream: the states between the layers, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..data.items import EvalItem
+from ..data.tokens import Batch
+from ..distributed import portion
+from ..evaluation.likelihood import encode_for
+from ..model.forward import check_ids, evaluating, forward_options
+from ..model.layer_stack import LayerStack
+from ..utils import progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+States = tuple[list[torch.Tensor], torch.Tensor]
+
+
+class _LastState(Exception):
+    """Ends a forward pass once the states between the layers are known."""
+
+
+def read_stream(
+    stack: LayerStack,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_data: Sequence[EvalItem],
+    batch_size: int,
+    *,
+    shared: bool,
+) -> Iterator[States]:
+    """The states of every batch and its mask; see `BasePruner.hidden_states`."""
+    batches = encode_for(stack.model, tokenizer, eval_data, batch_size)
+    if shared:
+        mine = portion([batch.input_ids.numel() for batch in batches])
+        batches = batches[mine.start : mine.stop]
+    calls = [partial(_states, stack, batch) for batch in batches]
+    yield from progress(stack.run_all(calls), "Reading activations", total=len(calls))
+
+
+def _states(stack: LayerStack, batch: Batch) -> States:
+    states: list[torch.Tensor] = []
+
+    def keep(index: int, entering: torch.Tensor, leaving: torch.Tensor) -> None:
+        states.append(entering)
+        if index == len(stack) - 1:
+            states.append(leaving)
+            raise _LastState
+
+    check_ids(stack.model, batch.input_ids)
+    batch = batch.to(stack.device)
+    with evaluating(stack.model), stack.observe(keep), suppress(_LastState):
+        # All positions: some models let their last layers see those of the logits alone.
+        stack.model(**batch.inputs(), **forward_options(stack.model))
+    return states, batch.attention_mask.bool()
