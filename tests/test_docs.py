@@ -108,6 +108,12 @@ def test_readme_is_short_and_its_links_and_files_exist():
     assert listed == present - {"__init__", "__pycache__"}
 
 
+def test_what_contributors_are_sent_to_exists():
+    named = re.findall(r"`((?:llm_pruner|tests|benchmarks|scripts)/[\w/.]*)`", CONTRIBUTING)
+    assert len(named) > 15
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
 def test_the_gallery_shows_every_picture_and_every_figure():
     text = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
     shown = re.findall(r"!\[[^\]]{20,}\]\((.*?)\)", text)
