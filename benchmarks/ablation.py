@@ -17,7 +17,7 @@ import math
 from typing import Any
 
 import torch
-from counting import batches_of, counted, naive_losses, planted, timed
+from common import batches_of, counted, naive_losses, planted, timed
 
 from llm_pruner import AblationPruner, LayerStack, load_data, load_model
 

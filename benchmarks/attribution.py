@@ -12,13 +12,13 @@ of a search. The search uses gradients nowhere: this is why.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 import torch
+from common import loaded, model_options
 from torch.nn.functional import cross_entropy
 
-from llm_pruner import SmartPruner, load_data, load_model
+from llm_pruner import SmartPruner
 from llm_pruner.data.tokens import Batch
 from llm_pruner.evaluation.likelihood import encode_for
 from llm_pruner.evaluation.token_measures import PreparedBatch
@@ -61,16 +61,11 @@ def spearman(left: Sequence[float], right: Sequence[float]) -> float:
 
 def main() -> None:
     """Estimate, measure, compare."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--eval-dataset", default=None)
-    parser.add_argument("--n-samples", type=int, default=160)
+    parser = model_options(__doc__, 160)
     parser.add_argument("--n-layers", type=int, default=4)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    model, tokenizer = load_model(args.model)
-    source = args.eval_dataset or ("demo" if args.model == "demo" else None)
-    data = load_data(source, args.n_samples).scoring
+    model, tokenizer, items = loaded(args)
+    data = items.scoring
     pruner = SmartPruner(model, tokenizer)
     quality = pruner.quality(data)
     pruner.optimize_selection(None, data, n_layers=args.n_layers)

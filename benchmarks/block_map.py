@@ -13,38 +13,28 @@ that of the plain forward.
 
 from __future__ import annotations
 
-import argparse
 import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from counting import counted, timed
+from common import counted, loaded, model_options, timed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm_pruner import BlockInfluencePruner, PruneMePruner, load_data, load_model
+from llm_pruner import BlockInfluencePruner, PruneMePruner
 from llm_pruner.evaluation.likelihood import encode_for
 from llm_pruner.model.forward import evaluating
 
 
 def main() -> None:
     """Count, time, compare, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--eval-dataset", default=None)
-    parser.add_argument("--n-samples", type=int, default=32)
+    parser = model_options(__doc__, 32)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rounds", type=int, default=7, help="alternating runs to time")
-    parser.add_argument("--threads", type=int, default=1, help="one is fastest for tiny models")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-
-    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
-    source = args.eval_dataset or ("demo" if args.model == "demo" else None)
-    items = load_data(source, args.n_samples).scoring
+    model, tokenizer, data = loaded(args)
+    items = data.scoring
     influence = BlockInfluencePruner(model, tokenizer, batch_size=args.batch_size)
     angles = PruneMePruner(model, tokenizer, batch_size=args.batch_size)
     layers = influence.layers

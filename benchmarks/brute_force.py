@@ -12,14 +12,14 @@ items. `greedy` is the plain greedy search, `last` takes the last layers before 
 
 from __future__ import annotations
 
-import argparse
 import math
 from itertools import combinations
 from statistics import median
 
-import torch
+from common import loaded, model_options
 
-from llm_pruner import SmartPruner, get_strategy, load_data, load_model, perplexity
+from llm_pruner import SmartPruner, get_strategy, perplexity
+from llm_pruner.pruners.budget import Budget
 from llm_pruner.search.prefix_sharing import LayerSet
 
 ONE_SHOT = ("ablation", "avss", "bi", "pruneme")
@@ -27,19 +27,11 @@ ONE_SHOT = ("ablation", "avss", "bi", "pruneme")
 
 def main() -> None:
     """Measure all sets, choose by every strategy, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--eval-dataset", default=None)
-    parser.add_argument("--n-samples", type=int, default=80)
+    parser = model_options(__doc__, 80)
     parser.add_argument("--most", type=int, default=4, help="layers to remove at most")
     parser.add_argument("--protect", type=int, nargs=2, default=(0, 0))
-    parser.add_argument("--threads", type=int, default=1, help="one is fastest for tiny models")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-
-    model, tokenizer = load_model(args.model, device="cpu")
-    source = args.eval_dataset or ("demo" if args.model == "demo" else None)
-    data = load_data(source, args.n_samples)
+    model, tokenizer, data = loaded(args)
     protect = tuple(args.protect)
     smart = SmartPruner(model, tokenizer, protect=protect)
     quality, stack, candidates = smart.quality(data.scoring), smart.layers, smart.candidates
@@ -63,7 +55,7 @@ def main() -> None:
         pruner = get_strategy(name)(model, tokenizer, protect=protect)
         scores = pruner.compute_layer_scores(data.scoring)
         choices[name] = {
-            count: tuple(pruner.choose_layers(scores, data.scoring, n_layers=count))
+            count: tuple(pruner.choose_layers(scores, data.scoring, Budget(n_layers=count)))
             for count in counts
         }
     end = len(stack) - max(1, protect[1])

@@ -12,7 +12,6 @@ the loss (nats per token) caused by the cut that a healer takes back. `lora` tra
 
 from __future__ import annotations
 
-import argparse
 import math
 import threading
 import time
@@ -21,9 +20,9 @@ from statistics import median
 from typing import Any
 
 import psutil
-import torch
+from common import loaded, model_options
 
-from llm_pruner import LayerStack, get_strategy, load_data, load_model
+from llm_pruner import LayerStack, get_strategy
 from llm_pruner.evaluation.likelihood import mean_nll
 from llm_pruner.healing.heal import HEALERS
 from llm_pruner.healing.job import Healer, HealingJob
@@ -34,24 +33,15 @@ SHARES = (1 / 4, 1 / 3)
 
 def main() -> None:
     """Choose, cut, heal, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--eval-dataset", default=None)
-    parser.add_argument("--n-samples", type=int, default=160)
+    parser = model_options(__doc__, 160)
     parser.add_argument("--steps", type=int, default=None, help="of training")
     parser.add_argument("--batch-size", type=int, default=8, help="of training")
     parser.add_argument("--rank", type=int, default=LoraSettings.rank)
     parser.add_argument("--learning-rate", type=float, default=None)
     parser.add_argument("--chosen-by", nargs="+", default=["smart", "pruneme"])
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="one is fastest for tiny models")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-
-    model, tokenizer = load_model(args.model, device=args.device)
-    source = args.eval_dataset or ("demo" if args.model == "demo" else None)
-    data = load_data(source, args.n_samples, healing=True)
+    model, tokenizer, data = loaded(args, healing=True)
     settings = LoraSettings(
         steps=args.steps,
         batch_size=args.batch_size,

@@ -58,7 +58,7 @@ def child(name: str, count: int) -> dict[str, int]:
 def case(args: Any, count: int) -> dict[str, int]:
     """Bytes of the weights, of the states of one batch, and at most resident."""
     import torch
-    from counting import numbered_tokenizer
+    from common import numbered_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llm_pruner import AblationPruner, SmartPruner, perplexity

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from counting import counted
+from common import counted
 
 from llm_pruner import distributed, get_strategy, load_data, load_model
 from llm_pruner.utils import disable_progress_bars

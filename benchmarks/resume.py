@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from counting import counted
+from common import counted
 
 from llm_pruner import LayerStack, SmartPruner, load_data, load_model
 from llm_pruner.evaluation.likelihood import batch_nll

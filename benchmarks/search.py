@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import torch
-from counting import batches_of, counted, naive_losses, planted
+from common import batches_of, counted, naive_losses, planted
 from demo_corpus import training_samples
 
 from llm_pruner import LayerStack, SmartPruner, load_model

@@ -10,13 +10,13 @@ loss on the items that layers are chosen on.
 
 from __future__ import annotations
 
-import argparse
 from itertools import combinations
 from typing import Any
 
-import torch
+from common import loaded, model_options
 
-from llm_pruner import get_strategy, load_data, load_model
+from llm_pruner import get_strategy
+from llm_pruner.pruners.budget import Budget
 from llm_pruner.pruners.measured import MeasuredPruner
 from llm_pruner.pruners.registry import BUILTIN
 from llm_pruner.workflow import measure_quality
@@ -24,25 +24,17 @@ from llm_pruner.workflow import measure_quality
 
 def main() -> None:
     """Choose, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--eval-dataset", default=None)
+    parser = model_options(__doc__, 160)
     parser.add_argument("--ratio", type=float, default=0.25)
-    parser.add_argument("--n-samples", type=int, default=160)
-    parser.add_argument("--threads", type=int, default=1, help="one is fastest for tiny models")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-
-    model, tokenizer = load_model(args.model)
-    source = args.eval_dataset or ("demo" if args.model == "demo" else None)
-    data = load_data(source, args.n_samples)
+    model, tokenizer, data = loaded(args)
     choices: dict[str, tuple[int, ...]] = {"full model": ()}
     for name in BUILTIN:
         pruner = get_strategy(name)(model, tokenizer)
         choices[name] = pruner.plan(data.scoring, ratio=args.ratio).remove
     assert isinstance(pruner, MeasuredPruner)
     quality = pruner.quality(data.scoring)
-    sets = list(combinations(pruner.candidates, pruner.count_for(args.ratio)))
+    sets = list(combinations(pruner.candidates, Budget(ratio=args.ratio).count(pruner.removable)))
     quality.measure(sets)
     choices["best of all sets"] = max(sets, key=quality)
     choices["worst of all sets"] = min(sets, key=quality)
@@ -54,7 +46,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for name, layers in choices.items():
         pruned = pruner.layers.remove(layers) if layers else model
-        row, _ = measure_quality(pruned, tokenizer, data.held_out)
+        row = measure_quality(pruned, tokenizer, data.held_out)
         print(f"| {name} | {', '.join(map(str, layers))} | {_cells(row)} |")
 
 

@@ -1,4 +1,4 @@
-"""What the other benchmarks share: counted layer executions, a planted model, the naive twin.
+"""What benchmarks share: options, counted layer executions, a planted model, the naive twin.
 
 The unit of work is one layer run on one token, padding included. A layer that is bypassed is not
 run and not counted.
@@ -6,6 +6,7 @@ run and not counted.
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,13 +23,34 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llm_pruner import LayerStack
+from llm_pruner import LayerStack, load_data, load_model
+from llm_pruner.data.sampling import DataSplit
 from llm_pruner.data.tokens import Batch, pad_sequences
 from llm_pruner.evaluation.likelihood import batch_nll
 from llm_pruner.search.removal_quality import RemovalQuality
 
 VOCABULARY = 128
 REDUNDANT = 7 / 16  # share of the planted model's layers that add little
+
+
+def model_options(doc: str, n_samples: int) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark that runs on a model and its items."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--eval-dataset", help="default: the demo's own")
+    parser.add_argument("--n-samples", type=int, default=n_samples)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--threads", type=int, default=1, help="one is fastest for tiny models")
+    return parser
+
+
+def loaded(args: argparse.Namespace, *, healing: bool = False) -> tuple[Any, Any, DataSplit]:
+    """The model, the tokenizer and the items that `model_options` name."""
+    torch.set_num_threads(args.threads)
+    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
+    source = args.eval_dataset or ("demo" if args.model == "demo" else None)
+    return model, tokenizer, load_data(source, args.n_samples, healing=healing)
 
 
 @contextmanager
