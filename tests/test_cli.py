@@ -29,6 +29,7 @@ from llm_pruner.results import DepthCurve, PruningPlan, PruningReport
 from llm_pruner.search.journal import Journal
 from llm_pruner.search.removal_quality import RemovalQuality
 
+pytestmark = pytest.mark.slow
 TEXTS = [" ".join(WORDS[(i * step) % len(WORDS)] for i in range(12)) for step in range(1, 17)]
 
 

@@ -29,6 +29,7 @@ def blocks(text: str, language: str) -> list[str]:
     return [re.sub(rf"^{indent}", "", body, flags=re.M) for indent, body in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "text"), [("README", README), ("USAGE", USAGE)])
 def test_python_blocks_run(name, text, tmp_path, monkeypatch, capsys):
     """In their order and in one namespace, as a reader would type them."""
@@ -50,6 +51,7 @@ def test_the_contributors_strategy_runs():
     assert len(pruner.plan(load_data("demo", 4).scoring, ratio=0.25).remove) == 3
 
 
+@pytest.mark.slow
 def test_usage_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     commands = [line for block in blocks(USAGE, "console") for line in block.splitlines()]
@@ -137,6 +139,7 @@ def test_requirements_and_constraints_agree():
     assert {"torch==2.13.0"} <= set((ROOT / "constraints.txt").read_text().split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "words"),
     [("quickstart.py", []), ("example.py", ["--n-samples", "10", "--output", "out"])],

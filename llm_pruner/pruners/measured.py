@@ -30,7 +30,7 @@ class MeasuredPruner(BasePruner):
             ``nll`` (likelihood of the references, or of running text), ``kl`` and ``agreement``
             (with the full model), ``accuracy`` (of items with choices), ``similarity`` (of
             generated answers); ``"nll=0.7,accuracy=0.3"``.
-        journal: file that keeps every measurement, so that a killed run can be taken up again.
+        journal: file that keeps every measurement, so that a killed run can be resumed.
         seed: of the order in which a search looks at the items.
         options: the other options of `BasePruner`.
     """
@@ -57,16 +57,11 @@ class MeasuredPruner(BasePruner):
         """The measuring instrument for `eval_data`; what it has measured it remembers."""
         key = f"{self.layers.fingerprint}:{fingerprint(eval_data)}"
         if key not in self._qualities:
-            self._qualities[key] = self._instrument(self.layers, eval_data)
+            self._qualities[key] = self.quality_of(self.layers, eval_data)
         return self._qualities[key]
 
     def quality_of(self, stack: LayerStack, eval_data: Sequence[EvalItem]) -> RemovalQuality:
-        """The same for the layers of any model; that of a healed one is not kept."""
-        if stack is self.layers:
-            return self.quality(eval_data)
-        return self._instrument(stack, eval_data)
-
-    def _instrument(self, stack: LayerStack, eval_data: Sequence[EvalItem]) -> RemovalQuality:
+        """A new instrument for the layers of any model, such as a healed one."""
         return RemovalQuality(
             stack,
             self.tokenizer,
@@ -104,7 +99,7 @@ class MeasuredPruner(BasePruner):
 
 @register_strategy("ablation")
 class AblationPruner(MeasuredPruner):
-    """Sensitivity: what the model loses when one layer is taken out, measured.
+    """Sensitivity: what the model loses without each layer alone, measured.
 
     The strategy to trust when layers are removed one by one; it does not see how removals
     add up (`SmartPruner` does). Cost: half of L + 1 evaluations.
@@ -216,9 +211,14 @@ class SmartPruner(MeasuredPruner):
             return search_layers(self.quality(eval_data), pool, **limits)
         how = self.repairs
         refuse_overlap(how.items, prompt_keys(eval_data), "to heal with", "to choose layers on")
+
+        def quality_of(stack: LayerStack) -> RemovalQuality:
+            known = stack is self.layers
+            return self.quality(eval_data) if known else self.quality_of(stack, eval_data)
+
         return search_in_rounds(
             self.layers,
-            lambda stack: self.quality_of(stack, eval_data),
+            quality_of,
             lambda layers: self.heal(layers, how.heal, how.items, how.lora),
             pool,
             every=how.every,
