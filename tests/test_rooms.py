@@ -56,7 +56,9 @@ def test_a_room_is_small_and_has_a_sign():
         assert folder.parent == PACKAGE
         files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
         assert len(files) <= 8, folder
-        assert (folder / "__init__.py").exists()
+        sign = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+        may_import = ", ".join(["the ground", *ROOMS[folder.name].split()])
+        assert sign.splitlines()[-1] == f"Imports {may_import}."
 
 
 def test_the_parser_sees_every_kind_of_import():

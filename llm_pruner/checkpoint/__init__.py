@@ -1,4 +1,7 @@
-"""Checkpoints: pruned on disk or from memory, verified, published in one step."""
+"""Checkpoints: pruned on disk or from memory, verified, published in one step.
+
+Imports the ground, model, report.
+"""
 
 from ..lazy_names import lazy_names
 

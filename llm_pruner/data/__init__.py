@@ -1,4 +1,7 @@
-"""Evaluation and calibration items: from benchmarks, files and the hub to token batches."""
+"""Evaluation and calibration items: from benchmarks, files and the hub to token batches.
+
+Imports the ground.
+"""
 
 from ..lazy_names import lazy_names
 

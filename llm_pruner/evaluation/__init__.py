@@ -1,4 +1,7 @@
-"""What a model is worth: likelihood, answers, tasks, speed; two models compared."""
+"""What a model is worth: likelihood, answers, tasks, speed; two models compared.
+
+Imports the ground, model, data.
+"""
 
 from ..lazy_names import lazy_names
 

@@ -1,4 +1,7 @@
-"""Healing a pruned model's weights, in closed form or by training; each result is judged."""
+"""Healing a pruned model's weights, in closed form or by training; each result is judged.
+
+Imports the ground, model, data, evaluation.
+"""
 
 from ..lazy_names import lazy_names
 

@@ -1,4 +1,7 @@
-"""A model and its decoder layers: load, run, find, bypass, remove."""
+"""A model and its decoder layers: load, run, find, bypass, remove.
+
+Imports the ground.
+"""
 
 from ..lazy_names import lazy_names
 

@@ -1,4 +1,7 @@
-"""Models larger than the memory: layers are read from the checkpoint one after the other."""
+"""Models larger than the memory: layers are read from the checkpoint one after the other.
+
+Imports the ground, model.
+"""
 
 from ..lazy_names import lazy_names
 

@@ -1,4 +1,7 @@
-"""The strategies: which decoder layers a model can do without."""
+"""The strategies: which decoder layers a model can do without.
+
+Imports the ground, model, offload, data, evaluation, search, healing, checkpoint.
+"""
 
 from ..lazy_names import lazy_names
 

@@ -1,4 +1,7 @@
-"""Results for people: text for the console, a page to share, a model card."""
+"""Results for people: text for the console, a page to share, a model card.
+
+Imports the ground, visualization.
+"""
 
 from ..lazy_names import lazy_names
 

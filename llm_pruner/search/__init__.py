@@ -1,4 +1,7 @@
-"""Which layers cost least: objectives, measured without layers, and the search over sets."""
+"""Which layers cost least: objectives, measured without layers, and the search over sets.
+
+Imports the ground, model, data, evaluation.
+"""
 
 from ..lazy_names import lazy_names
 

@@ -1,4 +1,7 @@
-"""Figures, ready for publication and safe without a display."""
+"""Figures, ready for publication and safe without a display.
+
+Imports the ground, model, data, evaluation.
+"""
 
 from ..lazy_names import lazy_names
 
