@@ -144,8 +144,9 @@ class BasePruner(ABC):
                 f"tolerance={budget.tolerance} has no meaning for {self.name!r}, which does not "
                 "measure a choice as a whole: leave it out, or use smart."
             )
-        if budget.n_layers is not None:
-            return self.select_layers(scores, ratio=budget.n_layers / self.num_layers)
+        count = budget.count(self.removable)
+        if count is not None:
+            return self.select_layers(scores, ratio=budget.ratio or count / self.num_layers)
         return self.select_layers(scores, **budget.given)
 
     def plan(
