@@ -98,18 +98,18 @@ def plot_holistic_benchmark(
         chance: what guessing scores in some of the tasks, drawn as a dashed line.
     """
     path = style.check_path(save_path)
-    tasks = _check_tasks(before, after)
+    levels = chance or {}
+    tasks = _check_tasks(before, after, levels)
     counts = {task: _check_count(task, n_samples) for task in tasks if task != "mean"}
     positions = [row + 0.4 * (task == "mean") for row, task in enumerate(tasks)]
-    row_of = dict(zip(tasks, positions, strict=True))
-    levels = _check_chance(chance or {}, row_of)
-    names = [_bar_name(task, counts.get(task), 1.4) for task in tasks]
+    names, row_height = _bar_names({task: counts.get(task) for task in tasks}.items(), 1.4)
     values = [[side[task] for task in tasks] for side in (before, after)]
     errors = [[_error(task, side, counts) for task in tasks] for side in (before, after)]
-    height = 0.9 + _row_height(names) * (positions[-1] + 1)
+    height = 0.9 + row_height * (positions[-1] + 1)
     with drawing(title, path, show, style.COLUMN, [height]) as (figure, [[axes]]):
         paired_bars(axes, positions, names, values, errors, ("before", "after"))
-        style.level_marks(axes, levels, "chance")
+        row_of = dict(zip(tasks, positions, strict=True))
+        style.level_marks(axes, {row_of[task]: levels[task] for task in levels}, "chance")
         if "mean" in tasks:
             axes.axhline(positions[-1] - 0.7, color="0.6", linewidth=0.6)
         axes.set_xlabel("score \u00b1 1 standard error")
@@ -143,11 +143,11 @@ def plot_comparisons(
         raise InvalidDataError(
             f"The comparisons have units {units}: give at least one, and all of one unit."
         )
-    names = [_bar_name(entry.name, entry.count, 1.9) for entry in entries]
+    names, row_height = _bar_names([(entry.name, entry.count) for entry in entries], 1.9)
     positions = list(map(float, range(len(entries))))
     values = [[entry.before for entry in entries], [entry.after for entry in entries]]
     floors = {p: e.floor for p, e in zip(positions, entries, strict=True) if e.floor is not None}
-    height = 0.9 + _row_height(names) * len(entries)
+    height = 0.9 + row_height * len(entries)
     with drawing(title, path, show, PAGE, [height], (1.0, 1.0)) as (
         figure,
         [[left, right]],
@@ -161,15 +161,16 @@ def plot_comparisons(
     return figure
 
 
-def _bar_name(name: str, count: int | None, inches: float) -> str:
-    """The name beside a pair of bars, with the number of items, in at most three lines."""
-    counted = f" (n={count})" if count else ""
-    text = wrap_name(name + counted, inches)
-    return text if text.count("\n") < 3 else f"{wrap_name(name, inches, 2)}\n{counted.strip()}"
-
-
-def _row_height(names: list[str]) -> float:
-    return 0.38 if any(name.count("\n") > 1 for name in names) else 0.33
+def _bar_names(counts: Iterable[tuple[str, int | None]], inches: float) -> tuple[list[str], float]:
+    """Names with the number of items, in at most three lines; the height of a row of bars."""
+    names = []
+    for name, count in counts:
+        counted = f" (n={count})" if count else ""
+        text = wrap_name(name + counted, inches)
+        if text.count("\n") > 2:
+            text = f"{wrap_name(name, inches, 2)}\n{counted.strip()}"
+        names.append(text)
+    return names, 0.38 if any(text.count("\n") > 1 for text in names) else 0.33
 
 
 def _draw_changes(axes: Any, entries: list[Comparison]) -> list[Any]:
@@ -303,26 +304,28 @@ def _scale_changes(axes: Any, lines: list[_Line]) -> str:
     return ", log scale beyond 1 %"
 
 
-def _check_tasks(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+def _check_tasks(
+    before: Mapping[str, float], after: Mapping[str, float], chance: Mapping[str, float]
+) -> list[str]:
     """The tasks in the order of `before`, ``mean`` last."""
-    if not {*before, *after} - {"mean"}:
+    tasks = {*before, *after}
+    if not tasks - {"mean"}:
         raise InvalidDataError("before and after name no task: pass what run_benchmark() returns.")
-    for name, side in (("before", before), ("after", after)):
-        missing = sorted({*before, *after} - {*side})
-        if missing:
+    for name, side in (("before", before), ("after", after), ("chance", chance)):
+        missing = sorted(tasks - side.keys())
+        if missing and name != "chance":
             raise InvalidDataError(
                 f"Tasks {missing} are missing in {name}: both sides need the same tasks."
             )
+        if unknown := sorted(side.keys() - tasks):
+            raise InvalidDataError(f"{name} names tasks {unknown}; known: {', '.join(before)}.")
         for task, score in side.items():
-            _check_score(f"{name}[{task!r}]", score)
+            what = f"{name}[{task!r}] is {score}: scores are from 0 to 1"
+            if not math.isfinite(score):
+                raise NonFiniteError(f"{what}; run the task again.")
+            if not 0 <= score <= 1:
+                raise InvalidDataError(f"{what}, not percent.")
     return sorted(before, key=lambda task: task == "mean")
-
-
-def _check_score(what: str, score: float) -> None:
-    if not math.isfinite(score):
-        raise NonFiniteError(f"{what} is {score}: scores are from 0 to 1; run the task again.")
-    if not 0 <= score <= 1:
-        raise InvalidDataError(f"{what} is {score}: scores are from 0 to 1, not percent.")
 
 
 def _check_count(task: str, n_samples: int | Mapping[str, int]) -> int:
@@ -340,13 +343,3 @@ def _error(task: str, scores: Mapping[str, float], counts: Mapping[str, int]) ->
     if task in counts:
         return math.sqrt(scores[task] * (1 - scores[task]) / counts[task])
     return math.hypot(*(_error(other, scores, counts) for other in counts)) / len(counts)
-
-
-def _check_chance(chance: Mapping[str, float], row_of: Mapping[str, float]) -> dict[float, float]:
-    """What guessing scores, by row."""
-    unknown = sorted(chance.keys() - row_of.keys())
-    if unknown:
-        raise InvalidDataError(f"chance names tasks {unknown}; known: {', '.join(row_of)}.")
-    for task, score in chance.items():
-        _check_score(f"chance[{task!r}]", score)
-    return {row_of[task]: score for task, score in chance.items()}
