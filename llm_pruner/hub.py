@@ -24,11 +24,10 @@ def push_to_hub(
 ) -> str:
     """Upload an output folder of llm_pruner to a model repository on the hub.
 
-    Creates the repository if it does not exist; an existing one keeps its visibility. The upload is
-    one commit, unless the folder has hundreds of files. The commit deletes weights of an earlier
-    upload that the folder does not have, because they could be loaded in place of the new ones;
-    other files stay. Files that the hub has already are skipped, so the same call finishes an
-    interrupted upload.
+    Creates the repository if need be; an existing one keeps its visibility. One commit, unless the
+    folder has hundreds of files, adds the new files and deletes weights of an earlier upload, which
+    could be loaded in their place; other files stay. Files that the hub has already are skipped,
+    so the same call finishes an interrupted upload.
 
     Args:
         folder: a finished output; it is only read.
@@ -49,15 +48,9 @@ def push_to_hub(
             f"{str(path)!r} has no {PLAN_FILE}, so it is no finished output of llm_pruner: give "
             "the folder that was written with --output."
         )
-    return upload(
-        path,
-        repo_id,
-        "model",
-        message="Upload a model pruned by llm_pruner",
-        private=private,
-        token=token,
-        hint=how_to_repeat(path, repo_id, private=private),
-    )
+    message = "Upload a model pruned by llm_pruner"
+    hint = how_to_repeat(path, repo_id, private=private)
+    return upload(path, repo_id, "model", message, private=private, token=token, hint=hint)
 
 
 def how_to_repeat(folder: str | Path, repo_id: str, *, private: bool = True) -> str:
@@ -95,8 +88,8 @@ def upload(
     folder: Path,
     repo_id: str,
     repo_type: str,
-    *,
     message: str,
+    *,
     private: bool,
     token: str | None,
     hint: str = "",
@@ -105,11 +98,10 @@ def upload(
 
     Args:
         repo_type: ``model`` or ``dataset``.
-        message: of the commit.
         hint: what an error message ends with.
 
     Raises:
-        HubError: see `push_to_hub`.
+        HubError: the upload failed; the message says why and what to do.
     """
     from huggingface_hub import HfApi
 
@@ -164,16 +156,16 @@ def _advice(error: BaseException) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
         return "The repository is gated: request access on its page, or choose another."
+    if isinstance(error, errors.HFValidationError):
+        return "A repository id is 'organisation/name', of letters, digits, '-', '_' and '.'."
     if status in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError):
         return "Log in with 'hf auth login', set HF_TOKEN, or pass a token with write access to it."
+    if status is None:
+        return "Check the network and HF_HUB_OFFLINE, then retry."
     if status == 404:
         return "Give 'name' or 'organisation/name', and check that the token may write there."
     if status in (409, 412):
         return "The repository is being changed by somebody else: retry when they are done."
-    if status == 429 or (status is not None and status >= 500):
+    if status == 429 or status >= 500:
         return "The hub is busy or down: retry in a few minutes."
-    if isinstance(error, errors.HFValidationError):
-        return "A repository id is 'organisation/name', of letters, digits, '-', '_' and '.'."
-    if status is not None:
-        return "The hub does not accept it: change what it names, then retry."
-    return "Check the network and HF_HUB_OFFLINE, then retry."
+    return "The hub does not accept it: change what it names, then retry."

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 LARGE = 20_000  # bytes from which a file goes by LFS; weights always do
@@ -32,7 +32,6 @@ class Repo:
 
     private: bool
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    messages: list[str] = field(default_factory=list)
 
     @property
     def head(self) -> str:
@@ -42,16 +41,22 @@ class Repo:
     def files(self) -> dict[str, bytes]:
         return self.commits[self.head]
 
+    def at(self, revision: str | None) -> tuple[str, dict[str, bytes]]:
+        """Hash and files of a commit."""
+        oid = self.head if revision in (None, "main") else revision
+        return oid, self.commits[oid]
+
     def commit(self, files: dict[str, bytes], message: str, oid: str | None = None) -> str:
-        if oid is None:
-            oid = hashlib.sha1(f"{len(self.commits)}{message}".encode()).hexdigest()
+        oid = oid or hashlib.sha1(f"{len(self.commits)}{message}".encode()).hexdigest()
         self.commits[oid] = files
-        self.messages.append(message)
         return oid
 
 
-@dataclass
-class Fault:
+class Missing(Exception):
+    """What was asked for is not there; the hub's code for it."""
+
+
+class Fault(NamedTuple):
     """What requests `after` + 1 and so on to an endpoint get instead of an answer."""
 
     status: int | str
@@ -150,7 +155,10 @@ class Handler(BaseHTTPRequestHandler):
         elif endpoint != "put" and hub.token and not authorized:
             self.reply(401, {"error": "Invalid username or password."})
         else:
-            getattr(self, f"on_{endpoint.replace('-', '_')}")(body, **found.groupdict())
+            try:
+                getattr(self, f"on_{endpoint.replace('-', '_')}")(body, **found.groupdict())
+            except Missing as error:
+                self.reply(404, {"error": "not found"}, {"X-Error-Code": str(error)})
 
     def reset(self) -> None:
         """Break the connection."""
@@ -178,12 +186,10 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         pass
 
-    def repo(self, kind: str, name: str) -> Repo | None:
-        """The repository; where there is none, the request gets 404 and this is None."""
-        repo = self.server.repos.get(f"{kind}/{name}")
-        if repo is None:
-            self.reply(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
-        return repo
+    def repo(self, kind: str, name: str) -> Repo:
+        if f"{kind}/{name}" not in self.server.repos:
+            raise Missing("RepoNotFound")
+        return self.server.repos[f"{kind}/{name}"]
 
     def on_create(self, body: bytes) -> None:
         wanted = json.loads(body)
@@ -201,25 +207,22 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, {"errors": [], "warnings": []})
 
     def on_preupload(self, body: bytes, kind: str, name: str, revision: str) -> None:
-        if (repo := self.repo(kind, name)) is None:
-            return
+        repo = self.repo(kind, name)
         files = []
         for wanted in json.loads(body)["files"]:
-            large = self.server.takes_large and is_large(wanted["path"], wanted["size"])
-            mode = "lfs" if large else "regular"
-            there = repo.files.get(wanted["path"])
-            oid = None if there is None else sha256(there) if mode == "lfs" else git_hash(there)
-            more = {"uploadMode": mode, "shouldIgnore": False, "oid": oid}
-            files.append({"path": wanted["path"], **more})
+            path = wanted["path"]
+            large = self.server.takes_large and is_large(path, wanted["size"])
+            mode, hash_of = ("lfs", sha256) if large else ("regular", git_hash)
+            oid = hash_of(repo.files[path]) if path in repo.files else None
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.reply(200, {"files": files})
 
     def on_batch(self, body: bytes, name: str) -> None:
-        objects = []
-        for wanted in json.loads(body)["objects"]:
+        objects = json.loads(body)["objects"]
+        for wanted in objects:
             if wanted["oid"] not in self.server.store:
                 upload = {"href": f"{self.server.url}/lfs/{wanted['oid']}"}
                 wanted["actions"] = {"upload": upload}
-            objects.append(wanted)
         self.reply(200, {"transfer": "basic", "objects": objects})
 
     def on_put(self, body: bytes, oid: str) -> None:
@@ -230,8 +233,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, {})
 
     def on_commit(self, body: bytes, kind: str, name: str, revision: str) -> None:
-        if (repo := self.repo(kind, name)) is None:
-            return
+        repo = self.repo(kind, name)
         lines = [json.loads(line) for line in body.splitlines()]
         files = dict(repo.files)
         for line in lines[1:]:
@@ -247,21 +249,17 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, {"success": True, "commitOid": oid, "commitUrl": url})
 
     def on_info(self, body: bytes, kind: str, name: str, revision: str | None) -> None:
-        if (repo := self.repo(kind, name)) is None:
-            return
-        oid = repo.head if revision in (None, "main") else revision
-        siblings = [listed(file, content) for file, content in repo.commits[oid].items()]
+        repo = self.repo(kind, name)
+        oid, files = repo.at(revision)
+        siblings = [listed(file, content) for file, content in files.items()]
         known = {"id": name, "sha": oid, "private": repo.private, "tags": [], "downloads": 0}
         self.reply(200, {**known, "siblings": siblings})
 
     def on_tree(self, body: bytes, kind: str, name: str, revision: str, below: str | None) -> None:
-        if (repo := self.repo(kind, name)) is None:
-            return
-        files = repo.commits[repo.head if revision == "main" else revision]
+        _, files = self.repo(kind, name).at(revision)
         found = [listed(file, files[file]) for file in files if file.startswith(below or "")]
         if not found:
-            self.reply(404, {"error": "none"}, {"X-Error-Code": "EntryNotFound"})
-            return
+            raise Missing("EntryNotFound")
         for entry in found:  # the same by other names
             entry |= {"type": "file", "path": entry.pop("rfilename"), "oid": entry.pop("blobId")}
             if "lfs" in entry:
@@ -269,25 +267,21 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, found)
 
     def on_resolve(self, body: bytes, name: str, revision: str, file: str) -> None:
-        if (repo := self.repo("models", name)) is None:
-            return
-        oid = repo.head if revision == "main" else revision
-        content = repo.commits[oid].get(file)
-        if content is None:
-            self.reply(404, {"error": "none"}, {"X-Error-Code": "EntryNotFound"})
-            return
+        oid, files = self.repo("models", name).at(revision)
+        if file not in files:
+            raise Missing("EntryNotFound")
+        content = files[file]
         hash_ = sha256(content) if is_large(file, len(content)) else git_hash(content)
         headers = {"X-Repo-Commit": oid, "ETag": f'"{hash_}"'}
         if self.command == "HEAD":
             self.reply(200, b"", {**headers, "Content-Length": str(len(content))})
             return
+        part, status = content, 200
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
         if wanted and self.server.knows_ranges:
             start, end = int(wanted[1]), int(wanted[2] or len(content) - 1)
             part, status = content[start : end + 1], 206
             headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
-        else:
-            part, status = content, 200
         self.server.sent += len(part)
         self.reply(status, part, headers)
 

@@ -212,6 +212,7 @@ def test_a_refusal_says_what_to_do(hub, out, endpoint, status, headers, advice):
     assert (str(status) if status != 400 else "Bad request") in message
     assert message.endswith(how_to_repeat(out, "me/small"))
     assert contents(out) == before
+    assert not hub.repos.get("models/me/small") or len(hub.repos["models/me/small"].commits) == 1
 
 
 def test_a_token_that_may_write_but_not_create_suffices(hub, out):
@@ -231,14 +232,6 @@ def test_a_failure_that_passes_is_retried(hub, out, endpoint, status):
     assert len(hub.repos["models/me/small"].commits) == 2
 
 
-def test_a_commit_is_retried_where_the_upload_is_pipelined(hub, out, monkeypatch):
-    hub.takes_large = False
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    hub.fail("commit", 503, times=2)
-    push_to_hub(out, "me/small")
-    assert arrived(hub) == contents(out)
-
-
 @pytest.mark.parametrize("endpoint", ["create", "preupload", "batch", "put", "commit", "info"])
 @pytest.mark.parametrize("status", [503, RESET])
 def test_one_that_lasts_is_an_error_and_the_same_call_finishes(hub, out, endpoint, status):
@@ -249,30 +242,10 @@ def test_one_that_lasts_is_an_error_and_the_same_call_finishes(hub, out, endpoin
     hub.faults.clear()
     push_to_hub(out, "me/small")
     assert arrived(hub) == contents(out)
-
-
-def test_an_interrupted_upload_is_finished_by_the_same_call(hub, out, monkeypatch):
-    from huggingface_hub import _commit_api
-
-    real, done = _commit_api.lfs_upload, []
-
-    def interrupted(**given):
-        if done:
-            raise KeyboardInterrupt
-        done.append(given)
-        return real(**given)
-
-    monkeypatch.setattr(_commit_api, "lfs_upload", interrupted)
-    before = contents(out)
-    with pytest.raises(KeyboardInterrupt):
-        push_to_hub(out, "me/small")
-    assert len(hub.repos["models/me/small"].commits) == 1
-    monkeypatch.setattr(_commit_api, "lfs_upload", real)
-    assert hub.asked["put"] == 1
-    push_to_hub(out, "me/small")
-    assert arrived(hub) == before == contents(out)
-    large = {content for name, content in before.items() if fakehub.is_large(name, len(content))}
-    assert hub.asked["put"] == len(large)  # each was sent once
+    if endpoint == "commit":  # what had arrived was not sent again
+        assert hub.asked["put"] == sum(
+            fakehub.is_large(name, len(content)) for name, content in contents(out).items()
+        )
 
 
 def test_without_a_network(out, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidDataError, LoadError
-from ..hub import http_error, upload
+from ..hub import failures, upload
 from ..utils import explain_load_failure, logger
 from .row_formats import DATASETS, find_benchmarks, to_item
 
@@ -27,8 +27,7 @@ def _hub_failures() -> tuple[type[Exception], ...]:
     from datasets.exceptions import DatasetsError
     from pyarrow.lib import ArrowException
 
-    builtin = (OSError, ValueError, RuntimeError, LookupError, StopIteration)
-    return (*builtin, DatasetsError, ArrowException, http_error())
+    return (*failures(), StopIteration, DatasetsError, ArrowException)
 
 
 def _download(repo_id: str, subset: str | None, split: str | None) -> dict[str, Any]:
@@ -43,8 +42,8 @@ def _download(repo_id: str, subset: str | None, split: str | None) -> dict[str, 
     except _hub_failures() as error:
         hint = " Choose one with subset=." if "config" in str(error).lower() else ""
         raise LoadError(explain_load_failure("dataset", repo_id, error) + hint) from error
-    names = [name for name in order if name in splits]
-    return {name: splits[name] for name in [*names, *(n for n in splits if n not in order)]}
+    names = sorted(splits, key=lambda name: order.index(name) if name in order else len(order))
+    return {name: splits[name] for name in names}
 
 
 def read_hub_dataset(
@@ -131,7 +130,7 @@ def upload_dataset_to_hub(
         (folder / "data.jsonl").write_bytes(lines)
         (folder / "README.md").write_bytes(_card(data, repo_id).encode())
         message = f"Upload {len(data)} items with llm_pruner"
-        return upload(folder, repo_id, "dataset", message=message, private=private, token=token)
+        return upload(folder, repo_id, "dataset", message, private=private, token=token)
 
 
 def _json_line(index: int, item: EvalItem) -> bytes:
@@ -148,9 +147,8 @@ def _card(data: Sequence[EvalItem], repo_id: str) -> str:
     from .items import fingerprint
 
     files = [{"split": "test", "path": "data.jsonl"}]
-    meta = DatasetCardData(
-        tags=["llm-pruner"], configs=[{"config_name": "default", "data_files": files}]
-    )
+    configs = [{"config_name": "default", "data_files": files}]
+    meta = DatasetCardData(tags=["llm-pruner"], configs=configs)
     tasks = Counter("text" if isinstance(i, str) else str(i.get("task", "")) for i in data)
     # Task names come from anywhere: keep them from being read as Markdown or HTML.
     names = {task: re.sub(r"[^A-Za-z0-9_.-]", "_", task) or "-" for task in tasks}

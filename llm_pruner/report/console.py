@@ -5,15 +5,8 @@ from __future__ import annotations
 import textwrap
 
 from ..results import Comparison, DepthCurve, Manifest, PruningPlan, PruningReport
-from .summary import (
-    VERDICTS,
-    by_group,
-    evaluated_on,
-    healing_stages,
-    held_out_text,
-    label,
-    step_text,
-)
+from . import summary
+from .summary import VERDICTS, held_out_text, label
 
 UNCLEAR = "~"
 
@@ -29,7 +22,7 @@ def plan_text(plan: PruningPlan) -> str:
     for step in plan.steps:
         rolled_back = "" if step["kept"] else ", rolled back"
         change = f"total change {step['change']:+.4f} on {step['samples']} items"
-        lines.append(f"{step_text(step)}: {change}{rolled_back}")
+        lines.append(f"{summary.step_text(step)}: {change}{rolled_back}")
     lines.append(_headline("Would remove", plan))
     if plan.held_out:
         lines.append(f"Its cost: {held_out_text(plan.held_out)}")
@@ -88,7 +81,7 @@ def report_text(report: PruningReport) -> str:
     """A report: one row per quantity, before and after, by group."""
     lines = [_headline("Removed", report.plan), ""]
     lines.append(f"{'':30}{'before':>12}{'after':>12}{'change':>10}   95 % interval")
-    for group, members in by_group(report.comparisons).items():
+    for group, members in summary.by_group(report.comparisons).items():
         lines += [group, *map(_comparison, members)]
     if any(entry.verdict == "unclear" for entry in report.comparisons):
         lines.append(f"{UNCLEAR} {VERDICTS['unclear']}: the interval contains 0.")
@@ -132,7 +125,7 @@ def _footnote(report: PruningReport) -> str:
     heal, healing = report.heal, []
     if heal["method"] != "none":
         healing = [f"Healing, held-out loss: {heal['full']:.4f} full, {heal['cut']:.4f} cut"]
-        for method, loss, returned, outcome in healing_stages(heal):
+        for method, loss, returned, outcome in summary.healing_stages(heal):
             back = f", {returned} of the loss returned" if returned else ""
             result = f"{loss}{back} ({outcome})" if loss else outcome
             healing.append(f"  {method}: {result}")
@@ -142,7 +135,7 @@ def _footnote(report: PruningReport) -> str:
     lines = [
         _cost(report.plan, " (not healed)" if healing else ""),
         *healing,
-        f"Quality on {evaluated_on(report)}.",
+        f"Quality on {summary.evaluated_on(report)}.",
         f"Checkpoint, reloaded and verified: {report.output_dir}",
     ]
     return "\n".join(lines)

@@ -10,11 +10,7 @@ from typing import TYPE_CHECKING
 from ..atomic_output import write_atomically
 from ..results import Comparison, DepthCurve, PruningReport
 from ..visualization.blocks import plot_block_distances, plot_similarity_matrix
-from ..visualization.quality import (
-    plot_comparisons,
-    plot_depth_curve,
-    plot_holistic_benchmark,
-)
+from ..visualization.quality import plot_comparisons, plot_depth_curve, plot_holistic_benchmark
 from ..visualization.scores import plot_layer_importance
 from ..visualization.style import file_bytes
 from .summary import change_text, number_text

@@ -15,22 +15,9 @@ from ..atomic_output import write_atomically
 from ..errors import InvalidDataError
 from ..results import Comparison, DepthCurve, PruningPlan, PruningReport
 from ..visualization.style import COLUMN, file_bytes
+from . import summary
 from .figures import TEXTS, report_figures, words
-from .summary import (
-    CLEAR,
-    GROUPS,
-    MINUS,
-    by_group,
-    change_text,
-    evaluated_on,
-    healing_stages,
-    highlights,
-    label,
-    number_text,
-    removed_text,
-    step_text,
-    verdict_text,
-)
+from .summary import label, number_text, verdict_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +35,6 @@ def write_html(
     Names, prompts and answers are escaped, whatever they contain.
 
     Args:
-        report: what was measured.
         path: the file to write, whole or not at all.
         figures: pictures by name, such as `report_figures` returns; besides those,
             ``activation_comparison`` and ``semantic_comparison``, as `plot_activation_comparison`
@@ -61,8 +47,7 @@ def write_html(
         OutputError: the file cannot be written.
     """
     figures = dict(figures or {})
-    unknown = sorted(figures.keys() - TEXTS.keys())
-    if unknown:
+    if unknown := sorted(figures.keys() - TEXTS.keys()):
         raise InvalidDataError(f"figures has {unknown}; known: {', '.join(TEXTS)}.")
     figures |= report_figures(report, curve=curve, skip={*figures, "holistic_benchmark"})
     plan, said = report.plan, words(report, curve)
@@ -73,20 +58,19 @@ def write_html(
 
     choice = pictures("layer_importance", "block_distances", "similarity_matrix")
     choice = choice and f'<div class="pair">\n{choice}</div>\n'
-    inside = pictures("activation_comparison", "semantic_comparison")
     sections = (
         _summary(report),
         _section("What changed", _comparisons(report) + pictures("comparisons")),
         _section("How the layers were chosen", _choice(plan) + choice),
         _section("Cost by number of layers", pictures("depth_curve")),
         _section("Healing", _healing(report.heal)),
-        _section("Inside the model", inside),
+        _section("Inside the model", pictures("activation_comparison", "semantic_comparison")),
         _section("Sample answers", "".join(map(_sample, report.samples))),
         _section("How to reproduce this", _reproduce(report)),
     )
     template = resources.files(__package__).joinpath("report.html")
     page = Template(template.read_text(encoding="utf-8")).substitute(
-        title=escape(f"{plan.model_id}: {removed_text(plan)}"),
+        title=escape(f"{plan.model_id}: {summary.removed_text(plan)}"),
         body=f"<main>\n{''.join(sections)}</main>",
     )
     write_atomically(path, page)
@@ -103,26 +87,24 @@ def _summary(report: PruningReport) -> str:
         for i in range(plan.num_layers)
     )
     removed = ", ".join(map(str, plan.remove))
-    tiles = [
-        _tile(
-            "layers removed",
-            f"{len(plan.remove)} of {plan.num_layers}",
-            f"{len(plan.remove) / plan.num_layers:.0%} of the depth",
-        ),
-        *map(_comparison_tile, highlights(report.comparisons)),
-    ]
+    count, depth = len(plan.remove), plan.num_layers
+    tiles = [_tile("layers removed", f"{count} of {depth}", f"{count / depth:.0%} of the depth")]
+    for entry in summary.highlights(report.comparisons):
+        values = f"{number_text(entry.before, 3)} \u2192 {number_text(entry.after, 3)}"
+        tiles.append(_tile(label(entry), values, verdict_text(entry), entry.verdict or "soft"))
     if held := plan.held_out:
-        percent = [f"{held[key]:+.1%}".replace("-", MINUS) for key in ("change", "low", "high")]
-        change, low, high = percent
+        change, low, high = (
+            f"{held[key]:+.1%}".replace("-", summary.MINUS) for key in ("change", "low", "high")
+        )
         healed = report.heal.get("method", "none") != "none"
         name = "cost of the cut, before healing" if healed else "cost of the cut"
         tiles.append(_tile(name, change, f"{held['unit']} ({low} to {high})"))
     return (
         f"<header>\n<h1>{escape(plan.model_id or 'A model')}, pruned</h1>\n"
-        f'<p class="soft">{escape(removed_text(plan))}, chosen by {escape(plan.strategy)}. '
+        f'<p class="soft">{escape(summary.removed_text(plan))}, chosen by {escape(plan.strategy)}. '
         "Layer numbers are 0-based.</p>\n"
         f'<div class="tiles">\n{"".join(tiles)}</div>\n'
-        f'<ol class="stack" aria-label="The {plan.num_layers} layers; removed: {removed}">{layers}'
+        f'<ol class="stack" aria-label="The {depth} layers; removed: {removed}">{layers}'
         f"</ol>\n<p>{_count_verdicts(report.comparisons)}</p>\n</header>\n"
     )
 
@@ -134,34 +116,28 @@ def _tile(name: str, number: str, note: str, look: str = "soft") -> str:
     )
 
 
-def _comparison_tile(entry: Comparison) -> str:
-    values = f"{number_text(entry.before, 3)} \u2192 {number_text(entry.after, 3)}"
-    return _tile(label(entry), values, verdict_text(entry), entry.verdict or "soft")
-
-
 def _count_verdicts(comparisons: Iterable[Comparison]) -> str:
     verdicts = [entry.verdict for entry in comparisons if entry.group not in ("size", "speed")]
-    counts = {kind: verdicts.count(kind) for kind in ("worse", "unclear", "better")}
-    total = sum(counts.values())
-    if not total:
+    names = {"worse": "worse", "unclear": "without a clear difference", "better": "better"}
+    counts = {verdict: verdicts.count(verdict) for verdict in names}
+    if not any(counts.values()):
         return "No measure of quality has an interval."
-    listed = [
-        f'<span class="worse">{counts["worse"]} worse</span>',
-        f'<span class="unclear">{counts["unclear"]} without a clear difference</span>',
-        f'<span class="better">{counts["better"]} better</span>',
-    ]
-    return f"Of {total} measures of quality: {', '.join(listed)}. {CLEAR}"
+    listed = ", ".join(
+        f'<span class="{verdict}">{count} {names[verdict]}</span>'
+        for verdict, count in counts.items()
+    )
+    return f"Of {sum(counts.values())} measures of quality: {listed}. {summary.CLEAR}"
 
 
 def _comparisons(report: PruningReport) -> str:
     body = ""
-    for group, members in by_group(report.comparisons).items():
-        title = escape(GROUPS.get(group, group))
+    for group, members in summary.by_group(report.comparisons).items():
+        title = escape(summary.GROUPS.get(group, group))
         body += f'<tr><th class="group" colspan="5" scope="colgroup">{title}</th></tr>\n'
         body += "".join(map(_comparison_row, members))
     if not body:
         return ""
-    source = evaluated_on(report)
+    source = summary.evaluated_on(report)
     caption = f"Measured on {source}." if source else ""
     heads = ("before", "after", "change (95 % interval)", "verdict")
     columns = "".join(f'<th class="n" scope="col">{head}</th>' for head in heads)
@@ -180,31 +156,29 @@ def _comparison_row(entry: Comparison) -> str:
     if entry.note:
         details.append(entry.note)
     small = f'<span class="soft">{escape("; ".join(details))}</span>' if details else ""
-    verdict = f'<span class="{entry.verdict or "none"}">{escape(verdict_text(entry))}</span>'
-    cells = {
-        "before": number_text(entry.before),
-        "after": number_text(entry.after),
-        "change": escape(change_text(entry)),
-        "verdict": verdict,
-    }
-    row = "".join(f'<td class="n" data-label="{head}">{cell}</td>' for head, cell in cells.items())
-    return f'<tr><th scope="row">{escape(label(entry))}{small}</th>{row}</tr>\n'
+    name, *cells, verdict = map(escape, summary.cells(entry))
+    cells.append(f'<span class="{entry.verdict or "none"}">{verdict}</span>')
+    row = "".join(
+        f'<td class="n" data-label="{head}">{cell}</td>'
+        for head, cell in zip(("before", "after", "change", "verdict"), cells, strict=True)
+    )
+    return f'<tr><th scope="row">{name}{small}</th>{row}</tr>\n'
 
 
 def _choice(plan: PruningPlan) -> str:
-    options = {k: v for k, v in plan.options.items() if v is not None}
-    body = _facts({"strategy": plan.strategy, **{k: _value(v) for k, v in options.items()}})
+    options = {name: value for name, value in plan.options.items() if value is not None}
+    body = _facts({"strategy": plan.strategy, **options})
     rows = []
     for step in plan.steps:
         change = step.get("change")
         cost = f"{change:+.2%}" if isinstance(change, float) else ""
-        rows.append((step_text(step), cost, "kept" if step.get("kept") else "rolled back"))
+        rows.append((summary.step_text(step), cost, "kept" if step.get("kept") else "rolled back"))
     caption = "The search, step by step, on the items of the choice"
     return body + _table(caption, ("step", "total change", "outcome"), rows)
 
 
 def _healing(heal: Mapping[str, Any]) -> str:
-    rows = healing_stages(heal)
+    rows = summary.healing_stages(heal)
     if not rows:
         return ""
     caption = (
@@ -246,8 +220,8 @@ def _picture(figure: Figure, name: str, said: Mapping[str, str]) -> str:
 
 def _sample(sample: Mapping[str, str]) -> str:
     answers = "".join(
-        f"<div><dt>{name}</dt><dd>{escape(sample[key]) or '(empty)'}</dd></div>"
-        for key, name in (("reference", "reference"), ("before", "before"), ("after", "after"))
+        f"<div><dt>{key}</dt><dd>{escape(sample[key]) or '(empty)'}</dd></div>"
+        for key in ("reference", "before", "after")
     )
     return (
         f'<div class="sample"><p>{escape(sample["prompt"])}</p>'
@@ -268,15 +242,13 @@ def _reproduce(report: PruningReport) -> str:
         "Model": {"name": plan.model_id, **plan.model, "output": report.output_dir},
     }
     return command + "".join(
-        f"<h3>{name}</h3>\n{_facts({k: _value(v) for k, v in facts.items()})}"
-        for name, facts in parts.items()
-        if facts
+        f"<h3>{name}</h3>\n{_facts(facts)}" for name, facts in parts.items() if facts
     )
 
 
-def _facts(facts: Mapping[str, str]) -> str:
+def _facts(facts: Mapping[str, Any]) -> str:
     rows = "".join(
-        f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(value)}</dd>\n"
+        f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(_value(value))}</dd>\n"
         for name, value in facts.items()
     )
     return f'<dl class="facts">\n{rows}</dl>\n'

@@ -12,17 +12,7 @@ from ..errors import OutputError
 from ..hub import http_error
 from ..results import Comparison, PruningPlan, PruningReport
 from ..utils import logger
-from .summary import (
-    CLEAR,
-    by_group,
-    change_text,
-    evaluated_on,
-    held_out_text,
-    label,
-    number_text,
-    removed_text,
-    verdict_text,
-)
+from . import summary
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -69,13 +59,8 @@ def original_card(model_id: str) -> str:
     try:
         return Path(hf_hub_download(model_id, CARD_FILE)).read_text("utf-8", "replace")
     except (OSError, ValueError, http_error()) as error:
-        reason = " ".join(str(error).split())
-        logger.info(
-            "No card of %s can be read (%.200s): add the licence to %s yourself.",
-            model_id,
-            reason,
-            CARD_FILE,
-        )
+        message = "No card of %s can be read (%.200s): add the licence to %s yourself."
+        logger.info(message, model_id, " ".join(str(error).split()), CARD_FILE)
     return ""
 
 
@@ -147,44 +132,43 @@ def _eval_results(comparisons: list[Comparison]) -> list[EvalResult]:
 
 def _body(name: str, plan: PruningPlan, report: PruningReport | None) -> str:
     source = inert(plan.model_id if _is_hub_id(plan.model_id) else Path(plan.model_id).name)
-    parts = [
-        f"# {inert(name)}",
-        f"{source or 'A model'} with {removed_text(plan)} (0-based). It loads in every tool that "
-        "loads the original; nothing but the number of layers differs in its architecture.",
-    ]
-    parts += ["## What it cost", _cost(plan, report)]
-    parts += ["## How to use it", _usage(name)]
-    parts += ["## How it was made", _history(plan, report)]
-    return "\n\n".join(parts) + "\n"
+    folder = re.sub(r"[^\w./-]", "_", name, flags=re.ASCII)
+    return f"""# {inert(name)}
+
+{source or "A model"} with {summary.removed_text(plan)} (0-based). It loads in every tool that \
+loads the original; nothing but the number of layers differs in its architecture.
+
+## What it cost
+
+{_cost(plan, report)}
+
+## How to use it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/{folder}")
+tokenizer = AutoTokenizer.from_pretrained("path/to/{folder}")
+```
+
+## How it was made
+
+{_history(plan, report)}
+"""
 
 
 def _cost(plan: PruningPlan, report: PruningReport | None) -> str:
     lines = []
     if held := plan.held_out:
-        lines.append(f"The cut alone: {held_out_text({**held, 'unit': inert(held['unit'])})}.\n")
+        cost = summary.held_out_text({**held, "unit": inert(held["unit"])})
+        lines.append(f"The cut alone: {cost}.\n")
     if report is not None and report.comparisons:
         lines += ["| | before | after | change (95 % interval) | |", "|---|---:|---:|---:|---|"]
-        for entry in chain.from_iterable(by_group(report.comparisons).values()):
-            cells = (
-                label(entry),
-                number_text(entry.before),
-                number_text(entry.after),
-                change_text(entry),
-                verdict_text(entry),
-            )
-            lines.append(f"| {' | '.join(map(inert, cells))} |")
-        source = evaluated_on(report)
-        lines += ["", CLEAR + (f" Measured on {source}." if source else "")]
+        entries = chain.from_iterable(summary.by_group(report.comparisons).values())
+        lines += [f"| {' | '.join(map(inert, summary.cells(entry)))} |" for entry in entries]
+        source = summary.evaluated_on(report)
+        lines += ["", summary.CLEAR + (f" Measured on {source}." if source else "")]
     return "\n".join(lines) or "This was not measured."
-
-
-def _usage(name: str) -> str:
-    folder = re.sub(r"[^\w./-]", "_", name, flags=re.ASCII)
-    return (
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("path/to/{folder}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("path/to/{folder}")\n```'
-    )
 
 
 def _history(plan: PruningPlan, report: PruningReport | None) -> str:

@@ -130,3 +130,9 @@ def verdict_text(entry: Comparison) -> str:
         return more or "unchanged"
     words = VERDICTS[entry.verdict]
     return f"{words}, {more}" if more and entry.verdict != "unclear" else words
+
+
+def cells(entry: Comparison) -> tuple[str, str, str, str, str]:
+    """A row of a table: name, before, after, change, verdict."""
+    before, after = number_text(entry.before), number_text(entry.after)
+    return label(entry), before, after, change_text(entry), verdict_text(entry)

@@ -10,25 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidDataError
 from ..results import LayerScores, check_layers
-from .style import (
-    COLUMN,
-    PAGE,
-    RED,
-    cell_map,
-    check_path,
-    dots,
-    drawing,
-    legend_below,
-    state_axis,
-    ticks,
-    wrap,
-)
+from . import style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-UNKNOWN = "0.85"  # the ground under a cell without a value, which is hatched
 
 
 def plot_block_distances(
@@ -56,7 +41,7 @@ def plot_block_distances(
         InvalidDataError: the scores have no blocks, or not one for every start and length.
         InvalidPlanError: `removed` or `protected` does not fit the number of layers.
     """
-    path = check_path(save_path)
+    path = style.check_path(save_path)
     blocks = _check_blocks(scores)
     depth = len(blocks)
     rows = [
@@ -66,22 +51,20 @@ def plot_block_distances(
     best = _best_starts(rows, 1.0 if scores.removes == "lowest" else -1.0, set(protected))
     check_layers(protected, depth)
     taken = check_layers(removed, depth) if removed is not None else ()
-    cells = [[*_rescaled(row), *[None] * (depth - len(row))] for row in rows]
     title = f"Blocks of layers: {scores.strategy}" if title is None else title
-    with drawing(title, path, show, *_size(depth)) as (figure, [[axes]]):
-        edges = (-0.5, depth - 0.5, 0.5, depth + 0.5)
-        image, handles = _draw_cells(axes, cells, edges, (0.0, 1.0))
-        dots(axes, [(start, length) for length, start in best.items()], depth, "best of its length")
+    with style.drawing(title, path, show, *_size(depth)) as (figure, [[axes]]):
+        image, handles = _draw_cells(axes, list(map(_rescaled, rows)), (0.0, 1.0), first_row=1)
+        style.mark_cells(axes, best, depth, "best of its length")
         if taken and taken == tuple(range(taken[0], taken[-1] + 1)):
-            look = {"markerfacecolor": "none", "markeredgecolor": RED, "markeredgewidth": 1.2}
-            axes.plot(taken[0], len(taken), "s", markersize=6.5, label="removed", **look)
+            look = {"mfc": "none", "mec": style.RED, "mew": 1.2, "markersize": 6.5}
+            axes.plot(taken[0], len(taken), "s", label="removed", **look)
         axes.set_xlabel("first layer of the block")
         axes.set_ylabel("layers in the block")
-        axes.set_xticks(ticks(0, depth - 1, 13))
-        axes.set_yticks(ticks(1, depth, 13))
+        axes.set_xticks(style.ticks(0, depth - 1, 13))
+        axes.set_yticks(style.ticks(1, depth, 13))
         bar = figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], aspect=30, pad=0.02)
-        bar.set_label(wrap(f"{scores.unit}, scaled in each row", 2.2))
-        legend_below(figure, [*handles, *axes.lines])
+        bar.set_label(style.wrap(f"{scores.unit}, scaled in each row", 2.2))
+        style.legend_below(figure, [*handles, *axes.lines])
     return figure
 
 
@@ -105,25 +88,25 @@ def plot_similarity_matrix(
     Raises:
         InvalidDataError: the scores have no blocks, or not one for every start and length.
     """
-    path = check_path(save_path)
+    path = style.check_path(save_path)
     blocks = _check_blocks(scores)
     last = len(blocks)
-    cells: list[list[float | None]] = [[0.0] * (last + 1) for _ in range(last + 1)]
+    cells = [[0.0] * (last + 1) for _ in range(last + 1)]
     for start, row in enumerate(blocks):
         for end, value in enumerate(row, start + 1):
             cells[start][end] = cells[end][start] = value
-    known = [cell for row in cells for cell in row if cell is not None and math.isfinite(cell)]
+    known = [cell for row in cells for cell in row if not math.isnan(cell)]
     limits = min(known), max(known) if max(known) > min(known) else min(known) + 1
-    default = f"Distance of states along the depth: {scores.strategy}"
-    title = default if title is None else title
-    with drawing(title, path, show, *_size(last)) as (figure, [[axes]]):
-        image, handles = _draw_cells(axes, cells, (-0.5, last + 0.5, -0.5, last + 0.5), limits)
+    if title is None:
+        title = f"Distance of states along the depth: {scores.strategy}"
+    with style.drawing(title, path, show, *_size(last)) as (figure, [[axes]]):
+        image, handles = _draw_cells(axes, cells, limits)
         axes.set_aspect("equal")
-        state_axis(axes.xaxis, last)
-        state_axis(axes.yaxis, last)
+        style.state_axis(axes.xaxis, last)
+        style.state_axis(axes.yaxis, last)
         bar = figure.colorbar(image, ax=axes, aspect=30, pad=0.02)
-        bar.set_label(wrap(scores.unit, 2.2))
-        legend_below(figure, handles)
+        bar.set_label(style.wrap(scores.unit, 2.2))
+        style.legend_below(figure, handles)
     return figure
 
 
@@ -151,9 +134,11 @@ def _check_blocks(scores: Any) -> list[list[float]]:
     return blocks
 
 
-def _best_starts(rows: list[list[float]], sign: float, protected: set[int]) -> dict[int, int]:
-    """Length -> start of the best block; of equals the deepest, as the strategies choose."""
-    best = {}
+def _best_starts(
+    rows: list[list[float]], sign: float, protected: set[int]
+) -> list[tuple[int, int]]:
+    """(start, length) of the best blocks; of equals the deepest, as the strategies choose."""
+    best = []
     for length, row in enumerate(rows, 1):
         free = [
             start
@@ -161,7 +146,7 @@ def _best_starts(rows: list[list[float]], sign: float, protected: set[int]) -> d
             if not math.isnan(value) and protected.isdisjoint(range(start, start + length))
         ]
         if free:
-            best[length] = min(free, key=lambda start: (sign * row[start], -start))
+            best.append((min(free, key=lambda start: (sign * row[start], -start)), length))
     return best
 
 
@@ -174,27 +159,25 @@ def _rescaled(row: list[float]) -> list[float]:
 
 
 def _size(depth: int) -> tuple[float, list[float]]:
-    return (COLUMN, [2.7]) if depth <= 60 else (PAGE, [5.4])
+    return (style.COLUMN, [2.7]) if depth <= 60 else (style.PAGE, [5.4])
 
 
 def _draw_cells(
-    axes: Any,
-    cells: list[list[float | None]],
-    edges: tuple[float, float, float, float],
-    limits: tuple[float, float],
+    axes: Any, rows: list[list[float]], limits: tuple[float, float], first_row: int = 0
 ) -> tuple[Any, list[Any]]:
-    """Cells by row from below: None is left blank, NaN is hatched; the image and legend handles."""
-    import numpy as np
+    """Rows of cells from below, the first the longest, NaN hatched; image and legend handles."""
     from matplotlib.patches import Rectangle
 
-    values = np.array([[np.nan if v is None else v for v in row] for row in cells], dtype=float)
+    size, bottom = len(rows), first_row - 0.5
     unknown = [
-        (edges[0] + column, edges[2] + line)
-        for line, row in enumerate(cells)
+        (column - 0.5, line + bottom)
+        for line, row in enumerate(rows)
         for column, value in enumerate(row)
-        if value is not None and math.isnan(value)
+        if math.isnan(value)
     ]
-    look: dict[str, Any] = {"facecolor": UNKNOWN, "edgecolor": "0.4", "linewidth": 0}
+    look: dict[str, Any] = {"facecolor": "0.85", "edgecolor": "0.4", "linewidth": 0}
     look |= {"hatch": "//////", "label": f"no value ({len(unknown)})"}
     hatched = [axes.add_patch(Rectangle(corner, 1, 1, **look)) for corner in unknown]
-    return cell_map(axes, values, edges, limits), hatched[:1]
+    values = [[*row, *[math.nan] * (size - len(row))] for row in rows]
+    edges = (-0.5, size - 0.5, bottom, bottom + size)
+    return style.cell_map(axes, values, edges, limits), hatched[:1]

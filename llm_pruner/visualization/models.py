@@ -8,20 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InvalidDataError, MissingDependencyError, NonFiniteError
 from ..results import check_layers
-from .style import (
-    BLUE,
-    GREEN,
-    ORANGE,
-    PAGE,
-    check_number,
-    check_path,
-    drawing,
-    legend_below,
-    paired_bars,
-    printable,
-    state_axis,
-    wrap,
-)
+from . import style
+from .style import BLUE, GREEN, ORANGE, PAGE, drawing
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-MAX_PROMPTS = 6
 LINE = 10.0  # points from one line of running text to the next
 
 
@@ -53,7 +40,7 @@ def plot_activation_comparison(
     Args:
         pruned_layers: `InvalidPlanError` if they do not fit the model, which stays as it was.
     """
-    path = check_path(save_path)
+    path = style.check_path(save_path)
     if not isinstance(prompt, str):
         raise InvalidDataError(f"prompt is {prompt!r:.60}: a list, not one text; pass one of it.")
     [text] = _check_prompts(prompt)
@@ -67,7 +54,7 @@ def plot_activation_comparison(
         _draw_similarity(right, full, pruned)
         _mark_depth(left, removed, depth)
         _mark_depth(right, removed, depth)
-        legend_below(figure, left.get_legend_handles_labels()[0])
+        style.legend_below(figure, left.get_legend_handles_labels()[0])
     return figure
 
 
@@ -95,19 +82,17 @@ def plot_semantic_comparison(
         embedder: as for `ModelEvaluator`; if none is installed, the figure says that the similarity
             was not computed.
     """
-    path = check_path(save_path)
-    options = ((original, pruned), tokenizer, top_k, max_new_tokens)
+    path = style.check_path(save_path)
+    options = ((original, pruned), tokenizer, embedder, top_k, max_new_tokens)
     rows = [_continue(text, *options) for text in _check_prompts(prompt)]
-    bodies = [_describe(row, embedder) for row in rows]
     heights = [
-        0.5 + max(0.27 * len(row.tokens), sum(gap for _, _, gap in body) / 72)
-        for row, body in zip(rows, bodies, strict=True)
+        0.5 + max(0.27 * len(row.tokens), sum(gap for _, _, gap in row.lines) / 72) for row in rows
     ]
     with drawing(title, path, show, PAGE, heights, (1.0, 1.3)) as (figure, panels):
-        for (left, right), row, body in zip(panels, rows, bodies, strict=True):
-            paired_bars(left, list(range(len(row.tokens))), row.tokens, row.probabilities)
+        for (left, right), row in zip(panels, rows, strict=True):
+            style.paired_bars(left, list(range(len(row.tokens))), row.tokens, row.probabilities)
             left.set_title(f"probability in common: {row.overlap:.0%}")
-            _draw_text(right, body)
+            _draw_text(right, row.lines)
         panels[-1][0].set_xlabel("probability of the next token")
     return figure
 
@@ -198,57 +183,53 @@ def _mark_depth(axes: Any, removed: list[int], depth: int) -> None:
     for index in removed:
         label = "removed layers" if index == removed[0] else "_"
         axes.axvspan(index, index + 1, color="0.88", linewidth=0, zorder=0, label=label)
-    state_axis(axes.xaxis, depth)
+    style.state_axis(axes.xaxis, depth)
     axes.set_xlim(-0.03 * depth, 1.03 * depth)
 
 
-class _Continuation(NamedTuple):
-    """How two models continue one prompt; pairs are (original, pruned)."""
+_TextLine = tuple[str, str, float]  # text, colour (black is not bold), points to the next
 
-    prompt: str
+
+class _Continuation(NamedTuple):
+    """How the original and the pruned model continue a prompt."""
+
     tokens: list[str]
-    probabilities: list[list[float]]
+    probabilities: list[list[float]]  # of the original model, of the pruned one
     overlap: float
-    texts: list[str]
+    lines: list[_TextLine]  # the prompt and both answers
 
 
 def _continue(
-    prompt: str, models: Sequence[Any], tokenizer: Any, top_k: int, max_new_tokens: int
+    prompt: str, models: Sequence[Any], tokenizer: Any, embedder: Any, top_k: int, max_new: int
 ) -> _Continuation:
     import torch
 
     from ..evaluation.generation import ModelEvaluator
+    from ..model.forward import evaluating
 
-    texts = []
+    answers, seen = [], []
     for model in models:
-        evaluator = ModelEvaluator(model, tokenizer, max_new_tokens=max_new_tokens)
-        texts += evaluator.generate([prompt])
-    one, two = (_next_token(model, tokenizer, prompt) for model in models)
+        evaluator = ModelEvaluator(model, tokenizer, max_new_tokens=max_new)
+        answers += evaluator.generate([prompt])
+        inputs = _encode(model, tokenizer, prompt)
+        with evaluating(model):
+            logits = model(**inputs, use_cache=False).logits
+        seen.append(logits[0, -1].float().cpu().softmax(-1))
+    one, two = seen
     if one.shape != two.shape:
         raise InvalidDataError(
             f"The models have {len(one)} and {len(two)} tokens in their vocabularies: compare a "
             "model with its own pruned version."
         )
-    best = {int(token) for p in (one, two) for token in p.topk(min(top_k, len(p))).indices}
+    best = {int(token) for p in seen for token in p.topk(min(top_k, len(p))).indices}
     order = sorted(best, key=lambda token: (-float(one[token]), token))
-    last = int(_encode(models[0], tokenizer, prompt)["input_ids"][0, -1])
+    last = int(inputs["input_ids"][0, -1])
     return _Continuation(
-        prompt,
         [_token_text(tokenizer, last, token) for token in order],
-        [p[order].tolist() for p in (one, two)],
+        [p[order].tolist() for p in seen],
         float(torch.minimum(one, two).sum()),
-        texts,
+        _text_lines(prompt, answers, embedder),
     )
-
-
-def _next_token(model: Any, tokenizer: Any, prompt: str) -> torch.Tensor:
-    """Probability of every token after the prompt."""
-    from ..model.forward import evaluating
-
-    with evaluating(model):
-        logits = model(**_encode(model, tokenizer, prompt), use_cache=False).logits
-    probabilities: torch.Tensor = logits[0, -1].float().cpu().softmax(-1)
-    return probabilities
 
 
 def _token_text(tokenizer: Any, previous: int, token: int) -> str:
@@ -260,20 +241,22 @@ def _token_text(tokenizer: Any, previous: int, token: int) -> str:
     text = both.removeprefix(before) if both.startswith(before) else ""
     if not text or "\ufffd" in text:
         text = tokenizer.convert_ids_to_tokens(token) or f"<{token}>"
-    text = printable(text).replace(" ", "\u2423")
+    text = style.printable(text).replace(" ", "\u2423")
     return text if len(text) <= 18 else text[:17] + "\u2026"
 
 
-def _describe(row: _Continuation, embedder: Any) -> list[tuple[str, str, float]]:
-    """The lines of the text panel: text, colour (black is not bold), points to the next."""
-    body = [("prompt", "0.3", row.prompt, 3)]
-    body += [("original model", BLUE, row.texts[0], 6), ("pruned model", ORANGE, row.texts[1], 6)]
-    lines: list[tuple[str, str, float]] = []
-    for name, colour, text, most in body:
-        wrapped = wrap(printable(text) or "(empty)", 3.5, most).split("\n")
+def _text_lines(prompt: str, answers: list[str], embedder: Any) -> list[_TextLine]:
+    parts = (
+        ("prompt", "0.3", prompt, 3),
+        ("original model", BLUE, answers[0], 6),
+        ("pruned model", ORANGE, answers[1], 6),
+    )
+    lines: list[_TextLine] = []
+    for name, colour, text, most in parts:
+        *wrapped, end = style.wrap(style.printable(text) or "(empty)", 3.5, most).split("\n")
         lines += [(name, colour, LINE), *((line, "black", LINE) for line in wrapped)]
-        lines[-1] = (*lines[-1][:2], 1.4 * LINE)
-    return [*lines, (f"semantic similarity: {_similarity(row.texts, embedder)}", "0.3", LINE)]
+        lines.append((end, "black", 1.4 * LINE))
+    return [*lines, (f"semantic similarity: {_similarity(answers, embedder)}", "0.3", LINE)]
 
 
 def _similarity(texts: list[str], embedder: Any) -> str:
@@ -288,10 +271,10 @@ def _similarity(texts: list[str], embedder: Any) -> str:
     return f"{float(one @ two):.2f}"
 
 
-def _draw_text(axes: Any, body: list[tuple[str, str, float]]) -> None:
+def _draw_text(axes: Any, lines: list[_TextLine]) -> None:
     axes.axis("off")
     down = 0.0
-    for line, colour, gap in body:
+    for line, colour, gap in lines:
         look = {"color": colour, "weight": "normal" if colour == "black" else "bold", "va": "top"}
         look |= {"xycoords": "axes fraction", "textcoords": "offset points"}
         text = axes.annotate(line, (0, 1), (0, -down), **look)
@@ -316,7 +299,7 @@ def _encode(model: Any, tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
 
 def _check_prompts(prompt: str | Sequence[str]) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    check_number(prompts, MAX_PROMPTS, "prompts")
+    style.check_number(prompts, 6, "prompts")
     for text in prompts:
         if not isinstance(text, str) or not text.strip():
             raise InvalidDataError(f"The prompt {text!r:.60} is no text: give at least one word.")

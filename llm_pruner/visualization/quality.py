@@ -10,30 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InvalidDataError, NonFiniteError
 from ..results import Comparison, DepthCurve
-from .style import (
-    COLUMN,
-    GREEN,
-    PAGE,
-    PALETTE,
-    RED,
-    check_number,
-    check_path,
-    drawing,
-    layer_width,
-    legend_below,
-    legend_columns,
-    level_marks,
-    paired_bars,
-    ticks,
-    wrap,
-    wrap_name,
-)
+from . import style
+from .style import GREEN, PAGE, RED, drawing, paired_bars, wrap, wrap_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-MAX_CURVES = 6
 VERDICTS = {  # colour, and a marker to tell them apart in grey print
     "better": (GREEN, "^", "better"),
     "worse": (RED, "v", "worse"),
@@ -61,12 +44,18 @@ def plot_depth_curve(
         curves: one, or up to six of the same unit; of several models, the legend names those.
         title: above the figure; if None, one that names the strategy if there is one curve.
     """
-    path = check_path(save_path)
+    path = style.check_path(save_path)
     given = _check_curves(curves)
     lines = [_read_curve(curve, name) for curve, name in zip(given, _names(given), strict=True)]
+    units = [*dict.fromkeys(unit for line in lines for unit in line.units)]
+    if len(units) > 1:
+        raise InvalidDataError(
+            f"The curves have different units, {' and '.join(map(repr, units))}: draw a figure "
+            "for each."
+        )
     last = max(depth for line in lines for depth in line.chosen)
-    depths = sorted({curve.num_layers for curve in given})
-    width, most_ticks = layer_width(last)
+    depths = {curve.num_layers for curve in given}
+    width, most_ticks = style.layer_width(last)
     labels = [wrap(line.name, 0.45 * width) for line in lines]
     rows = max(3, sum(1 + label.count("\n") for label in labels))
     if title is None:
@@ -76,12 +65,13 @@ def plot_depth_curve(
         axes.axhline(0, color="0.6", linewidth=0.6)
         keys = _draw_curves(axes, lines, labels)
         note = _scale_changes(axes, lines)
-        axes.set_ylabel(f"{wrap(given[0].unit, 2.2)}\nin %{note}")
-        depth = f" (of {depths[0]})" if len(depths) == 1 else ""
-        axes.set_xlabel(f"layers removed{depth}")
+        axes.set_ylabel(f"{wrap(units[0], 2.2)}\nin %{note}")
+        axes.set_xlabel(
+            "layers removed" + (f" (of {given[0].num_layers})" if len(depths) == 1 else "")
+        )
         axes.set_xlim(-0.03 * last, 1.03 * last)
-        axes.set_xticks(ticks(0, last, most_ticks))
-        legend_columns(figure, [keys, _line_keys(lines)])
+        axes.set_xticks(style.ticks(0, last, most_ticks))
+        style.legend_columns(figure, keys)
     return figure
 
 
@@ -107,23 +97,23 @@ def plot_holistic_benchmark(
         n_samples: items per task, one number for all or task -> number (``mean`` needs none).
         chance: what guessing scores in some of the tasks, drawn as a dashed line.
     """
-    path = check_path(save_path)
-    tasks = _check_tasks(before, after)
+    path = style.check_path(save_path)
+    levels = chance or {}
+    tasks = _check_tasks(before, after, levels)
     counts = {task: _check_count(task, n_samples) for task in tasks if task != "mean"}
     positions = [row + 0.4 * (task == "mean") for row, task in enumerate(tasks)]
-    row_of = dict(zip(tasks, positions, strict=True))
-    levels = _check_chance(chance or {}, row_of)
-    names = [_bar_name(task, counts.get(task), 1.4) for task in tasks]
+    names, row_height = _bar_names({task: counts.get(task) for task in tasks}.items(), 1.4)
     values = [[side[task] for task in tasks] for side in (before, after)]
     errors = [[_error(task, side, counts) for task in tasks] for side in (before, after)]
-    height = 0.9 + _row_height(names) * (positions[-1] + 1)
-    with drawing(title, path, show, COLUMN, [height]) as (figure, [[axes]]):
+    height = 0.9 + row_height * (positions[-1] + 1)
+    with drawing(title, path, show, style.COLUMN, [height]) as (figure, [[axes]]):
         paired_bars(axes, positions, names, values, errors, ("before", "after"))
-        level_marks(axes, levels, "chance")
+        row_of = dict(zip(tasks, positions, strict=True))
+        style.level_marks(axes, {row_of[task]: levels[task] for task in levels}, "chance")
         if "mean" in tasks:
             axes.axhline(positions[-1] - 0.7, color="0.6", linewidth=0.6)
         axes.set_xlabel("score \u00b1 1 standard error")
-        legend_below(figure, axes.get_legend_handles_labels()[0])
+        style.legend_below(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 
@@ -146,37 +136,41 @@ def plot_comparisons(
     Raises:
         InvalidDataError: none, or of several units.
     """
-    path = check_path(save_path)
+    path = style.check_path(save_path)
     entries = list(comparisons)
     units = sorted({entry.unit for entry in entries})
     if len(units) != 1:
         raise InvalidDataError(
             f"The comparisons have units {units}: give at least one, and all of one unit."
         )
-    names = [_bar_name(entry.name, entry.count, 1.9) for entry in entries]
+    names, row_height = _bar_names([(entry.name, entry.count) for entry in entries], 1.9)
     positions = list(map(float, range(len(entries))))
     values = [[entry.before for entry in entries], [entry.after for entry in entries]]
     floors = {p: e.floor for p, e in zip(positions, entries, strict=True) if e.floor is not None}
-    height = 0.9 + _row_height(names) * len(entries)
-    with drawing(title, path, show, PAGE, [height], (1.0, 1.0)) as (figure, [[left, right]]):
+    height = 0.9 + row_height * len(entries)
+    with drawing(title, path, show, PAGE, [height], (1.0, 1.0)) as (
+        figure,
+        [[left, right]],
+    ):
         paired_bars(left, positions, names, values, labels=("before", "after"))
-        level_marks(left, floors, "floor")
+        style.level_marks(left, floors, "floor")
         left.set_xlabel(f"score{f' ({units[0]})' if units[0] else ''}")
         keys = _draw_changes(right, entries)
         right.set_ylim(left.get_ylim())
-        legend_below(figure, [*left.get_legend_handles_labels()[0], *keys])
+        style.legend_below(figure, [*left.get_legend_handles_labels()[0], *keys])
     return figure
 
 
-def _bar_name(name: str, count: int | None, inches: float) -> str:
-    """The name beside a pair of bars, with the number of items, in at most three lines."""
-    counted = f" (n={count})" if count else ""
-    text = wrap_name(name + counted, inches)
-    return text if text.count("\n") < 3 else f"{wrap_name(name, inches, 2)}\n{counted.strip()}"
-
-
-def _row_height(names: list[str]) -> float:
-    return 0.38 if any(name.count("\n") > 1 for name in names) else 0.33
+def _bar_names(counts: Iterable[tuple[str, int | None]], inches: float) -> tuple[list[str], float]:
+    """Names with the number of items, in at most three lines; the height of a row of bars."""
+    names = []
+    for name, count in counts:
+        counted = f" (n={count})" if count else ""
+        text = wrap_name(name + counted, inches)
+        if text.count("\n") > 2:
+            text = f"{wrap_name(name, inches, 2)}\n{counted.strip()}"
+        names.append(text)
+    return names, 0.38 if any(text.count("\n") > 1 for text in names) else 0.33
 
 
 def _draw_changes(axes: Any, entries: list[Comparison]) -> list[Any]:
@@ -199,6 +193,7 @@ class _Line(NamedTuple):
     """One curve in percent, by number of layers removed, the full model (0) included."""
 
     name: str
+    units: list[str]
     chosen: dict[int, float]
     held_out: dict[int, tuple[float, float, float]]  # change, low, high; {} if never measured
 
@@ -212,27 +207,8 @@ def _check_curves(curves: Any) -> list[DepthCurve]:
                 f"{curve!r:.60} is a {type(curve).__name__}, not a DepthCurve: give what sweep() "
                 "returns or DepthCurve.load() reads."
             )
-    check_number(given, MAX_CURVES, "curves")
-    units = dict.fromkeys(curve.unit for curve in given)
-    held = [_held_out(point) for curve in given for point in curve.points]
-    units |= dict.fromkeys(str(entry["unit"]) for entry in held if "unit" in entry)
-    if len(units) > 1:
-        raise InvalidDataError(
-            f"The curves have different units, {' and '.join(map(repr, units))}: draw a figure "
-            "for each."
-        )
+    style.check_number(given, 6, "curves")
     return given
-
-
-def _held_out(point: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What was measured on held-out data at a point; empty if nothing was."""
-    measured = point.get("held_out") or {}
-    if not isinstance(measured, Mapping):
-        raise InvalidDataError(
-            f"held_out at {point['n_layers']} layers is {measured!r:.60}: it must be a dict with "
-            "change, low and high, or None."
-        )
-    return measured
 
 
 def _names(curves: list[DepthCurve]) -> list[str]:
@@ -252,19 +228,27 @@ def _names(curves: list[DepthCurve]) -> list[str]:
 
 
 def _read_curve(curve: DepthCurve, name: str) -> _Line:
-    chosen, held = {0: 0.0}, {}
+    line = _Line(name, [curve.unit], {0: 0.0}, {})
     for point in curve.points:
-        where = f"of {name!r} at {point['n_layers']} layers"
-        chosen[point["n_layers"]] = _percent(f"change {where}", point["change"])
-        if measured := _held_out(point):
+        depth, held = point["n_layers"], point.get("held_out") or {}
+        where = f"of {name!r} at {depth} layers"
+        line.chosen[depth] = _percent(f"change {where}", point["change"])
+        if not isinstance(held, Mapping):
+            raise InvalidDataError(
+                f"held_out at {depth} layers is {held!r:.60}: it must be a dict with change, low "
+                "and high, or None."
+            )
+        if held:
             change, low, high = (
-                _percent(f"held-out {key} {where}", measured.get(key))
+                _percent(f"held-out {key} {where}", held.get(key))
                 for key in ("change", "low", "high")
             )
-            held[point["n_layers"]] = (change, low, high)
             if low > high:
-                raise InvalidDataError(f"held-out low {where} is above high: {measured!r:.200}.")
-    return _Line(name, chosen, {0: (0.0, 0.0, 0.0), **held} if held else {})
+                raise InvalidDataError(f"held-out low {where} is above high: {held!r:.200}.")
+            line.held_out.setdefault(0, (0.0, 0.0, 0.0))
+            line.held_out[depth] = (change, low, high)
+            line.units.append(str(held.get("unit", curve.unit)))
+    return line
 
 
 def _percent(what: str, value: Any) -> float:
@@ -275,38 +259,32 @@ def _percent(what: str, value: Any) -> float:
     return 100 * float(value)
 
 
-def _draw_curves(axes: Any, lines: list[_Line], labels: list[str]) -> list[Any]:
-    """The curves; a legend handle for each."""
+def _draw_curves(axes: Any, lines: list[_Line], labels: list[str]) -> list[list[Any]]:
+    """The curves; legend handles that name them, and that say what they were measured on."""
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     keys = []
     size = 3.2 if max(len(line.chosen) for line in lines) < 20 else 2.4
-    for line, label, *shape in zip(lines, labels, PALETTE, MARKERS, strict=False):
-        look: dict[str, Any] = {"color": shape[0], "marker": shape[1], "markersize": size}
-        hollow = {**look, "linestyle": "--", "linewidth": 0.7, "markerfacecolor": "white"}
+    dashed: dict[str, Any] = {"linestyle": "--", "linewidth": 0.7}
+    for line, label, colour, marker in zip(lines, labels, style.PALETTE, MARKERS, strict=False):
+        look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": size}
+        hollow = {**look, **dashed, "markerfacecolor": "white"}
         depths = list(line.chosen)
         alone = [i for i, depth in enumerate(depths) if depth and depth not in line.held_out]
         axes.plot(depths, list(line.chosen.values()), **hollow, markevery=alone)
         if line.held_out:
             depths = list(line.held_out)
             changes, low, high = zip(*line.held_out.values(), strict=True)
-            axes.fill_between(depths, low, high, color=shape[0], alpha=0.2, linewidth=0)
+            axes.fill_between(depths, low, high, color=colour, alpha=0.2, linewidth=0)
             axes.plot(depths, changes, **look, markevery=list(range(1, len(depths))))
         keys.append(Line2D([], [], **(look if line.held_out else hollow), label=label))
-    return keys
-
-
-def _line_keys(lines: list[_Line]) -> list[Any]:
-    """Legend handles that say which data a line was measured on."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
+    chosen = [Line2D([], [], color="0.3", label="data of the choice", **dashed)]
     held = [
         Line2D([], [], color="0.3", label="held-out data"),
         Patch(fc="0.3", alpha=0.2, linewidth=0, label="95 % interval"),
     ]
-    chosen = Line2D([], [], color="0.3", linestyle="--", linewidth=0.7, label="data of the choice")
-    return [*(held if any(line.held_out for line in lines) else []), chosen]
+    return [keys, [*held, *chosen] if any(line.held_out for line in lines) else chosen]
 
 
 def _scale_changes(axes: Any, lines: list[_Line]) -> str:
@@ -326,26 +304,28 @@ def _scale_changes(axes: Any, lines: list[_Line]) -> str:
     return ", log scale beyond 1 %"
 
 
-def _check_tasks(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+def _check_tasks(
+    before: Mapping[str, float], after: Mapping[str, float], chance: Mapping[str, float]
+) -> list[str]:
     """The tasks in the order of `before`, ``mean`` last."""
-    if not {*before, *after} - {"mean"}:
+    tasks = {*before, *after}
+    if not tasks - {"mean"}:
         raise InvalidDataError("before and after name no task: pass what run_benchmark() returns.")
-    for name, side in (("before", before), ("after", after)):
-        missing = sorted({*before, *after} - {*side})
-        if missing:
+    for name, side in (("before", before), ("after", after), ("chance", chance)):
+        missing = sorted(tasks - side.keys())
+        if missing and name != "chance":
             raise InvalidDataError(
                 f"Tasks {missing} are missing in {name}: both sides need the same tasks."
             )
+        if unknown := sorted(side.keys() - tasks):
+            raise InvalidDataError(f"{name} names tasks {unknown}; known: {', '.join(before)}.")
         for task, score in side.items():
-            _check_score(f"{name}[{task!r}]", score)
+            what = f"{name}[{task!r}] is {score}: scores are from 0 to 1"
+            if not math.isfinite(score):
+                raise NonFiniteError(f"{what}; run the task again.")
+            if not 0 <= score <= 1:
+                raise InvalidDataError(f"{what}, not percent.")
     return sorted(before, key=lambda task: task == "mean")
-
-
-def _check_score(what: str, score: float) -> None:
-    if not math.isfinite(score):
-        raise NonFiniteError(f"{what} is {score}: scores are from 0 to 1; run the task again.")
-    if not 0 <= score <= 1:
-        raise InvalidDataError(f"{what} is {score}: scores are from 0 to 1, not percent.")
 
 
 def _check_count(task: str, n_samples: int | Mapping[str, int]) -> int:
@@ -363,13 +343,3 @@ def _error(task: str, scores: Mapping[str, float], counts: Mapping[str, int]) ->
     if task in counts:
         return math.sqrt(scores[task] * (1 - scores[task]) / counts[task])
     return math.hypot(*(_error(other, scores, counts) for other in counts)) / len(counts)
-
-
-def _check_chance(chance: Mapping[str, float], row_of: Mapping[str, float]) -> dict[float, float]:
-    """What guessing scores, by row."""
-    unknown = sorted(chance.keys() - row_of.keys())
-    if unknown:
-        raise InvalidDataError(f"chance names tasks {unknown}; known: {', '.join(row_of)}.")
-    for task, score in chance.items():
-        _check_score(f"chance[{task!r}]", score)
-    return {row_of[task]: score for task, score in chance.items()}

@@ -10,25 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidDataError, InvalidPlanError
 from ..results import LayerScores
-from .style import (
-    BLUE,
-    ORANGE,
-    cell_map,
-    check_number,
-    check_path,
-    dots,
-    drawing,
-    layer_width,
-    legend_below,
-    ticks,
-    wrap,
-)
+from . import style
+from .style import BLUE, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-MAX_STRATEGIES = 12
 
 
 def plot_layer_importance(
@@ -57,15 +43,15 @@ def plot_layer_importance(
             are crossed. `InvalidPlanError` if `scores` has more. If None, the axis ends with the
             outermost scores and protected layers.
     """
-    path = check_path(save_path)
+    path = style.check_path(save_path)
     known = isinstance(scores, LayerScores)
     scores = _check_scores(scores)
     taken = None if removed is None else _check_removed(removed, scores)
     shaded, layers = _check_protected(scores, taken or set(), protected, num_layers)
-    width, most_ticks = layer_width(len(layers))
+    width, most_ticks = style.layer_width(len(layers))
     if title is None:
         title = f"Layer importance: {scores.strategy}" if known else "Layer importance"
-    with drawing(title, path, show, width, [2.2]) as (figure, [[axes]]):
+    with style.drawing(title, path, show, width, [2.2]) as (figure, [[axes]]):
         bars = axes.bar(list(scores), list(scores.values()), width=0.8, color=BLUE)
         handles = []
         if known or taken is not None:
@@ -76,9 +62,9 @@ def plot_layer_importance(
             axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         note = _cut_axis(axes, scores)
         axes.axhline(0, color="black", linewidth=0.6)
-        axes.set_xlabel(f"layer\n{wrap(note, width - 0.7)}".strip())
+        axes.set_xlabel(f"layer\n{style.wrap(note, width - 0.7)}".strip())
         axes.set_xlim(layers[0] - 0.7, layers[-1] + 0.7)
-        axes.set_xticks(ticks(layers[0], layers[-1], most_ticks))
+        axes.set_xticks(style.ticks(layers[0], layers[-1], most_ticks))
     return figure
 
 
@@ -97,14 +83,13 @@ def plot_score_comparison(
 
     Args:
         scores: those of 1 to 12 strategies, whose names differ.
-        title: above the figure.
         removed: for each strategy the layers that it removed, which are marked.
 
     Raises:
         InvalidDataError: no scores, too many, of one name, or another number of lists in `removed`.
         InvalidPlanError: a removed layer has no score.
     """
-    path = check_path(save_path)
+    path = style.check_path(save_path)
     given = _check_several(scores)
     cuts = [[] for _ in given] if removed is None else [list(cut) for cut in removed]
     if len(cuts) != len(given):
@@ -113,22 +98,22 @@ def plot_score_comparison(
         )
     cuts = [sorted(_check_removed(cut, one)) for cut, one in zip(cuts, given, strict=True)]
     layers = range(min(map(min, given)), max(map(max, given)) + 1)
-    width, most_ticks = layer_width(len(layers))
-    labels = [wrap(one.strategy, 1.2, 2) for one in given]
+    width, most_ticks = style.layer_width(len(layers))
+    labels = [style.wrap(one.strategy, 1.2, 2) for one in given]
     lines = 1 + max(label.count("\n") for label in labels)
     height = max(1.0, 0.55 + (0.1 + 0.13 * lines) * len(given))
-    with drawing(title, path, show, width, [height]) as (figure, [[axes]]):
+    with style.drawing(title, path, show, width, [height]) as (figure, [[axes]]):
         image = _draw_order(axes, given, cuts, layers)
         axes.set_yticks(range(len(given)), labels)
-        axes.tick_params(axis="y", length=0)
-        axes.set_xticks(ticks(layers[0], layers[-1], most_ticks))
+        axes.tick_params(axis="y", which="both", length=0)
+        axes.set_xticks(style.ticks(layers[0], layers[-1], most_ticks))
         axes.set_xlabel("layer")
         most = max(map(len, given))
         bar = figure.colorbar(image, ax=axes, ticks=[1, most] if most > 1 else [1], aspect=12)
         bar.ax.set_yticklabels(["first", "last"][: len(bar.get_ticks())])
         bar.ax.invert_yaxis()
         bar.set_label("would be removed")
-        legend_below(figure, axes.lines)
+        style.legend_below(figure, axes.lines)
     return figure
 
 
@@ -140,7 +125,7 @@ def _check_several(scores: Sequence[LayerScores]) -> list[LayerScores]:
                 f"{one!r:.60} is a {type(one).__name__}, not LayerScores: give what "
                 "compute_layer_scores() returns."
             )
-    check_number(given, MAX_STRATEGIES, "strategies")
+    style.check_number(given, 12, "strategies")
     names = [one.strategy for one in given]
     if len(set(names)) < len(names):
         raise InvalidDataError(f"Some of the strategies {names} have one name: name them apart.")
@@ -156,17 +141,13 @@ def _draw_order(axes: Any, given: list[LayerScores], cuts: list[list[int]], laye
         for rank, layer in enumerate(scores.ranked(), 1):
             ranks[row, layer - layers[0]] = rank
     edges = layers[0] - 0.5, layers[-1] + 0.5, len(given) - 0.5, -0.5
-    image = cell_map(axes, ranks, edges, (1, max(map(len, given))))
+    image = style.cell_map(axes, ranks, edges, (1, max(map(len, given))))
     axes.set_yticks([row + 0.5 for row in range(len(given) - 1)], minor=True)
     axes.grid(axis="y", which="minor", color="white", linewidth=2)
-    axes.tick_params(axis="y", which="minor", length=0)
     removed = [(layer, row) for row, cut in enumerate(cuts) for layer in cut]
-    dots(axes, removed, len(layers), "removed")
+    style.mark_cells(axes, removed, len(layers), "removed")
     missing = [(column + layers[0], row) for row, column in np.argwhere(np.isnan(ranks)).tolist()]
-    if missing:
-        cross: dict[str, Any] = {"color": "0.3", "markeredgewidth": 0.7}
-        cross |= {"markersize": 3.5 if len(layers) <= 40 else 2.2}
-        axes.plot(*zip(*missing, strict=True), "x", label=f"no score ({len(missing)})", **cross)
+    style.mark_cells(axes, missing, len(layers), f"no score ({len(missing)})", "x")
     return image
 
 
@@ -186,10 +167,10 @@ def _check_scores(scores: Mapping[int, float]) -> LayerScores:
 
 def _check_removed(removed: Iterable[int], scores: LayerScores) -> set[int]:
     taken = set(removed)
-    if taken - scores.keys():
+    if unscored := sorted(taken - scores.keys()):
         raise InvalidPlanError(
-            f"removed layers {sorted(taken - scores.keys())} have no score: choose among the "
-            f"layers that scores has, {min(scores)} to {max(scores)}."
+            f"removed layers {unscored} have no score: choose among the layers that scores has, "
+            f"{min(scores)} to {max(scores)}."
         )
     return taken
 
@@ -207,10 +188,9 @@ def _check_protected(
         raise InvalidPlanError(
             f"protected={listed} must list layers, each once, as whole numbers from 0{last}."
         )
-    if removed.intersection(layers):
+    if both := sorted(removed.intersection(layers)):
         raise InvalidPlanError(
-            f"Layers {sorted(removed.intersection(layers))} are in removed and in protected: leave "
-            "them out of one."
+            f"Layers {both} are in removed and in protected: leave them out of one."
         )
     if beyond := [layer for layer in scores if not 0 <= layer < end] if num_layers else []:
         raise InvalidPlanError(
@@ -270,7 +250,8 @@ def _cut_axis(axes: Any, scores: LayerScores) -> str:
 
     A score is cut off if it is more than six times as large as three quarters of the scores.
     """
-    axes.set_ylabel(wrap(scores.unit, 1.6))
+    label = style.wrap(scores.unit, 1.6)
+    axes.set_ylabel(label)
     sizes = sorted(map(abs, scores.values()))
     usual = sizes[(3 * len(sizes) - 1) // 4]
     far = {layer: score for layer, score in scores.items() if abs(score) > 6 * usual > 0}
@@ -281,9 +262,9 @@ def _cut_axis(axes: Any, scores: LayerScores) -> str:
     top = max(rest) + room * (1 if max(far.values()) > 0 else 0.2)
     bottom = min(rest) - room * (1 if min(far.values()) < 0 else 0.2 * (min(rest) < 0))
     axes.set_ylim(bottom, top)
-    axes.set_ylabel(f"{axes.get_ylabel()}\n(axis is cut)")
+    axes.set_ylabel(f"{label}\n(axis is cut)")
     for layer, score in far.items():
-        look = ("^", top) if score > 0 else ("v", bottom)
-        axes.plot(layer, look[1], look[0], color="black", markersize=3.5, clip_on=False)
+        end, marker = (top, "^") if score > 0 else (bottom, "v")
+        axes.plot(layer, end, marker, color="black", markersize=3.5, clip_on=False)
     values = (f"{layer}\u00a0=\u00a0{float(f'{score:.3g}'):g}" for layer, score in far.items())
     return f"(arrows: layer {', '.join(values)})"

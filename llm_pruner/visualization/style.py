@@ -23,13 +23,10 @@ RED = "#d55e00"
 PALETTE = (BLUE, ORANGE, GREEN, RED, "#cc78bc", "#404040")  # its first five, and grey
 COLOURS = "cividis"  # of cells; looks alike with and without colour blindness
 METADATA = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-SMALL = ("xtick.labelsize", "ytick.labelsize", "legend.fontsize")
-MEDIUM = ("font.size", "axes.labelsize", "axes.titlesize")
-HIDDEN = ("axes.spines.top", "axes.spines.right", "legend.frameon")
 STYLE: dict[str, Any] = {
-    **dict.fromkeys(SMALL, 6.5),
-    **dict.fromkeys(MEDIUM, 7.0),
-    **dict.fromkeys(HIDDEN, False),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 6.5),
+    **dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize"), 7.0),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     "figure.titlesize": 8,
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "axes.linewidth": 0.6,
@@ -145,12 +142,17 @@ def state_axis(axis: Any, depth: int) -> None:
     axis.set_label_text("state entering layer")
 
 
-def dots(axes: Any, points: Collection[tuple[int, int]], depth: int, label: str) -> None:
-    """A dot on each of the cells of a map of `depth` layers; nothing without points."""
-    if points:
-        look: dict[str, Any] = {"markersize": 3.5 if depth <= 40 else 2.2, "color": "white"}
-        look |= {"markeredgecolor": "black", "markeredgewidth": 0.5, "label": label}
-        axes.plot(*zip(*points, strict=True), "o", **look)
+def mark_cells(
+    axes: Any, cells: Collection[tuple[int, int]], depth: int, label: str, marker: str = "o"
+) -> None:
+    """A dot or cross on these cells of a map of `depth` layers; nothing without cells."""
+    looks: dict[str, dict[str, Any]] = {
+        "o": {"color": "white", "markeredgecolor": "black", "markeredgewidth": 0.5},
+        "x": {"color": "0.3", "markeredgewidth": 0.7},
+    }
+    if cells:
+        size = 3.5 if depth <= 40 else 2.2
+        axes.plot(*zip(*cells, strict=True), marker, markersize=size, label=label, **looks[marker])
 
 
 def cell_map(
@@ -176,9 +178,9 @@ def cell_map(
 
 def level_marks(axes: Any, levels: Mapping[float, float], label: str) -> None:
     """A dashed line across the bars at each position, at its level."""
-    ends = [position - 0.45 for position in levels], [position + 0.45 for position in levels]
-    look: dict[str, Any] = {"colors": "black", "linestyles": "--", "linewidth": 0.8}
     if levels:
+        ends = ([position + side for position in levels] for side in (-0.45, 0.45))
+        look = {"colors": "black", "linestyles": "--", "linewidth": 0.8}
         axes.vlines(list(levels.values()), *ends, label=label, **look)
 
 

@@ -84,15 +84,18 @@ def test_activation_comparison_leaves_the_model_as_it_was():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_activation_comparison_refuses():
-    with pytest.raises(InvalidPlanError, match=r"Layer 8 is out of range"):
-        plot_activation_comparison(MODEL, TOKENIZER, PROMPT, [8])
-    with pytest.raises(InvalidDataError, match=r"The prompt '  ' is no text"):
-        plot_activation_comparison(MODEL, TOKENIZER, "  ", [1])
-    with pytest.raises(InvalidDataError, match=r"a list, not one text"):
-        plot_activation_comparison(MODEL, TOKENIZER, [PROMPT], [1])
-    with pytest.raises(NonFiniteError, match=r"at layer 3 is NaN"):
-        plot_activation_comparison(broken(), TOKENIZER, PROMPT, [1])
+@pytest.mark.parametrize(
+    ("model", "prompt", "layers", "error", "message"),
+    [
+        (MODEL, PROMPT, [8], InvalidPlanError, "Layer 8 is out of range"),
+        (MODEL, "  ", [1], InvalidDataError, "The prompt '  ' is no text"),
+        (MODEL, [PROMPT], [1], InvalidDataError, "a list, not one text"),
+        (broken(), PROMPT, [1], NonFiniteError, "at layer 3 is NaN"),
+    ],
+)
+def test_activation_comparison_refuses(model, prompt, layers, error, message):
+    with pytest.raises(error, match=message):
+        plot_activation_comparison(model, TOKENIZER, prompt, layers)
 
 
 @torch.no_grad()
@@ -152,19 +155,25 @@ def test_special_characters_are_visible_and_long_texts_cut():
     assert any(text.get_text().endswith(" \u2026") for text in figure.axes[3].texts)
 
 
-def test_semantic_comparison_refuses():
-    with pytest.raises(InvalidDataError, match=r"7 prompts given: .* 1 to 6"):
-        plot_semantic_comparison(MODEL, PRUNED, TOKENIZER, ["a"] * 7)
-    with pytest.raises(InvalidDataError, match=r"0 prompts given"):
-        plot_semantic_comparison(MODEL, PRUNED, TOKENIZER, [])
-    with pytest.raises(InvalidDataError, match=r"The prompt 3 is no text"):
-        plot_semantic_comparison(MODEL, PRUNED, TOKENIZER, ["a", 3])
-    other = tiny_llama(1)
-    other.resize_token_embeddings(70)
-    with pytest.raises(InvalidDataError, match=r"64 and 70 tokens in their vocabularies"):
-        plot_semantic_comparison(MODEL, other, TOKENIZER, "a cat", max_new_tokens=2)
-    with pytest.raises(NonFiniteError, match="NaN"):
-        plot_semantic_comparison(MODEL, broken(), TOKENIZER, "a cat", max_new_tokens=2)
+def other_vocabulary():
+    model = tiny_llama(1)
+    model.resize_token_embeddings(70)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("pruned", "prompt", "error", "message"),
+    [
+        (PRUNED, ["a"] * 7, InvalidDataError, "7 prompts given: .* 1 to 6"),
+        (PRUNED, [], InvalidDataError, "0 prompts given"),
+        (PRUNED, ["a", 3], InvalidDataError, "The prompt 3 is no text"),
+        (other_vocabulary(), "a cat", InvalidDataError, "64 and 70 tokens in their vocabularies"),
+        (broken(), "a cat", NonFiniteError, "NaN"),
+    ],
+)
+def test_semantic_comparison_refuses(pruned, prompt, error, message):
+    with pytest.raises(error, match=message):
+        plot_semantic_comparison(MODEL, pruned, TOKENIZER, prompt, max_new_tokens=2)
 
 
 def test_tokens_show_their_spaces_and_keep_to_a_width():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from drawn import legend_texts, line_of
 from matplotlib.colors import to_hex
+from matplotlib.container import ErrorbarContainer
 from samples import COMPARISONS
 from samples import make_depth_curve as curve_of
 
@@ -25,6 +26,7 @@ COLLAPSE = [-0.01, -0.03, -0.1, -0.6, -0.95]
 BEFORE = {"gsm8k": 0.6, "mean": 0.7, "mmlu_high_school": 0.8}
 AFTER = {"gsm8k": 0.3, "mean": 0.45, "mmlu_high_school": 0.6}
 COUNTS = {"gsm8k": 30, "mmlu_high_school": 100}
+A = {"a": 0.1}
 
 
 def bands(axes):
@@ -140,14 +142,13 @@ def test_several_curves_keep_apart():
     assert list(axes.get_xticks()) == list(range(9))
 
 
-def test_curves_of_several_models_name_them():
-    curves = [
-        curve_of([-0.1], model_id="a/one"),
-        curve_of([-0.2], model_id="b/two", num_layers=24),
-    ]
-    figure = plot_depth_curve(curves)
+def test_curves_are_named_by_model_or_as_the_message_of_equal_names_says():
+    one, other = curve_of([-0.1], model_id="a/one"), curve_of([-0.2], model_id="b/two")
+    figure = plot_depth_curve([one, replace(other, num_layers=24)])
     assert legend_texts(figure)[:2] == ["smart (a/one)", "smart (b/two)"]
     assert figure.axes[0].get_xlabel() == "layers removed"
+    figure = plot_depth_curve([one, replace(one, strategy="first try")])
+    assert legend_texts(figure)[:2] == ["smart", "first try"]
 
 
 @pytest.mark.parametrize(
@@ -191,22 +192,10 @@ def test_held_out_changes_that_cannot_be_drawn(found, error, message):
         plot_depth_curve(one)
 
 
-def test_curves_are_named_apart_as_the_message_says():
-    one = curve_of([-0.1])
-    figure = plot_depth_curve([one, replace(one, strategy="first try")])
-    assert legend_texts(figure)[:2] == ["smart", "first try"]
-
-
 def half_widths(axes):
     """Half the length of each error bar, in the order in which they were drawn."""
-    segments = [
-        s
-        for c in axes.containers
-        if c.get_label() == "_nolegend_" or hasattr(c, "has_xerr")
-        for part in getattr(c, "lines", (None, None, []))[2]
-        for s in part.get_segments()
-    ]
-    return [(segment[1][0] - segment[0][0]) / 2 for segment in segments]
+    drawn = [entry.lines[2][0] for entry in axes.containers if isinstance(entry, ErrorbarContainer)]
+    return [(end[0] - start[0]) / 2 for bars in drawn for start, end in bars.get_segments()]
 
 
 def test_bars_errors_and_labels_of_the_benchmark():
@@ -241,28 +230,23 @@ def test_chance_is_drawn_where_it_is_known():
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "n", "error", "message"),
+    ("before", "after", "n", "chance", "error", "message"),
     [
-        ({}, {}, 5, InvalidDataError, "name no task"),
-        ({"a": 0.1, "b": 0.2}, {"a": 0.1}, 5, InvalidDataError, r"\['b'\] are missing in after"),
-        ({"a": 0.1}, {"a": 0.1, "b": 0.2}, 5, InvalidDataError, r"\['b'\] are missing in before"),
-        ({"a": 0.1}, {"a": math.nan}, 5, NonFiniteError, r"after\['a'\] is nan"),
-        ({"a": 61.0}, {"a": 0.5}, 5, InvalidDataError, r"before\['a'\] is 61.0.*not percent"),
-        ({"a": 0.1}, {"a": 0.1}, 0, InvalidDataError, "task 'a' is 0"),
-        ({"a": 0.1}, {"a": 0.1}, 2.5, InvalidDataError, r"task 'a' is 2\.5"),
-        ({"a": 0.1}, {"a": 0.1}, {"b": 3}, InvalidDataError, "task 'a' is None"),
+        ({}, {}, 5, {}, InvalidDataError, "name no task"),
+        ({"a": 0.1, "b": 0.2}, A, 5, {}, InvalidDataError, r"\['b'\] are missing in after"),
+        (A, {"a": 0.1, "b": 0.2}, 5, {}, InvalidDataError, r"\['b'\] are missing in before"),
+        (A, {"a": math.nan}, 5, {}, NonFiniteError, r"after\['a'\] is nan"),
+        ({"a": 61.0}, A, 5, {}, InvalidDataError, r"before\['a'\] is 61.0.*not percent"),
+        (A, A, 0, {}, InvalidDataError, "task 'a' is 0"),
+        (A, A, 2.5, {}, InvalidDataError, r"task 'a' is 2\.5"),
+        (A, A, {"b": 3}, {}, InvalidDataError, "task 'a' is None"),
+        (A, A, 25, {"a": 25}, InvalidDataError, r"chance\['a'\] is 25"),
+        (A, A, 25, {"z": 0.25}, InvalidDataError, r"chance names tasks \['z'\]"),
     ],
 )
-def test_benchmarks_that_cannot_be_drawn(before, after, n, error, message):
+def test_benchmarks_that_cannot_be_drawn(before, after, n, chance, error, message):
     with pytest.raises(error, match=message):
-        plot_holistic_benchmark(before, after, n)
-
-
-def test_chance_is_checked():
-    with pytest.raises(InvalidDataError, match=r"chance\['a'\] is 25"):
-        plot_holistic_benchmark({"a": 0.5}, {"a": 0.4}, 25, chance={"a": 25})
-    with pytest.raises(InvalidDataError, match=r"chance names tasks \['z'\]"):
-        plot_holistic_benchmark({"a": 0.5}, {"a": 0.4}, 25, chance={"z": 0.25})
+        plot_holistic_benchmark(before, after, n, chance=chance)
 
 
 def test_changes_are_drawn_with_their_intervals_and_verdicts():
