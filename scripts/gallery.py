@@ -47,14 +47,14 @@ def main() -> None:
     plot_similarity_matrix(blocks, save_path=FOLDER / "similarity_matrix.png")
     smart = SmartPruner(model, tokenizer)
     curves = [
-        pruner.sweep(data.scoring, 6, model_id="demo", held_out=data.judging)
+        pruner.sweep(data.scoring, 6, model_id="demo", held_out=data.held_out)
         for pruner in (smart, pruners[STRATEGIES.index("pruneme")])
     ]
     plot_depth_curve(curves, save_path=FOLDER / "depth_curve.png")
-    plan = smart.plan(data.scoring, model_id="demo", n_layers=N_LAYERS, held_out=data.judging)
+    plan = smart.plan(data.scoring, model_id="demo", n_layers=N_LAYERS, held_out=data.held_out)
     plan = replace(plan, scores=smart.compute_layer_scores(data.scoring))
     with tempfile.TemporaryDirectory() as folder:
-        report, pruned = carry_out(smart, plan, Path(folder) / "pruned", data.judging)
+        report, pruned = carry_out(smart, plan, Path(folder) / "pruned", data.held_out)
         prompt = report.samples[0]["prompt"]
         figures = report_figures(report, protected=kept, skip={"comparisons"}) | {
             "activation_comparison": plot_activation_comparison(
