@@ -31,12 +31,12 @@ PLAN_FILE = "pruning_plan.json"
 REPORT_FILE = "pruning_report.json"
 PAGE_FILE = "report.html"
 FIGURES = "figures"
-KEY_FILE = "healing.json"  # what marks a folder of a training's checkpoints as ours
+KEY_FILE = "healing.json"  # marks a folder of training checkpoints as ours
 CANNOT_SWAP = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def own_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a training in a folder that is its own, the oldest first.
+    """The training checkpoints in a folder that is for nothing else, the oldest first.
 
     Raises:
         OutputError: the folder holds something, and llm_pruner did not make it.
@@ -48,12 +48,12 @@ def own_checkpoints(folder: Path) -> list[Path]:
             f"{str(folder)!r} is where checkpoints of the healing would go, and it holds something "
             "that llm_pruner did not write: move it, or choose another place."
         )
-    found = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    checkpoints = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]))
 
 
 def clear_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints of a training, and its folder if nothing else is in it."""
+    """Remove training checkpoints, and their folder if nothing else is in it."""
     if not (folder / KEY_FILE).exists():
         return
     for path in own_checkpoints(folder):
@@ -79,10 +79,9 @@ def check_output(output_dir: str | Path, *, overwrite: bool = False) -> Path:
 
 @contextmanager
 def hold_output(output_dir: str | Path) -> Iterator[None]:
-    """Be the only writer of `output_dir` inside the block.
+    """Be the only writer of `output_dir` inside the block; remove first what killed runs left.
 
-    Blocks of one thread may be nested. The hold ends with the process, however it ends. What
-    killed runs have left of this output is removed at the beginning.
+    Blocks of one thread may be nested. The hold ends with the process, however it ends.
 
     Raises:
         OutputError: another run or thread holds it, or its parent cannot be written to.
@@ -131,33 +130,29 @@ def staged_output(
     path = _place(output_dir)
     with hold_output(output_dir):
         check_output(output_dir, overwrite=overwrite)
-        stage = None
-        try:
-            _check_space(path.parent, need, output_dir)
+        with _os_errors_as(f"Writing {str(output_dir)!r} failed", " Nothing was left."):
+            free = shutil.disk_usage(path.parent).free
+            if need > free:
+                raise OutputError(
+                    f"Output folder {str(output_dir)!r} needs {need:,} bytes, and {free:,} are "
+                    "free on its disk: make room, or choose another place."
+                )
             stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-            yield stage
-            _apply_umask(stage)
-            _sync_tree(stage)
-            _refuse_what_stands(path, overwrite)  # what may have come meanwhile
-            _put_in_place(stage, path)
-        except LLMPrunerError:
-            raise
-        except Exception as error:
-            if not _is_of_the_system(error):
-                raise
-            raise OutputError(
-                f"Writing {str(output_dir)!r} failed: {error}. Nothing was left."
-            ) from error
-        finally:
-            if stage is not None:
+            try:
+                yield stage
+                _apply_umask(stage)
+                for written in (*stage.rglob("*"), stage):
+                    _sync(written)
+                _refuse_what_stands(path, overwrite)  # what may have come meanwhile
+                _put_in_place(stage, path)
+            finally:
                 shutil.rmtree(stage, ignore_errors=True)  # what is left, the next run removes
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write one file, in a folder that is made if need be: the old content, or all of the new.
+    """Write one file and the folders above it: it holds the old content, or all of the new.
 
-    Text becomes UTF-8. A link is followed; what is no plain file (a pipe, ``/dev/stdout``) is
-    written to directly.
+    Text becomes UTF-8. A link is followed. A pipe or a device is written to directly.
 
     Raises:
         OutputError: it cannot be written.
@@ -189,22 +184,16 @@ def _place(output_dir: str | Path) -> Path:
 
 
 @contextmanager
-def _os_errors_as(refusal: str) -> Iterator[None]:
-    """What the system refuses is raised as OutputError: `refusal`, and the reason."""
+def _os_errors_as(refusal: str, note: str = "") -> Iterator[None]:
+    """Raise OutputError where the system refuses something, such as on a full disk."""
     try:
         yield
     except LLMPrunerError:
         raise
-    except OSError as error:
-        raise OutputError(f"{refusal}: {error}.") from error
-
-
-def _is_of_the_system(error: Exception) -> bool:
-    """Whether the system refused something: a full disk, no permission.
-
-    safetensors and tokenizers are written in Rust and raise errors of their own for it.
-    """
-    return isinstance(error, OSError) or "(os error " in str(error)
+    except Exception as error:  # safetensors and tokenizers, in Rust, raise their own kinds
+        if not isinstance(error, OSError) and "(os error " not in str(error):
+            raise
+        raise OutputError(f"{refusal}: {error}.{note}") from error
 
 
 def _refuse_what_stands(path: Path, overwrite: bool) -> None:
@@ -231,15 +220,6 @@ def _refuse_what_stands(path: Path, overwrite: bool) -> None:
 
 def _holds_something(path: Path) -> bool:
     return path.is_dir() and any(path.iterdir())
-
-
-def _check_space(folder: Path, need: int, output_dir: str | Path) -> None:
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise OutputError(
-            f"Output folder {str(output_dir)!r} needs {need:,} bytes, and {free:,} are free on its "
-            "disk: make room, or choose another place."
-        )
 
 
 # --- one step -----------------------------------------------------------------------------------
@@ -281,7 +261,7 @@ def _swap(left: Path, right: Path) -> bool:
 def _clear_leftovers(path: Path) -> None:
     """Remove what killed runs have left of this output; put the old one back if it is missing.
 
-    Only under the lock: what is found is nobody's then.
+    Only under the lock, when no other run can be using them.
     """
     for old in _leftovers(path, "old"):
         if path.is_symlink() or path.is_file() or _holds_something(path):
@@ -294,11 +274,8 @@ def _clear_leftovers(path: Path) -> None:
 
 def _leftovers(path: Path, kind: str) -> list[Path]:
     name = re.compile(rf"{re.escape(f'.{path.name}.{kind}-')}[a-z0-9_]{{8}}")  # as mkdtemp does
-    return [
-        entry
-        for entry in path.parent.iterdir()
-        if name.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink()
-    ]
+    entries = [entry for entry in path.parent.iterdir() if name.fullmatch(entry.name)]
+    return [entry for entry in entries if entry.is_dir() and not entry.is_symlink()]
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -317,18 +294,12 @@ def _umask() -> int:
 
 def _apply_umask(folder: Path) -> None:
     """safetensors and mkdtemp make everything private; give the modes a plain write would."""
-    umask = _umask()
-    folder.chmod(0o777 & ~umask)
-    for path in folder.rglob("*"):
+    allowed = ~_umask()
+    for path in (folder, *folder.rglob("*")):
         if path.is_dir():
-            path.chmod(0o777 & ~umask)
+            path.chmod(0o777 & allowed)
         elif path.stat().st_nlink == 1:  # a linked file has the mode of another
-            path.chmod(0o666 & ~umask)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        _sync(path)
+            path.chmod(0o666 & allowed)
 
 
 def _sync(path: Path) -> None:

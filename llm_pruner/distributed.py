@@ -1,8 +1,7 @@
 """Several processes on one job: each does its portion of the work, and all get every result.
 
-``torchrun`` (or ``accelerate launch`` on GPUs) starts them; they connect inside `group`. Outside
-it, everything here works as for one process, and torch.distributed is not imported. Every process
-must make the same calls in the same order.
+``torchrun`` (or ``accelerate launch`` on GPUs) starts them; they connect inside `group`. Elsewhere
+everything works as for one process. Every process must make the same calls in the same order.
 """
 
 from __future__ import annotations
@@ -28,17 +27,11 @@ REPORT_WAIT = 5.0  # seconds that an error waits for the first process to report
 
 @dataclass
 class _Group:
-    """The processes of this job.
+    """The processes of this job."""
 
-    Attributes:
-        members: their process group for exchanging objects (gloo).
-        timeout: seconds that one waits for another.
-        alone: whether this process works by itself, inside `on_first`.
-    """
-
-    members: Any
-    timeout: float
-    alone: bool = False
+    members: Any  # their process group for objects (gloo)
+    timeout: float  # seconds that one waits for another
+    alone: bool = False  # whether this process works by itself, inside `on_first`
 
 
 _group: _Group | None = None
@@ -48,7 +41,7 @@ _groups = count()
 
 
 def launched() -> int:
-    """Number of processes that a launcher started for this job; 1 without a launcher."""
+    """Number of processes that a launcher started for this job, at least 1."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
@@ -68,16 +61,13 @@ def launched_here() -> int:
 
 
 def one_only() -> bool:
-    """Whether ``accelerate launch`` started a single process on the CPU.
-
-    Without MPI it does so whatever ``--num_processes`` says.
-    """
+    """Whether ``accelerate launch`` started one process on the CPU, as it does without MPI."""
     return "WORLD_SIZE" not in os.environ and os.environ.get("ACCELERATE_USE_CPU") == "True"
 
 
 @contextmanager
 def group(timeout: float = TIMEOUT) -> Iterator[None]:
-    """Inside the block the launched processes work on one job; a single process is left as is.
+    """Connect the launched processes inside the block, if there are several.
 
     Args:
         timeout: seconds that one process waits for another.
@@ -134,12 +124,10 @@ def working_together() -> int:
 
 
 def portion(costs: Sequence[float]) -> range:
-    """Indices of the units that this process works on: neighbours of about equal total cost.
+    """Indices of the units that this process works on, given the cost of each.
 
-    The portions of all processes, in order, cover every unit once; some may be empty.
-
-    Args:
-        costs: the cost of each unit, in any measure.
+    Portions are neighbours of about equal total cost. Those of all processes, in order, cover
+    every unit once; some may be empty.
     """
     processes = working_together()
     if processes == 1:
@@ -152,10 +140,7 @@ def portion(costs: Sequence[float]) -> range:
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes, in order; the same list in every process.
-
-    Args:
-        value: anything that can be pickled.
+    """The (picklable) values of all processes, in order; the same list in every process.
 
     Raises:
         ProcessGroupError: another process has ended, or does not answer in time.
@@ -175,7 +160,7 @@ def gather(value: T) -> list[T]:
 def on_first(work: Callable[[], T]) -> T:
     """Run `work` in the first process; every process returns its result, or raises its error.
 
-    Meanwhile the first process is on its own: calls within `work` do not involve the others.
+    Calls within `work` do not involve the other processes.
 
     Raises:
         LLMPrunerError: what `work` raised, in every process.
@@ -205,11 +190,7 @@ def on_first(work: Callable[[], T]) -> T:
 
 @contextmanager
 def lost_process_errors() -> Iterator[None]:
-    """Raise `ProcessGroupError` if a library that exchanges tensors in the block loses a process.
-
-    Raises:
-        ProcessGroupError: another process has ended, or does not answer in time.
-    """
+    """Raise ProcessGroupError if a library that exchanges tensors in the block loses a process."""
     try:
         yield
     except RuntimeError as error:
@@ -222,10 +203,7 @@ def lost_process_errors() -> Iterator[None]:
 
 
 def reported_by_first(message: str) -> bool:
-    """Whether the first process reports this same error, so that this one need not.
-
-    The first process posts its message; the others wait for it for a few seconds.
-    """
+    """Whether the first process, within seconds, reports this same error, so this one need not."""
     if _error_board is None:
         return False
     store, key = _error_board

@@ -30,7 +30,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("bi", {}),
     ("avss", {}),
     *(("avss", {"variant": "published", "pool": pool, "epsilon": 0.1})
-      for pool in ("sequence", "none", "neuron")),
+      for pool in ("sequence", "none")),
     ("ablation", {}),
     ("ablation", {"objective": "nll=0.5,kl=0.5"}),
     ("smart", {}),

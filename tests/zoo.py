@@ -13,7 +13,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -35,13 +37,23 @@ VOCAB = 97
 TOKENS = 12
 POSITIONS = 128
 
-CANNOT_BUILD = {
-    "gemma3n": "its vision tower needs timm; the text decoder is covered by gemma3n_text",
-    "gemma4_assistant": "a drafter that needs another model's states; its config raises",
-    "gemma4_unified_assistant": "a drafter that needs another model's states; its config raises",
-    "musicgen": "AutoModelForCausalLM passes the composite config to a decoder class",
-    "musicgen_melody": "AutoModelForCausalLM passes the composite config to a decoder class",
-}
+
+def _reasons(table: dict[str, str]) -> dict[str, str]:
+    """Name -> reason, from reason -> names."""
+    return {name: why for why, names in table.items() for name in names.split()}
+
+
+CANNOT_BUILD = _reasons(
+    {
+        "its vision tower needs timm; the text decoder is covered by gemma3n_text": "gemma3n",
+        "a drafter that needs another model's states; its config raises": (
+            "gemma4_assistant gemma4_unified_assistant"
+        ),
+        "AutoModelForCausalLM passes the composite config to a decoder class": (
+            "musicgen musicgen_melody"
+        ),
+    }
+)
 
 CAUSAL: list[str] = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(CANNOT_BUILD))
 
@@ -57,18 +69,18 @@ for _value, _names in {
     VOCAB: "vocab_size vocab_size_per_layer_input unpadded_vocab_size",
     POSITIONS: (
         "max_position_embeddings n_positions max_seq_len context_length n_ctx "
-        "max_source_positions max_target_positions position_bias_max_distance prompt_max_length"
+        "max_source_positions max_target_positions position_bias_max_distance "
     ),
     64: "original_max_position_embeddings index_topk log_scaling_n_floor floor_scale",
     48: (
         "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim d_inner dff dim_ff "
         "feed_forward_size ffn_hidden_size dense_intermediate_size intermediate_size_mlp "
-        "prefix_dense_intermediate_size"
+        ""
     ),
     32: (
-        "hidden_size d_model n_embd emb_dim embedding_size output_hidden_size projection_dim "
-        "prompt_mid_dim word_embed_proj_dim out_hidden_size backbone_hidden_size rel_extent "
-        "input_embedding_size output_embedding_size hidden_dim embed_dim hidden_size_global"
+        "hidden_size d_model n_embd emb_dim embedding_size projection_dim "
+        "prompt_mid_dim out_hidden_size rel_extent "
+        "input_embedding_size output_embedding_size embed_dim hidden_size_global"
     ),
     16: (
         "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size "
@@ -108,20 +120,16 @@ PATTERN = "abaabbabbbaa"
 MLP_PATTERN = "aababbbaabab"
 
 
-def _mixed(kinds: Sequence[Any], pattern: str, n_layers: int) -> list[Any]:
-    """One kind per layer: `kinds[0]` where the pattern says a, `kinds[1]` for b and so on."""
-    repeated = pattern * (n_layers // len(pattern) + 1)
-    return [kinds["abcd".index(letter)] for letter in repeated[:n_layers]]
-
-
 class Mix:
-    """An override that depends on the number of layers: kinds laid out by a pattern."""
+    """An override that depends on the number of layers: one kind per layer, by a pattern."""
 
     def __init__(self, *kinds: Any, pattern: str = PATTERN) -> None:
         self.kinds, self.pattern = kinds, pattern
 
     def __call__(self, n_layers: int) -> list[Any]:
-        return _mixed(self.kinds, self.pattern, n_layers)
+        """`kinds[0]` where the pattern says a, `kinds[1]` for b and so on."""
+        letters = islice(cycle(self.pattern), n_layers)
+        return [self.kinds["abcd".index(letter)] for letter in letters]
 
 
 SLIDING = Mix("sliding_attention", "full_attention")
@@ -129,21 +137,6 @@ FULL_FIRST = Mix("full_attention", "sliding_attention")
 DENSE_SPARSE = Mix("dense", "sparse", pattern=MLP_PATTERN)
 NO_ROPE = Mix(1, 0)
 INDEXERS = Mix("full", "shared")
-_PLE: dict[str, Any] = {
-    "eos_token_id": 2,
-    "layer_types": Mix("linear_attention", "indexed_attention"),
-    "ple_layer_ids": [1, 4],
-    "ple_embed_dim": 32,
-    "heads_per_ngram": 2,
-    "ngram_vocab_size_base": 50,
-    "make_ngram_vocab_size_divisible_by": 8,
-    "split_ngram_parts": 2,
-    "indexer_n_heads": 2,
-    "indexer_kv_heads": 1,
-    "indexer_head_dim": 8,
-    "indexer_budget": 64,
-    "indexer_compress_ratio": 4,
-}
 
 # What sizes by name cannot know.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -155,14 +148,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "layer_types": SLIDING,
         "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-            "full_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "sliding_attention": {"rope_theta": 10000.0},
+            "full_attention": {"rope_theta": 100.0},
         },
     },
     "cpmant": {"prompt_types": 4, "segment_types": 4},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        "ffn_config": {"moe_top_k": 2},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_v4": {
@@ -172,10 +165,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "sliding_attention",
             pattern="abcabb",
         ),
-        "compress_rates": {
-            "compressed_sparse_attention": 2,
-            "heavily_compressed_attention": 4,
-        },
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
     },
     "dots1": {
         "n_routed_experts": 4,
@@ -192,7 +182,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
     },
     "dots3_note_text": {
-        "layer_types": Mix("indexed_attention", "sliding_attention"),
         "sliding_window": 4,
         "head_dim": 12,
         "swa_num_attention_heads": 2,
@@ -229,7 +218,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "laguna": {
         "layer_types": SLIDING,
-        "mlp_layer_types": DENSE_SPARSE,
         "num_attention_heads_per_layer": Mix(4, 2, pattern="abbaba"),
     },
     "lfm2": {"full_attn_idxs": [1, 4, 5]},
@@ -244,30 +232,34 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "mlp_layer_types": DENSE_SPARSE,
     },
     "ministral": {"head_dim": 8, "layer_types": SLIDING},
-    "minicpm3": {"v_head_dim": 8},
     "mllama_text_model": {"cross_attention_layers": [2, 4]},
     "moshi": {"sliding_window": 64},
-    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {
         "layers_block_type": Mix(
             "linear_attention", "full_attention", "mlp", "moe", pattern="abcdab"
         )
     },
     "qwen2": {"use_sliding_window": True, "layer_types": SLIDING},
-    "qwen2_moe": {
-        "use_sliding_window": True,
-        "layer_types": SLIDING,
-        "mlp_only_layers": [1, 3],
-    },
+    "qwen2_moe": {"use_sliding_window": True, "layer_types": SLIDING, "mlp_only_layers": [1, 3]},
     "qwen3": {"use_sliding_window": True, "layer_types": SLIDING},
     "qwen3_moe": {"mlp_only_layers": [1, 3]},
     "qwen3_next": {"mlp_only_layers": [1, 3]},
-    "qwen4_exp_text": _PLE,
-    "recurrent_gemma": {
-        "block_types": Mix("recurrent", "attention"),
+    "qwen4_exp_text": {
+        "eos_token_id": 2,
+        "ple_layer_ids": [1, 4],
+        "heads_per_ngram": 2,
+        "ngram_vocab_size_base": 50,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 2,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
     },
+    "recurrent_gemma": {"block_types": Mix("recurrent", "attention")},
     "reformer": {
-        "is_decoder": True,
         "attn_layers": Mix("local", "lsh"),
         "axial_pos_shape": [8, 16],
         "axial_pos_embds_dim": [16, 16],
@@ -281,45 +273,35 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "xlm": {"causal": True},
     "xlstm": {"hidden_size": 128},
     "xmod": {"default_language": "en_XX"},
-    "youtu": {"pad_token_id": None},
     "zamba": {"layers_block_type": Mix("linear_attention", "hybrid", pattern="abbabb")},
     "zamba2": {"layers_block_type": Mix("linear_attention", "hybrid", pattern="abbabb")},
     "zaya": {"layer_types": Mix("hybrid_sliding", "hybrid"), "sliding_window": 4},
 }
 
-_MROPE = {"rope_parameters": {"rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+
+def _rope(**more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": 10000.0, **more}}
+
 
 # The same for the parts of vision-language models.
 OVERRIDES |= {
     "chameleon": {"vocabulary_map": {"<image>": VOCAB - 1}, "vq_config": {"base_channels": 32}},
-    "cosmos3_edge_text": _MROPE,
     "deepseek_ocr2_text": {"mlp_layer_types": DENSE_SPARSE, "num_experts_per_tok": 2},
     "emu3": {"vocabulary_map": {"<image>": VOCAB - 1}, "vq_config": {"base_channels": 32}},
-    "ernie4_5_vl_moe_text": {
-        "rope_parameters": {"rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-    },
-    "glm46v_text": _MROPE,
-    "glm4v_text": _MROPE,
-    "glm4v_moe_text": {
-        "rope_parameters": {"rope_theta": 10000.0, "mrope_section": [1, 1, 0]},
-        "partial_rotary_factor": 0.5,
-    },
-    "glm_ocr_text": _MROPE,
-    "glmga_text": _MROPE,
-    "hunyuan_vl_text": {
-        "head_dim": 8,
-        "rope_parameters": {"rope_theta": 10000.0, "xdrope_section": [1, 1, 1, 1]},
-    },
+    "ernie4_5_vl_moe_text": _rope(mrope_section=[1, 1, 2]),
+    "glm4v_moe_text": _rope(mrope_section=[1, 1, 0], partial_rotary_factor=0.5),
+    "hunyuan_vl_text": {"head_dim": 8, **_rope(xdrope_section=[1, 1, 1, 1])},
     "inkling2": {"vision_config": {"text_hidden_size": 32}},
     "mistral_large4": {"text_config": {"kv_source_layers": [0, 1, 0, 3, 0, 5]}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
-    "paddleocr_vl_text": _MROPE,
-    "qwen2_5_omni_text": _MROPE,
-    "qwen2_5_vl_text": _MROPE,
-    "qwen2_vl_text": _MROPE,
-    "step3p5": {"sliding_window": 4, "layer_types": SLIDING, "mlp_layer_types": DENSE_SPARSE},
+    "step3p5": {"sliding_window": 4, "layer_types": SLIDING},
 }
+OVERRIDES |= dict.fromkeys(
+    "cosmos3_edge_text glm4v_text glm_ocr_text paddleocr_vl_text qwen2_5_omni_text "
+    "qwen2_5_vl_text qwen2_vl_text".split(),
+    _rope(mrope_section=[2, 1, 1]),
+)
 
 
 def _merge(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -359,18 +341,20 @@ def _shrunk(config_class: Any, n_layers: int, tower: bool = False) -> dict[str, 
 
 def _kinds(config_class: Any, whole: Any, n_layers: int) -> dict[str, Any]:
     """Irregular mixes for the per-layer lists of kinds that the default config has."""
-    values: dict[str, Any] = {}
     patterns = {
         "layer_types": PATTERN,
         "layers_block_type": PATTERN,
         "mlp_layer_types": MLP_PATTERN,
     }
     names = {field.name for field in dataclasses.fields(config_class)}
-    for name, pattern in patterns.items():
-        kinds = list(dict.fromkeys(getattr(whole, name, None) or ())) if name in names else []
-        if len(kinds) > 1:
-            values[name] = _mixed(kinds, pattern, n_layers)
-    return values
+    kinds = {
+        name: tuple(dict.fromkeys(getattr(whole, name, None) or ())) for name in names & {*patterns}
+    }
+    return {
+        name: Mix(*mixed, pattern=patterns[name])(n_layers)
+        for name, mixed in kinds.items()
+        if len(mixed) > 1
+    }
 
 
 def tiny_config(model_type: str, n_layers: int = N_LAYERS, **overrides: Any) -> Any:
@@ -448,18 +432,10 @@ USUAL_PATHS = (
 def stack_path(model: Any) -> str:
     """Where the layers are."""
     prefix = model.base_model_prefix
-    candidates = [
-        PATHS.get(model.config.model_type, ""),
-        *USUAL_PATHS,
-        f"{prefix}.encoder.layer",
-        f"{prefix}.layers",
-    ]
-    for path in filter(None, candidates):
-        try:
-            found = model.get_submodule(path)
-        except AttributeError:
-            continue
-        if isinstance(found, nn.ModuleList):
+    first = PATHS.get(model.config.model_type, "")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path in (first, *USUAL_PATHS, f"{prefix}.encoder.layer", f"{prefix}.layers"):
+        if isinstance(modules.get(path), nn.ModuleList):
             return path
     raise LookupError(f"no layers in {type(model).__name__}")
 
@@ -513,14 +489,10 @@ def reference_logits(model: Any, removed: Iterable[int]) -> torch.Tensor:
 def _outputs(model: nn.Module, stack: nn.ModuleList) -> dict[int, Any]:
     """What each layer of a stack returns in an ordinary forward."""
     found: dict[int, Any] = {}
-
-    def hook(index: int) -> Callable[..., None]:
-        def call(module: nn.Module, args: Any, output: Any) -> None:
-            found[index] = output
-
-        return call
-
-    handles = [layer.register_forward_hook(hook(i)) for i, layer in enumerate(stack)]
+    handles = [
+        layer.register_forward_hook(partial(lambda i, m, args, out: found.update({i: out}), index))
+        for index, layer in enumerate(stack)
+    ]
     logits(model)
     for handle in handles:
         handle.remove()
@@ -569,164 +541,126 @@ class Variant:
     sets: tuple[tuple[int, ...], ...] = ()
 
 
-def _layers(letters: str, *kinds: Any) -> list[Any]:
-    return _mixed(kinds, letters, len(letters))
-
-
 _SHARED_KV = {
-    "layer_types": _layers("ababab", "sliding_attention", "full_attention"),
+    "layer_types": Mix("sliding_attention", "full_attention", pattern="ababab"),
     "num_kv_shared_layers": 2,
 }
 
-VARIANTS: dict[str, Variant] = {
-    "afmoe-dense-prefix": Variant("afmoe", {"num_dense_layers": 4}),
-    "axk1-dense-prefix": Variant("axk1", {"mlp_layer_types": _layers("aaaabb", "dense", "sparse")}),
-    "bamba-attention-first": Variant("bamba", {"attn_layer_indices": [0, 2, 3]}),
-    "bloom-post-norm-residual": Variant(
-        "bloom", {"apply_residual_connection_post_layernorm": True}
-    ),
-    "cohere-qk-norm": Variant("cohere", {"use_qk_norm": True}),
-    "cohere2-period-2": Variant(
-        "cohere2", {"layer_types": _layers("ababab", "sliding_attention", "full_attention")}
-    ),
-    "deepseek_v2-dense-prefix-4": Variant("deepseek_v2", {"first_k_dense_replace": 4}),
-    "deepseek_v2-all-sparse": Variant("deepseek_v2", {"first_k_dense_replace": 0}),
-    "deepseek_v3-dense-prefix-3": Variant("deepseek_v3", {"first_k_dense_replace": 3}),
-    "dots1-windows-from-3": Variant(
-        "dots1", {"layer_types": None, "max_window_layers": 3, "first_k_dense_replace": 3}
-    ),
-    "electra-narrow-embedding": Variant("electra", {"embedding_size": 16}),
-    "ernie4_5_moe-interval-2": Variant(
-        "ernie4_5_moe",
-        {"moe_layer_interval": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 5},
-        ((2, 3), (1, 4), (2,)),
-    ),
-    "ernie4_5_moe-to-the-end": Variant(
-        "ernie4_5_moe", {"moe_layer_start_index": 1, "moe_layer_end_index": -1}
-    ),
-    "falcon-alibi": Variant("falcon", {"alibi": True}),
-    "falcon-new-architecture": Variant(
-        "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}
-    ),
-    "falcon-sequential": Variant("falcon", {"parallel_attn": False, "bias": True}),
-    "gemma-untied": Variant("gemma", {"tie_word_embeddings": False}),
-    "gemma3-tower-as-deep": Variant("gemma3", {"vision_config": {"num_hidden_layers": N_LAYERS}}),
-    "gemma3n_text-shared-kv": Variant(
-        "gemma3n_text", _SHARED_KV, ((0, 1), (1, 4), (5,), (0,), (3,), (2, 4))
-    ),
-    "gemma4_text-experts": Variant(
-        "gemma4_text",
-        {
-            "enable_moe_block": True,
-            "num_experts": 4,
-            "top_k_experts": 2,
-            "moe_intermediate_size": 16,
-        },
-    ),
-    "gemma4_text-no-layer-embeddings": Variant("gemma4_text", {"hidden_size_per_layer_input": 0}),
-    "gemma4_text-shared-kv": Variant(
-        "gemma4_text", _SHARED_KV, ((0, 1), (1, 4), (0,), (4,), (3,), (5,))
-    ),
-    "glm4_moe-dense-prefix-5": Variant("glm4_moe", {"first_k_dense_replace": 5}),
-    "glm_moe_dsa-all-full": Variant("glm_moe_dsa", {"indexer_types": None}, ((2, 3), (0,))),
-    "gpt2-inverse-layer-scale": Variant("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
-    "gpt2-upcast-scale": Variant(
-        "gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}
-    ),
-    "gpt2-untied": Variant("gpt2", {"tie_word_embeddings": False}),
-    "gpt_neo-period-2": Variant("gpt_neo", {"attention_types": [[["global", "local"], 3]]}),
-    "gpt_neo-two-blocks": Variant(
-        "gpt_neo", {"attention_types": [[["global"], 2], [["local", "global"], 2]]}
-    ),
-    "gpt_neox-sequential": Variant("gpt_neox", {"use_parallel_residual": False}),
-    "granite-multipliers": Variant(
-        "granite",
-        {
-            "residual_multiplier": 0.5,
-            "embedding_multiplier": 3.0,
-            "logits_scaling": 2.0,
-            "attention_multiplier": 0.3,
-        },
-    ),
-    "inkling2_text-blocks-of-2": Variant(
-        "inkling2_text",
-        {"n_layers_per_attn_res_block": 2},
-        ((2, 3), (4, 5), (5,), (2, 3, 4, 5), (1, 4), (2,)),
-    ),
-    "jamba-period-2": Variant(
-        "jamba",
-        {
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "expert_layer_period": 2,
-            "expert_layer_offset": 1,
-        },
-        ((2, 3), (0, 1), (0,), (1, 4)),
-    ),
-    "lfm2-last-attention": Variant("lfm2", {"full_attn_idxs": [2]}, ((0, 4), (2,))),
-    "lfm2_moe-dense-prefix-4": Variant("lfm2_moe", {"num_dense_layers": 4}),
-    "llama-tied": Variant("llama", {"tie_word_embeddings": True, "attention_bias": True}),
-    "llama4_text-derived": Variant(
-        "llama4_text",
-        {
-            "no_rope_layers": None,
-            "moe_layers": None,
-            "interleave_moe_layer_step": 2,
-            "attn_temperature_tuning": True,
-            "floor_scale": 8,
-        },
-    ),
-    "minicpm3-scale-depth": Variant("minicpm3", {"scale_depth": 3.0}, ((2, 3), (5,))),
-    "mistral-window": Variant("mistral", {"sliding_window": 4}),
-    "mixtral-window": Variant("mixtral", {"sliding_window": 4}),
-    "mllama-cross-layers": Variant(
-        "mllama", {"text_config": {"cross_attention_layers": [0, 3, 5]}}
-    ),
-    "olmo_hybrid-last-of-a-kind": Variant(
-        "olmo_hybrid",
-        {"layer_types": _layers("aabaaa", "linear_attention", "full_attention")},
-        ((0, 4), (2,)),
-    ),
-    "opt-projected": Variant("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
-    "qwen2-windows-from-3": Variant("qwen2", {"layer_types": None, "max_window_layers": 3}),
-    "qwen2_moe-sparse-step-2": Variant(
-        "qwen2_moe", {"decoder_sparse_step": 2, "mlp_only_layers": []}
-    ),
-    "qwen2_moe-sparse-step-3": Variant(
-        "qwen2_moe", {"decoder_sparse_step": 3, "mlp_only_layers": [2]}
-    ),
-    "qwen3_5_text-last-attention": Variant(
-        "qwen3_5_text",
-        {"layer_types": _layers("aabaaa", "linear_attention", "full_attention")},
-        ((0, 4), (2,)),
-    ),
-    "qwen3_moe-dense-layers": Variant("qwen3_moe", {"mlp_only_layers": [0, 2, 3]}),
-    "qwen3_moe-sparse-step-2": Variant(
-        "qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [1]}
-    ),
-    "qwen3_next-sparse-step-2": Variant(
-        "qwen3_next", {"decoder_sparse_step": 2, "mlp_only_layers": []}
-    ),
-    "recurrent_gemma-period-3": Variant(
-        "recurrent_gemma", {"block_types": ["recurrent", "recurrent", "attention"]}
-    ),
-    "rwkv-rescale-never": Variant("rwkv", {"rescale_every": 0}),
-    "smollm3-full-attention": Variant(
-        "smollm3", {"use_sliding_window": False, "sliding_window": None}
-    ),
-    "stablelm-parallel": Variant("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
-    "zamba-two-hybrids": Variant(
-        "zamba",
-        {"layers_block_type": _layers("abaaba", "linear_attention", "hybrid")},
-        ((2, 3), (0, 5), (1,)),
-    ),
-    "zamba2-adapters": Variant(
-        "zamba2", {"use_shared_attention_adapter": True, "use_mem_rope": True}
-    ),
-    "zamba2-two-blocks": Variant(
-        "zamba2", {"num_mem_blocks": 2}, ((0, 3), (1, 2), (4, 5), (2,), (1, 5))
-    ),
+# Unusual settings: a model type, and what is unusual.
+_UNUSUAL: dict[str, dict[str, Any]] = {
+    "afmoe-dense-prefix": {"num_dense_layers": 4},
+    "axk1-dense-prefix": {"mlp_layer_types": Mix("dense", "sparse", pattern="aaaabb")},
+    "bamba-attention-first": {"attn_layer_indices": [0, 2, 3]},
+    "bloom-post-norm-residual": {"apply_residual_connection_post_layernorm": True},
+    "cohere-qk-norm": {"use_qk_norm": True},
+    "cohere2-period-2": {
+        "layer_types": Mix("sliding_attention", "full_attention", pattern="ababab")
+    },
+    "deepseek_v2-dense-prefix-4": {"first_k_dense_replace": 4},
+    "deepseek_v2-all-sparse": {"first_k_dense_replace": 0},
+    "deepseek_v3-dense-prefix-3": {"first_k_dense_replace": 3},
+    "dots1-windows-from-3": {
+        "layer_types": None,
+        "max_window_layers": 3,
+        "first_k_dense_replace": 3,
+    },
+    "electra-narrow-embedding": {"embedding_size": 16},
+    "ernie4_5_moe-interval-2": {
+        "moe_layer_interval": 2,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 5,
+    },
+    "ernie4_5_moe-to-the-end": {"moe_layer_start_index": 1, "moe_layer_end_index": -1},
+    "falcon-alibi": {"alibi": True},
+    "falcon-new-architecture": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon-sequential": {"parallel_attn": False, "bias": True},
+    "gemma-untied": {"tie_word_embeddings": False},
+    "gemma3-tower-as-deep": {"vision_config": {"num_hidden_layers": N_LAYERS}},
+    "gemma3n_text-shared-kv": _SHARED_KV,
+    "gemma4_text-experts": {
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+    },
+    "gemma4_text-no-layer-embeddings": {"hidden_size_per_layer_input": 0},
+    "gemma4_text-shared-kv": _SHARED_KV,
+    "glm4_moe-dense-prefix-5": {"first_k_dense_replace": 5},
+    "glm_moe_dsa-all-full": {"indexer_types": None},
+    "gpt2-inverse-layer-scale": {"scale_attn_by_inverse_layer_idx": True},
+    "gpt2-upcast-scale": {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+    "gpt2-untied": {"tie_word_embeddings": False},
+    "gpt_neo-period-2": {"attention_types": [[["global", "local"], 3]]},
+    "gpt_neo-two-blocks": {"attention_types": [[["global"], 2], [["local", "global"], 2]]},
+    "gpt_neox-sequential": {"use_parallel_residual": False},
+    "granite-multipliers": {
+        "residual_multiplier": 0.5,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "attention_multiplier": 0.3,
+    },
+    "inkling2_text-blocks-of-2": {"n_layers_per_attn_res_block": 2},
+    "jamba-period-2": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
+    "lfm2-last-attention": {"full_attn_idxs": [2]},
+    "lfm2_moe-dense-prefix-4": {"num_dense_layers": 4},
+    "llama-tied": {"tie_word_embeddings": True, "attention_bias": True},
+    "llama4_text-derived": {
+        "no_rope_layers": None,
+        "moe_layers": None,
+        "interleave_moe_layer_step": 2,
+        "attn_temperature_tuning": True,
+        "floor_scale": 8,
+    },
+    "minicpm3-scale-depth": {"scale_depth": 3.0},
+    "mistral-window": {"sliding_window": 4},
+    "mixtral-window": {"sliding_window": 4},
+    "mllama-cross-layers": {"text_config": {"cross_attention_layers": [0, 3, 5]}},
+    "olmo_hybrid-last-of-a-kind": {
+        "layer_types": Mix("linear_attention", "full_attention", pattern="aabaaa")
+    },
+    "opt-projected": {"word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    "qwen2-windows-from-3": {"layer_types": None, "max_window_layers": 3},
+    "qwen2_moe-sparse-step-2": {"decoder_sparse_step": 2, "mlp_only_layers": []},
+    "qwen2_moe-sparse-step-3": {"decoder_sparse_step": 3, "mlp_only_layers": [2]},
+    "qwen3_5_text-last-attention": {
+        "layer_types": Mix("linear_attention", "full_attention", pattern="aabaaa")
+    },
+    "qwen3_moe-dense-layers": {"mlp_only_layers": [0, 2, 3]},
+    "qwen3_moe-sparse-step-2": {"decoder_sparse_step": 2, "mlp_only_layers": [1]},
+    "qwen3_next-sparse-step-2": {"decoder_sparse_step": 2, "mlp_only_layers": []},
+    "recurrent_gemma-period-3": {"block_types": ["recurrent", "recurrent", "attention"]},
+    "rwkv-rescale-never": {"rescale_every": 0},
+    "smollm3-full-attention": {"use_sliding_window": False, "sliding_window": None},
+    "stablelm-parallel": {"use_parallel_residual": True, "qk_layernorm": True},
+    "zamba-two-hybrids": {"layers_block_type": Mix("linear_attention", "hybrid", pattern="abaaba")},
+    "zamba2-adapters": {"use_shared_attention_adapter": True, "use_mem_rope": True},
+    "zamba2-two-blocks": {"num_mem_blocks": 2},
 }
+# The layer sets to try where they are not the usual ones.
+_SETS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "ernie4_5_moe-interval-2": ((2, 3), (1, 4), (2,)),
+    "gemma3n_text-shared-kv": ((0, 1), (1, 4), (5,), (0,), (3,), (2, 4)),
+    "gemma4_text-shared-kv": ((0, 1), (1, 4), (0,), (4,), (3,), (5,)),
+    "glm_moe_dsa-all-full": ((2, 3), (0,)),
+    "inkling2_text-blocks-of-2": ((2, 3), (4, 5), (5,), (2, 3, 4, 5), (1, 4), (2,)),
+    "jamba-period-2": ((2, 3), (0, 1), (0,), (1, 4)),
+    "lfm2-last-attention": ((0, 4), (2,)),
+    "minicpm3-scale-depth": ((2, 3), (5,)),
+    "olmo_hybrid-last-of-a-kind": ((0, 4), (2,)),
+    "qwen3_5_text-last-attention": ((0, 4), (2,)),
+    "zamba-two-hybrids": ((2, 3), (0, 5), (1,)),
+    "zamba2-two-blocks": ((0, 3), (1, 2), (4, 5), (2,), (1, 5)),
+}
+VARIANTS = {
+    name: Variant(name.split("-")[0], overrides, _SETS.get(name, ()))
+    for name, overrides in _UNUSUAL.items()
+}
+
 
 # Sets of layers that no config of the architecture can do without: they have to be refused.
 INEXPRESSIBLE: dict[tuple[str, tuple[int, ...]], str] = {
@@ -753,18 +687,19 @@ INEXPRESSIBLE: dict[tuple[str, tuple[int, ...]], str] = {
     ("zamba2-two-blocks", (1, 5)): "the two blocks would change places",
 }
 
-_CANNOT_WRAP = {
-    "cannot run on text alone": (
-        "blip blip-2 evolla idefics instructblip instructblipvideo kosmos-2 pi0 pix2struct "
-        "pp_formulanet udop vision-encoder-decoder"
-    ),
-    "does not reload, pruned or not": "shieldgemma2",
-    "an encoder-decoder": "florence2 t5gemma2",
-    "its vision tower needs timm": "fast_vlm gemma3n perception_lm",
-    "a diffusion model": "diffusion_gemma",
-    "its vision tower has no tiny configuration here": "granite4_vision muse_spark",
-}
-CANNOT_WRAP = {name: why for why, names in _CANNOT_WRAP.items() for name in names.split()}
+CANNOT_WRAP = _reasons(
+    {
+        "cannot run on text alone": (
+            "blip blip-2 evolla idefics instructblip instructblipvideo kosmos-2 pi0 pix2struct "
+            "pp_formulanet udop vision-encoder-decoder"
+        ),
+        "does not reload, pruned or not": "shieldgemma2",
+        "an encoder-decoder": "florence2 t5gemma2",
+        "its vision tower needs timm": "fast_vlm gemma3n perception_lm",
+        "a diffusion model": "diffusion_gemma",
+        "its vision tower has no tiny configuration here": "granite4_vision muse_spark",
+    }
+)
 
 WRAPPERS: list[str] = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(CANNOT_WRAP))
 

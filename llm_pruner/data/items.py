@@ -50,13 +50,11 @@ def check_items(eval_data: Sequence[EvalItem]) -> Sequence[EvalItem]:
 
 
 def _check_text(index: int, field: str, value: object) -> None:
+    where = f"eval_data[{index}][{field!r}]"
     if not isinstance(value, str):
-        kind = type(value).__name__
-        raise InvalidDataError(
-            f"eval_data[{index}][{field!r}] is a {kind}, not a string: {value!r:.80}"
-        )
+        raise InvalidDataError(f"{where} is a {type(value).__name__}, not a string: {value!r:.80}")
     if not value.strip():
-        raise InvalidDataError(f"eval_data[{index}][{field!r}] is empty: remove or fill the item.")
+        raise InvalidDataError(f"{where} is empty: remove or fill the item.")
 
 
 def fingerprint(eval_data: Sequence[EvalItem]) -> str:
@@ -65,14 +63,14 @@ def fingerprint(eval_data: Sequence[EvalItem]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def prompt_of(item: EvalItem) -> str:
+    """An item's prompt or text, with single spaces."""
+    return " ".join((item if isinstance(item, str) else item["prompt"]).split())
+
+
 def prompt_keys(eval_data: Sequence[EvalItem]) -> list[str]:
-    """A short hash of every item's prompt or text, white space ignored, to compare data sets."""
-    return [
-        hashlib.sha256(
-            " ".join((item if isinstance(item, str) else item["prompt"]).split()).encode()
-        ).hexdigest()[:12]
-        for item in eval_data
-    ]
+    """A short hash of `prompt_of` every item, to compare data sets."""
+    return [hashlib.sha256(prompt_of(item).encode()).hexdigest()[:12] for item in eval_data]
 
 
 def refuse_overlap(
@@ -81,12 +79,10 @@ def refuse_overlap(
     """Raise InvalidDataError if a prompt or text of `items` is among the keys `taken`.
 
     Args:
-        items: the items.
         taken: `prompt_keys` of items used for something else.
         purpose, other: what either is used for, for the message.
     """
-    known = set(taken)
-    shared = [index for index, key in enumerate(prompt_keys(items)) if key in known]
+    shared = [index for index, key in enumerate(prompt_keys(items)) if key in taken]
     if shared:
         raise InvalidDataError(
             f"{len(shared)} of the {len(items)} items {purpose} (the first is item {shared[0]}) "

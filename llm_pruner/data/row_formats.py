@@ -4,7 +4,6 @@ An item is ``{"task", "prompt", "reference"}``, with ``"choices"`` for multiple 
 reference is one of them) and ``"aliases"`` for open questions with several accepted answers
 (the reference is the first of them), or a plain string for running text. The prompt is the bare
 question; chat templates and ``Question: ... Answer:`` are added when it is given to a model.
-HellaSwag is no exception: its prompt is the context, its choices are the endings.
 
 A new benchmark is one row of `DATASETS`, plus one small function if its layout is new.
 """
@@ -16,6 +15,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidDataError
@@ -89,13 +89,19 @@ def _choice_texts(choices: object) -> tuple[list[str], list[str]]:
 
 def _choice(question: object, choices: object, gold: object, context: object = "") -> Item:
     texts, labels = _choice_texts(choices)
-    if str(gold).strip() in ("", "-1"):
-        raise InvalidDataError(f"the row has no answer (label {gold!r}): use a split with labels.")
     key = str(gold).strip()
+    if key in ("", "-1"):
+        raise InvalidDataError(f"the row has no answer (label {gold!r}): use a split with labels.")
     found = {text for text, label in zip(texts, labels, strict=False) if label == key}
-    if not found:
-        found = {texts[i] for i in _indices(gold) if i < len(texts)}
-        found |= {text for text in texts if text == gold}
+    if not found:  # a number from 0, a letter, or the text itself
+        is_number = re.fullmatch(r"[0-9]{1,3}", key)
+        found = {
+            text
+            for index, text in enumerate(texts)
+            if text == gold
+            or key == ascii_uppercase[index : index + 1]
+            or (is_number and int(key) == index)
+        }
     if len(found) != 1:
         raise InvalidDataError(
             f"answer {gold!r:.80} names {len(found)} of the choices {texts!r:.200}: it must be one "
@@ -103,14 +109,6 @@ def _choice(question: object, choices: object, gold: object, context: object = "
         )
     prompt = _bare_question(question, context)
     return {"prompt": prompt, "reference": found.pop(), "choices": texts}
-
-
-def _indices(gold: object) -> set[int]:
-    """The indices that an answer given as a number (from 0) or a letter can mean."""
-    key = str(gold).strip()
-    if re.fullmatch(r"[0-9]{1,3}", key):
-        return {int(key)}
-    return {ord(key) - ord("A")} if re.fullmatch(r"[A-Z]", key) else set()
 
 
 def _shuffle(question: object, answer: object, *others: object) -> Item:
@@ -136,8 +134,7 @@ def _truthfulqa(question: object, targets: object) -> Item:
 
 
 def _truthfulqa_gen(question: object, best: object, correct: object) -> Item:
-    answers = correct.split(";") if isinstance(correct, str) else correct
-    return _qa(question, best, aliases=answers)
+    return _qa(question, best, aliases=correct.split(";") if isinstance(correct, str) else correct)
 
 
 def _hellaswag(context: object, endings: object, label: object, **parts: object) -> Item:
@@ -242,11 +239,11 @@ DEFAULT_SOURCES = ("gsm8k", "arc_easy", "sciq", "truthfulqa", "openbookqa", "tri
 def find_benchmarks(dataset_name: str, subset: str | None = None) -> list[str]:
     """Short names of the benchmarks that a short name, a hub id or an old bare id refers to."""
     key = dataset_name.lower()
-    names = []
-    for name, row in DATASETS.items():
-        repo_id = row.repo_id.lower()
-        if key.replace("-", "_") == name or key in (repo_id, repo_id.split("/")[1]):
-            names.append(name)
+    names = [
+        name
+        for name, row in DATASETS.items()
+        if key.replace("-", "_") == name or f"/{row.repo_id}".lower().endswith(f"/{key}")
+    ]
     return [name for name in names if DATASETS[name].subset == subset] or names
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import InvalidDataError, LoadError, UnknownNameError
 from ..utils import DEMO_DIR, DEMO_MODEL, logger
 from .hub_datasets import read_hub_dataset
-from .items import EvalItem, check_items, prompt_keys
+from .items import EvalItem, check_items, prompt_keys, prompt_of
 from .local_files import READERS, read_local
 from .row_formats import DATASETS, DEFAULT_SOURCES, digest, find_benchmarks
 
@@ -119,10 +119,9 @@ def split_items(
     """
     groups: dict[str, list[int]] = {}
     for index, item in enumerate(check_items(items)):
-        prompt = item if isinstance(item, str) else item["prompt"]
-        groups.setdefault(" ".join(prompt.split()), []).append(index)
+        groups.setdefault(prompt_of(item), []).append(index)
     fraction = isinstance(first, float) and 0 < first < 1
-    if not fraction and type(first) is not int:
+    if not (fraction or type(first) is int):
         raise InvalidDataError(f"first={first!r} must be a fraction between 0 and 1 or an integer.")
     wanted = max(1, round(first * len(items))) if fraction else first
     taken: set[int] = set()
@@ -140,7 +139,6 @@ def split_items(
 
 
 HEAL_ITEMS = 12  # healing items per scoring item, if the source has as many
-DEMO_HEALING = "demo-heal"
 
 
 @dataclass(frozen=True)
@@ -156,11 +154,6 @@ class DataSplit:
     scoring: list[EvalItem]
     healing: list[EvalItem]
     held_out: list[EvalItem]
-
-    @property
-    def judging(self) -> list[EvalItem]:
-        """The former name of `held_out`."""
-        return self.held_out
 
 
 def load_data(
@@ -189,7 +182,7 @@ def load_data(
     pool = load_eval_dataset(n_samples * (2 + HEAL_ITEMS), source, seed=seed, up_to=True)
     pool = _others(pool, taken)
     if source == DEMO_MODEL:
-        heal_source = DEMO_HEALING if heal_source is None else heal_source
+        heal_source = "demo-heal" if heal_source is None else heal_source
         held_out = load_eval_dataset(n_samples, "demo-eval", seed=seed)
     else:
         held_out, pool = split_items(pool, min(n_samples, len(pool) // 2), seed=seed)
@@ -210,5 +203,4 @@ def load_data(
 
 
 def _others(items: Sequence[EvalItem], taken: Collection[str]) -> list[EvalItem]:
-    pairs = zip(items, prompt_keys(items), strict=True)
-    return [item for item, key in pairs if key not in taken]
+    return [item for item, key in zip(items, prompt_keys(items), strict=True) if key not in taken]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import eq
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -25,8 +27,8 @@ class Batch:
 
     Attributes:
         input_ids: (sequences, tokens) int64.
-        attention_mask: (sequences, tokens) int64, 1 for real tokens. Padding is marked here
-            and nowhere else: the value of `input_ids` under the padding has no meaning.
+        attention_mask: (sequences, tokens) int64, 1 for real tokens. Nothing else marks the
+            padding: what `input_ids` holds under it has no meaning.
         labels: (sequences, tokens) int64, `input_ids` where the token is scored, else -100.
         items: index in the data of the item each sequence comes from.
     """
@@ -38,12 +40,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        return Batch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.labels.to(device),
-            self.items,
-        )
+        tensors = (self.input_ids, self.attention_mask, self.labels)
+        input_ids, attention_mask, labels = (tensor.to(device) for tensor in tensors)
+        return Batch(input_ids, attention_mask, labels, self.items)
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """What a model's forward takes."""
@@ -81,7 +80,6 @@ def encode_sequences(
 
     Args:
         tokenizer: it is not changed.
-        eval_data: the items.
         max_length: longest sequence, in tokens.
         closed: with a chat template, whether the end of the assistant's turn is scored too: where
             an answer ends is part of the answer.
@@ -95,15 +93,11 @@ def encode_sequences(
     sequences: list[TokenSequence] = []
     for index, item in enumerate(check_items(eval_data)):
         if isinstance(item, str):
-            windows = _windows(tokenizer, item, max_length, stride)
-            sequences += [
-                TokenSequence(index, ids, [IGNORED] * context + ids[context:])
-                for ids, context in windows
-            ]
+            parts = _windows(tokenizer, item, max_length, stride)
         else:
-            pair = item["prompt"], item["reference"]
-            ids, n_prompt = encode_pair(tokenizer, *pair, closed=closed)
-            labels = [IGNORED] * n_prompt + ids[n_prompt:]
+            parts = [encode_pair(tokenizer, item["prompt"], item["reference"], closed=closed)]
+        for ids, context in parts:
+            labels = [IGNORED] * context + ids[context:]
             sequences.append(TokenSequence(index, ids[-max_length:], labels[-max_length:]))
     sequences = [one for one in sequences if any(label != IGNORED for label in one.labels[1:])]
     if not sequences:
@@ -119,11 +113,9 @@ def pad_sequences(
 ) -> list[Batch]:
     """Batches of sequences of similar length, padded on the right."""
     ordered = sorted(sequences, key=lambda one: (len(one.ids), one.item))
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return [
-        _pad(ordered[start : start + batch_size], pad_id)
-        for start in range(0, len(ordered), batch_size)
-    ]
+    pad_id = tokenizer.pad_token_id or 0
+    starts = range(0, len(ordered), batch_size)
+    return [_pad(ordered[start : start + batch_size], pad_id) for start in starts]
 
 
 def encode_batches(
@@ -134,11 +126,7 @@ def encode_batches(
     max_length: int = 512,
     closed: bool = True,
 ) -> list[Batch]:
-    """`encode_sequences`, padded into batches of similar length.
-
-    Raises:
-        InvalidDataError: the items cannot be used, or leave no token to score.
-    """
+    """`encode_sequences`, padded into batches of similar length."""
     sequences = encode_sequences(tokenizer, eval_data, max_length=max_length, closed=closed)
     return pad_sequences(tokenizer, sequences, batch_size)
 
@@ -174,11 +162,7 @@ def encode_pair(
         if rendered.startswith(text):  # some templates write past turns differently
             full = rendered
     alone, whole = _encode(tokenizer, text), _encode(tokenizer, full)
-    n_prompt = 0
-    for left, right in zip(alone, whole, strict=False):
-        if left != right:
-            break
-        n_prompt += 1
+    n_prompt = len(list(takewhile(bool, map(eq, alone, whole))))  # equal at the beginning
     return whole, min(n_prompt, len(whole) - 1)
 
 
