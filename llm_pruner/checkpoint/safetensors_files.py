@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from .sources import FILE_BLOCK, INDEX_FILE, MAX_JSON, SINGLE_FILE, Source
@@ -54,6 +55,11 @@ class StoredTensor:
     def size(self) -> int:
         """Its bytes."""
         return self.end - self.start
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {"file": self.file, "dtype": self.dtype, "shape": list(self.shape)}
 
 
 Pair = tuple[StoredTensor, StoredTensor]  # a tensor as it is, and as it will be
@@ -184,19 +190,16 @@ def new_shards(kept: Iterable[tuple[StoredTensor, str]]) -> dict[str, list[Pair]
     Args:
         kept: tensors with their new names, in the order of `Checkpoint.tensors`.
     """
-    by_file: dict[str, list[tuple[StoredTensor, str]]] = {}
-    for tensor, name in kept:
-        by_file.setdefault(tensor.file, []).append((tensor, name))
+    groups = [list(group) for _, group in groupby(kept, key=lambda entry: entry[0].file)]
     shards: dict[str, list[Pair]] = {}
-    for number, entries in enumerate(by_file.values(), 1):
-        several = len(by_file) > 1
-        file = f"model-{number:05d}-of-{len(by_file):05d}.safetensors" if several else SINGLE_FILE
-        start = 0
-        for tensor, name in entries:
-            end = start + tensor.size
+    for number, group in enumerate(groups, 1):
+        several = len(groups) > 1
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if several else SINGLE_FILE
+        end = 0
+        for tensor, name in group:
+            start, end = end, end + tensor.size
             new = replace(tensor, name=name, file=file, start=start, end=end)
             shards.setdefault(file, []).append((tensor, new))
-            start = end
     return shards
 
 
@@ -223,13 +226,13 @@ def header_bytes(
 
 def byte_ranges(tensors: Iterable[StoredTensor]) -> list[tuple[int, int]]:
     """The ranges of bytes that tensors of one file occupy; adjacent ones are joined."""
-    found: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     for tensor in tensors:
-        if found and found[-1][1] == tensor.start:
-            found[-1] = found[-1][0], tensor.end
-        else:
-            found.append((tensor.start, tensor.end))
-    return found
+        start = tensor.start
+        if ranges and ranges[-1][1] == start:
+            start, _ = ranges.pop()
+        ranges.append((start, tensor.end))
+    return ranges
 
 
 def tensor_hash(source: Source, tensor: StoredTensor) -> str:

@@ -26,6 +26,11 @@ class ReturnForm:
     build: Callable[[list[Any]], Any] | None = None
     sources: tuple[Argument, ...] = ()
 
+    @property
+    def carried(self) -> int:
+        """How many parts of the result the next layer takes; 0 for the last layer."""
+        return sum(source is not None for source in self.sources)
+
 
 def learn_forms(
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]], n_layers: int
@@ -54,16 +59,8 @@ def learn_forms(
         )
         build = getattr(type(output), "_make", type(output))  # of a named tuple, or not
         forms.append(ReturnForm(build, sources))
-    known = {len(form.sources): form for form in forms if form.sources and _is_used(form)}
-    return [
-        form if not form.sources or _is_used(form) else known.get(len(form.sources), form)
-        for form in forms
-    ]
-
-
-def _is_used(form: ReturnForm) -> bool:
-    """Whether the next layer took anything of the result (there is none after the last layer)."""
-    return any(source is not None for source in form.sources)
+    known = {len(form.sources): form for form in forms if form.carried}
+    return [form if form.carried else known.get(len(form.sources), form) for form in forms]
 
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Argument, Any]:
@@ -95,7 +92,7 @@ class Bypass(nn.Module):
             return hidden
         inputs = _arguments(args, kwargs)
         parts = [None if source is None else inputs.get(source) for source in form.sources]
-        if not _is_used(form):
+        if not form.carried:
             parts[0] = hidden
         return form.build(parts)
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from functools import cached_property
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import cached_property, partial
 from itertools import islice, zip_longest
 from typing import Any, TypeVar, overload
 
@@ -22,10 +22,9 @@ from .config_rules import OTHER_TOWERS, layer_counts, prune_config, text_config
 from .forward import evaluating
 from .layer_names import LayerNames
 from .loading import model_fingerprint
-from .removal import has_skeleton, remove_layers, skeleton
+from .removal import remove_layers, skeleton
 
 TRIALS, ALTERNATIVES = 4, 3  # removals tried for the message of a refusal, and sets it names
-NO_ALTERNATIVE = "Nor can any set of one layer more or less."
 InputObserver = Callable[[int, torch.Tensor], None]
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 T = TypeVar("T")
@@ -34,12 +33,10 @@ T = TypeVar("T")
 class LayerStack(Sequence[nn.Module]):
     """The decoder layers of a causal language model, in order.
 
-    The stack is the list of modules whose length is the layer count of the model's text config.
-    Name it by `path` where that does not identify it.
-
     Args:
         model: the model; nothing in this class changes it for good.
-        path: dotted name of the ``ModuleList``, e.g. ``model.layers``; found if None.
+        path: dotted name of the ``ModuleList``, e.g. ``model.layers``; if None, the list whose
+            length is the layer count of the model's text config.
 
     Attributes:
         model: the model.
@@ -133,15 +130,14 @@ class LayerStack(Sequence[nn.Module]):
                 "(ablation, smart)."
             )
 
-        def seen(index: int, args: Any, kwargs: Any, output: Any) -> None:
-            observer(index, hidden_in(args, kwargs), hidden_out(output))
+        def seen(index: int, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not isinstance(layer, Bypass):
+                observer(index, hidden_in(args, kwargs), hidden_out(output))
 
-        layers = [(i, layer) for i, layer in enumerate(self) if not isinstance(layer, Bypass)]
-        with _after_each(layers, seen):
+        with _after_each(self, seen):
             yield
 
-    @contextmanager
-    def bypass(self, indices: Iterable[int]) -> Iterator[nn.Module]:
+    def bypass(self, indices: Iterable[int]) -> AbstractContextManager[nn.Module]:
         """Inside the block the model computes as if the layers `indices` were not there.
 
         A bypass takes the place of each. It returns its input and answers for every other
@@ -152,27 +148,25 @@ class LayerStack(Sequence[nn.Module]):
         Raises:
             InvalidPlanError: `indices` do not fit the stack.
         """
-        with self._bypassed(check_layers(indices, len(self))) as model:
-            yield model
+        return self._bypassed(check_layers(indices, len(self)))
 
     @contextmanager
     def _bypassed(self, removed: Collection[int]) -> Iterator[nn.Module]:
-        forms = {path: self._return_forms(path) for path in self.paths} if removed else {}
         in_parts = len({path.rpartition(".")[0] for path in self.paths}) < len(self.paths)
-        originals = [
-            (path, index, _layer_list(self.model, path)[index])
-            for path in forms
-            for index in removed
-        ]
+        forms = {path: self._return_forms(path) for path in self.paths} if removed else {}
+        originals: list[tuple[nn.ModuleList, int, nn.Module]] = []
         try:
-            for path, index, layer in originals:
-                adds = in_parts and not isinstance(layer, nn.LayerNorm)
-                bypass = Bypass(layer, forms[path][index], adds=adds)
-                _layer_list(self.model, path)[index] = bypass
+            for path in forms:
+                layers = _layer_list(self.model, path)
+                for index in removed:
+                    layer = layers[index]
+                    originals.append((layers, index, layer))
+                    adds = in_parts and not isinstance(layer, nn.LayerNorm)
+                    layers[index] = Bypass(layer, forms[path][index], adds=adds)
             yield self.model
         finally:
-            for path, index, layer in originals:
-                _layer_list(self.model, path)[index] = layer
+            for layers, index, layer in originals:
+                layers[index] = layer
 
     @contextmanager
     def observe_inputs(self, indices: Iterable[int], observer: InputObserver) -> Iterator[None]:
@@ -185,13 +179,13 @@ class LayerStack(Sequence[nn.Module]):
         """
         self._require_one_state()
 
-        def hook(index: int) -> Callable[..., None]:
-            return lambda module, args, kwargs: observer(index, hidden_in(args, kwargs))
+        def seen(index: int, layer: nn.Module, args: Any, kwargs: Any) -> None:
+            observer(index, hidden_in(args, kwargs))
 
-        with ExitStack() as handles:
+        with ExitStack() as hooks:
             for index in indices:
-                handle = self._list[index].register_forward_pre_hook(hook(index), with_kwargs=True)
-                handles.callback(handle.remove)
+                hook = partial(seen, index)
+                hooks.enter_context(self[index].register_forward_pre_hook(hook, with_kwargs=True))
             yield
 
     @contextmanager
@@ -216,22 +210,16 @@ class LayerStack(Sequence[nn.Module]):
         if not 0 <= start < len(self):
             raise InvalidPlanError(f"start={start} must be from 0 to {len(self) - 1}, a layer.")
         self._require_one_state()
-        with self._replay(start, hidden, check_layers(removed, len(self))) as model:
-            yield model
 
-    @contextmanager
-    def _replay(
-        self, start: int, hidden: torch.Tensor, removed: Sequence[int] = ()
-    ) -> Iterator[nn.Module]:
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        def enter(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
             return with_hidden(args, kwargs, hidden)
 
-        with self._bypassed({*range(start), *removed}) as model:
-            handle = self._list[start].register_forward_pre_hook(enter, with_kwargs=True)
-            try:
-                yield model
-            finally:
-                handle.remove()
+        skipped = {*range(start), *check_layers(removed, len(self))}
+        with (
+            self._bypassed(skipped) as model,
+            self[start].register_forward_pre_hook(enter, with_kwargs=True),
+        ):
+            yield model
 
     def _require_one_state(self) -> None:
         if self.offloaded or not self._passes_one_state():
@@ -242,8 +230,7 @@ class LayerStack(Sequence[nn.Module]):
             )
 
     def _passes_one_state(self) -> bool:
-        carried = [len(form.sources) - form.sources.count(None) for form in self._return_forms()]
-        return len(self.paths) == 1 and max(carried) <= 1
+        return len(self.paths) == 1 and all(form.carried <= 1 for form in self._return_forms())
 
     @cached_property
     def can_replay(self) -> bool:
@@ -263,7 +250,7 @@ class LayerStack(Sequence[nn.Module]):
             if len(states) < len(self):  # some layers run for images alone, say
                 return False
             for start in starts:
-                with self._replay(start, states[start]):
+                with self.replay(start, states[start]):
                     try:
                         again = self._probe().logits
                     except (LookupError, TypeError, AttributeError):  # lower layers did not run
@@ -291,7 +278,7 @@ class LayerStack(Sequence[nn.Module]):
                 message names what stands in the way, and sets close to this one that work.
         """
         removed = frozenset(check_layers(indices, len(self)))
-        reference = skeleton(self.model) if has_skeleton(self.model) else None
+        reference = skeleton(self.model)
         try:
             return remove_layers(self.model, self.names, self._kept(removed), reference)
         except UnsupportedModelError as error:
@@ -317,7 +304,9 @@ class LayerStack(Sequence[nn.Module]):
                 break
         if working:
             return f"Sets close to this one that can be removed: {working}."
-        return f"Nor can the sets closest to it: {tried}." if tried else NO_ALTERNATIVE
+        if tried:
+            return f"Nor can the sets closest to it: {tried}."
+        return "Nor can any set of one layer more or less."
 
     def _close_to(self, removed: frozenset[int]) -> Iterator[frozenset[int]]:
         """Sets of one layer more, and of one less (or of another single layer); nearest first."""
@@ -346,30 +335,23 @@ class LayerStack(Sequence[nn.Module]):
         path = path or self.paths[0]
         if path not in self._forms:
             layers = _layer_list(self.model, path)
-            calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
+            calls: dict[int, Any] = {}
 
-            def seen(index: int, *call: Any) -> None:
+            def seen(index: int, layer: nn.Module, *call: Any) -> None:
                 calls[index] = call
 
-            with _after_each(enumerate(layers), seen), evaluating(self.model):
+            with _after_each(layers, seen), evaluating(self.model):
                 self._probe()
             self._forms[path] = learn_forms(calls, len(layers))
         return self._forms[path]
 
 
 @contextmanager
-def _after_each(
-    layers: Iterable[tuple[int, nn.Module]], call: Callable[[int, Any, Any, Any], None]
-) -> Iterator[None]:
-    """Inside the block ``call(index, args, kwargs, output)`` is made whenever a layer has run."""
-
-    def hook(index: int) -> Callable[..., None]:
-        return lambda module, args, kwargs, output: call(index, args, kwargs, output)
-
-    with ExitStack() as handles:
-        for index, layer in layers:
-            handle = layer.register_forward_hook(hook(index), with_kwargs=True)
-            handles.callback(handle.remove)
+def _after_each(layers: Iterable[nn.Module], call: Callable[..., None]) -> Iterator[None]:
+    """Inside the block: ``call(index, layer, args, kwargs, output)`` after every layer."""
+    with ExitStack() as hooks:
+        for index, layer in enumerate(layers):
+            hooks.enter_context(layer.register_forward_hook(partial(call, index), with_kwargs=True))
         yield
 
 
@@ -394,11 +376,8 @@ def _find_paths(model: Any) -> tuple[str, ...]:
         and len(module) in counts
         and not any(tower in path for tower in OTHER_TOWERS)
     }
-    outermost = {
-        path: module
-        for path, module in found.items()
-        if not any(path.startswith(other + ".") for other in found)
-    }
+    inside = tuple(f"{path}." for path in found)
+    outermost = {path: found[path] for path in found if not path.startswith(inside)}
     if not outermost:
         raise UnsupportedModelError(
             f"No list of layers was found in {name}: its config counts {sorted(counts) or 'none'} "
