@@ -52,8 +52,8 @@ def prune_checkpoint(
 
     The bytes of kept tensors are copied, in the kernel where possible; from the hub only they are
     downloaded. The config follows the same rules as in `BasePruner.prune_and_save`. The model card
-    is a new one with the metadata of the old. All other files are carried along, custom code and
-    tokenizer too. ``pruning_manifest.json`` of the output says where every tensor came from.
+    is a new one with the metadata of the old; all other files but weights are carried along.
+    ``pruning_manifest.json`` of the output says where every tensor came from.
 
     Args:
         model_id: ``demo``, a local folder, or an id on the Hugging Face hub.

@@ -1,7 +1,7 @@
 """What a checkpoint says of its layers: where their tensors are, and its config without some.
 
-torch is imported only for architectures whose class has to work out the pruned config
-(`config_rules.SPELLED_OUT` lists the others), and no weight is loaded even then.
+torch is imported only where the model's class has to work out the pruned config (`SPELLED_OUT`
+lists the others), and no weight is loaded even then.
 """
 
 from __future__ import annotations
@@ -110,10 +110,7 @@ def pruned_config(
 def _config_by_class(
     checkpoint: Checkpoint, layers: LayerNames, plan: PruningPlan, trust_remote_code: bool
 ) -> dict[str, Any]:
-    """The pruned config from the model's own class, built without memory for weights.
-
-    That is what `LayerStack.remove` does; a removal in which it changes a weight is refused.
-    """
+    """The pruned config from `LayerStack.remove`, which may not change a weight."""
     from ..model.architecture_rules import loadable_config
     from ..model.layer_stack import LayerStack
     from ..model.loading import empty_model

@@ -1,7 +1,7 @@
 """safetensors files as headers and byte ranges: no tensor is loaded.
 
 A file is an 8-byte length, a JSON header with the dtype, shape and byte range of every tensor, and
-the bytes. Anything else is refused. Nothing here imports torch.
+the bytes. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -37,10 +37,7 @@ class StoredTensor:
     """A tensor in a file.
 
     Attributes:
-        name: its name.
-        file: the file that holds it.
         dtype: as safetensors names it, such as ``BF16``.
-        shape: sizes of its dimensions.
         start, end: its bytes in the file, header included.
     """
 
@@ -70,8 +67,7 @@ class Checkpoint:
     """All tensors of a checkpoint.
 
     Attributes:
-        source: where the bytes are.
-        tensors: every tensor by name, in the order of the files and of their bytes.
+        tensors: by name, in the order of the files and of their bytes.
         metadata: by file, the texts in its header beside the tensors.
     """
 
@@ -152,9 +148,8 @@ def _read_header(source: Source, file: str) -> tuple[list[StoredTensor], dict[st
     end = 8 + length
     for tensor in tensors:
         if tensor.start != end:
-            raise source.broken(
-                file, f"tensor {tensor.name!r} begins at byte {tensor.start}, not at {end}"
-            )
+            reason = f"tensor {tensor.name!r} begins at byte {tensor.start}, not at {end}"
+            raise source.broken(file, reason)
         end = tensor.end
     if end != size:
         raise source.broken(file, f"its tensors end at byte {end:,} and the file at {size:,}")
@@ -183,9 +178,8 @@ def _entry(source: Source, file: str, name: str, entry: Any, base: int) -> Store
 def new_shards(kept: Iterable[tuple[StoredTensor, str]]) -> dict[str, list[Pair]]:
     """The files to write, by name: for each the kept tensors, as they are and as they will be.
 
-    A new file holds what is kept of one old file, in the same order; names follow the convention
-    of transformers. The new byte ranges count from the end of the header, whose length is not
-    known yet.
+    A new file holds what is kept of one old file, in the same order. Its byte ranges count from
+    the end of the header, whose length is not known yet.
 
     Args:
         kept: tensors with their new names, in the order of `Checkpoint.tensors`.

@@ -1,7 +1,6 @@
 """Where a checkpoint is read from: a local folder, the hub's cache, or the Hugging Face hub.
 
-Bytes are read in ranges: nothing that is not needed is loaded or downloaded. Nothing here imports
-torch.
+Bytes are read in ranges, so that only what is needed is downloaded. Nothing here imports torch.
 """
 
 from __future__ import annotations

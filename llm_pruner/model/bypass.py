@@ -37,9 +37,9 @@ def learn_forms(
 ) -> list[ReturnForm]:
     """Return forms from the inputs and outputs of the layers in one pass.
 
-    A layer may return more than the hidden state, and the next layer may use it (a router's state,
-    attention indices). Where part j of a result reappears as an input of the next layer, a bypass
-    has to pass on its own input of that name.
+    A layer may return more than the hidden state (a router's state, attention indices). Where a
+    part of its result reappears as an input of the next layer, a bypass passes on its own input of
+    that name.
 
     Args:
         calls: by layer, its positional arguments, keyword arguments and output.

@@ -1,8 +1,7 @@
 """Model configs: which field counts layers, and how each per-layer field follows a removal.
 
-Rules are data: one line per field. A field that no rule names and that depends on a layer's index
-is caught in `model.removal`, which compares the result with a freshly built model and refuses the
-removal. Nothing here imports torch: pruning on disk uses it too.
+Rules are data: one line per field. `model.removal` refuses a removal that needs a rule which is
+missing here. Nothing here imports torch: pruning on disk uses it too.
 """
 
 from __future__ import annotations
@@ -213,10 +212,8 @@ def layer_counts(config: Any) -> set[int]:
 def prune_config(config: Any, kept: Sequence[int], num_layers: int) -> None:
     """Rewrite `config` in place for the layers `kept` out of `num_layers`.
 
-    Layer counts become ``len(kept)``, lists with one entry per layer are sliced, and fields of
-    layer indices follow `FIELD_RULES`. Where only a rule over the index expresses a layer's kind,
-    the rule gets another setting (`PATTERNS`), if one fits. Count fields with another value (an
-    encoder's) are left alone.
+    Layer counts become ``len(kept)``, except those with another value (an encoder's). Lists with
+    one entry per layer are sliced, `FIELD_RULES` applied, and `PATTERNS` get another setting.
 
     Raises:
         UnsupportedModelError: the kept layers cannot work without the removed ones.
@@ -292,14 +289,9 @@ def config_parts(values: dict[str, Any]) -> Iterator[Any]:
 def prune_config_file(
     values: dict[str, Any], kept: Sequence[int], num_layers: int
 ) -> dict[str, Any] | None:
-    """The contents of a config.json for the layers `kept`, by the rules of `prune_config`.
+    """The contents of a config.json for the layers `kept`; see `prune_config`.
 
-    Returns:
-        A new dict with every other field as it was; None if only the model's class can tell
-        (`SPELLED_OUT`).
-
-    Raises:
-        UnsupportedModelError: as `prune_config`.
+    Every other field stays. None if only the model's class can tell (`SPELLED_OUT`).
     """
     model_type = str(values.get("model_type"))
     if model_type not in SPELLED_OUT:

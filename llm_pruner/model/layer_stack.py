@@ -91,14 +91,13 @@ class LayerStack(Sequence[nn.Module]):
 
     @property
     def fingerprint(self) -> str:
-        """Short hash that tells models apart, see `model_fingerprint`."""
+        """Short hash that tells models apart; see `model_fingerprint`."""
         return model_fingerprint(self.model)
 
     def run_all(self, calls: Iterable[Callable[[], T]], *, alike: bool = False) -> Iterator[T]:
         """Make `calls`, which run the model, and yield what they return, in their order.
 
-        Here each call is made when its result is asked for. Where the weights are not in memory,
-        all calls advance together, layer by layer, so that every weight is read once for all.
+        Here each call is made when its result is asked for; offloaded models advance all together.
         Calls are `alike` if they run the model on the same inputs, and differ only in the layers
         that they bypass.
         """
@@ -117,8 +116,8 @@ class LayerStack(Sequence[nn.Module]):
     def observe(self, observer: Observer) -> Iterator[None]:
         """Call ``observer(index, hidden_in, hidden_out)`` whenever a layer has run.
 
-        Both tensors are (sequences, tokens, hidden), as they are: padding included. A bypassed
-        layer is not reported. The hooks are removed when the block ends, also after an error.
+        Both tensors are (sequences, tokens, hidden), padding included. A bypassed layer is not
+        reported. The hooks are removed when the block ends, also after an error.
 
         Raises:
             UnsupportedModelError: the layers are not one list (see `paths`).
@@ -140,8 +139,7 @@ class LayerStack(Sequence[nn.Module]):
     def bypass(self, indices: Iterable[int]) -> AbstractContextManager[nn.Module]:
         """Inside the block the model computes as if the layers `indices` were not there.
 
-        A bypass takes the place of each. It returns its input and answers for every other
-        attribute like the layer itself, so masks, positions and layer kinds stay as they are.
+        A `Bypass` takes the place of each, so masks, positions and layer kinds stay as they are.
         The layers are back when the block ends, also after an error. For forward passes; to
         generate text, which addresses the KV cache by layer index, use `remove`.
 
@@ -194,8 +192,8 @@ class LayerStack(Sequence[nn.Module]):
     ) -> Iterator[nn.Module]:
         """Inside the block a forward pass begins at layer `start`, on the stored state `hidden`.
 
-        The layers below do nothing, so the pass costs only the layers from `start` on. Its result
-        is that of the pass in which `hidden` was observed; give it the same token ids and mask.
+        The layers below do nothing. The result is that of the pass in which `hidden` was observed;
+        give it the same token ids and mask.
 
         Args:
             start: the layer whose input is `hidden`.
@@ -237,8 +235,7 @@ class LayerStack(Sequence[nn.Module]):
         """Whether `replay` gives exactly the result of the whole pass.
 
         Tried out on two tokens, because a layer may use something that a lower layer has left
-        outside the hidden state (keys and values shared between layers). False for offloaded
-        layers: a pass begins at the first, and equal work is shared between passes.
+        outside the hidden state (shared keys and values). False for offloaded layers.
         """
         if self.offloaded or not self._passes_one_state():
             return False
@@ -267,10 +264,9 @@ class LayerStack(Sequence[nn.Module]):
     def remove(self, indices: Iterable[int]) -> Any:
         """A new model without the layers `indices`.
 
-        The module tree is copied and every tensor shared: the copy takes almost no memory, and
-        the original stays whole and usable. The copy has its own config, layer indices and cache
-        slots. It is compared attribute by attribute with a model built freshly from that config,
-        which is what reloading will build.
+        Every tensor is shared: the copy takes almost no memory, and the original stays whole. The
+        copy has its own config, layer indices and cache slots. It is compared attribute by
+        attribute with a model built freshly from that config, which is what reloading will build.
 
         Raises:
             InvalidPlanError: `indices` do not fit the stack.
@@ -291,8 +287,7 @@ class LayerStack(Sequence[nn.Module]):
     def _alternatives(self, removed: frozenset[int], reference: nn.Module | None) -> str:
         """A sentence that names sets close to a refused one that can be removed.
 
-        Config rules sort out most candidates at no cost. Of the others only the closest few are
-        tried, because each trial builds a model from its config.
+        Only the closest few that pass the config rules are tried: each trial builds a model.
         """
         tried, working = [], []
         for layers in islice(filter(self._passes_config_rules, self._close_to(removed)), TRIALS):

@@ -17,8 +17,8 @@ from .architecture_rules import COMPENSATIONS
 from .config_rules import COUNT_FIELDS, prune_config, text_config
 from .layer_names import LayerNames
 
-# Attributes in which a layer stores its index, to address its slot of the KV cache, and the layer
-# count, which only initialisation reads. Verification shows whether that is all they do.
+# Where a layer stores its index, to address its slot of the KV cache, and the layer count, which
+# only initialisation reads. Verification shows whether that is all they do.
 SLOT_NAMES = ("layer_idx", "layer_id", "layer_number", *COUNT_FIELDS)
 # The type of the next layer (glm5_next), and what only training uses (big_bird's seed).
 FOLLOWS_THE_CONFIG = ("next_skip_topk", "seed")
@@ -103,8 +103,7 @@ def _slice_tensors(
 ) -> None:
     """Keep the kept layers' blocks of tensors outside the layers that hold one block per layer.
 
-    Per-layer embeddings are such: one of their dimensions is a multiple of the layer count in
-    the old model and the same multiple of the new count in the new one.
+    Such as per-layer embeddings: one dimension is the same multiple of the layer count in both.
     """
     old_shapes = {name: tensor.shape for name, tensor in before.named_parameters()}
     for name, tensor in after.named_parameters():
@@ -147,10 +146,9 @@ def _copy_attributes(
 ) -> None:
     """Give `pruned` every plain attribute that a model built from its config has.
 
-    Where a kept layer differs between the old and the new skeleton, its behaviour depends on its
-    index. Cache slots, what follows a per-layer list, and what a compensation has `settled` are
-    copied; anything else is refused. Outside the layers a difference follows from the layer
-    count and is copied.
+    Where a kept layer differs between the old and the new skeleton, it depends on its index. Cache
+    slots, what follows a per-layer list, and what a compensation has `settled` are copied, and
+    what lies outside the layers; anything else is refused.
     """
     depends: list[str] = []
     targets, references, built = (

@@ -1,8 +1,7 @@
 """An activation cache: hidden states that wait for their turn, within a number of bytes.
 
-A tensor that does not fit moves into a mapped file. It stays the same tensor object with other
-memory, so its holders see no difference. A file cannot be mapped into an accelerator's memory:
-there, such a tensor is on the CPU until `ActivationStore.restore` brings it back.
+A tensor that does not fit moves into a mapped file; it stays the same tensor object. A file cannot
+be mapped into an accelerator's memory: such a tensor is on the CPU until it is restored.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Models larger than the memory: sequential offload, with many forward passes in step.
 
-`load_streamed` makes a model without weights; `OffloadedStack` is its `LayerStack`. Strategies work
-with it as with any other, as long as they run the model in `LayerStack.run_all`.
+`load_streamed` makes a model without weights; `OffloadedStack` is its `LayerStack`. Strategies have
+to run such a model in `LayerStack.run_all`.
 """
 
 from __future__ import annotations
@@ -173,7 +173,6 @@ class OffloadedStack(LayerStack):
 
     @property
     def device(self) -> torch.device:
-        """Where layers and states are while they are used."""
         return self._weights.device
 
     @property
@@ -183,7 +182,6 @@ class OffloadedStack(LayerStack):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Short hash of the config and of the first values of every tensor in the files."""
         return self._weights.fingerprint(self.model)
 
     @property
@@ -191,7 +189,6 @@ class OffloadedStack(LayerStack):
         return True
 
     def require_weights(self, purpose: str) -> None:
-        """Raise UnsupportedModelError: the weights are not in memory."""
         raise UnsupportedModelError(
             f"The weights of this {type(self.model).__name__} are read from disk layer by layer, "
             f"which does not work for {purpose}. {WAY_OUT}"
@@ -199,7 +196,6 @@ class OffloadedStack(LayerStack):
 
     @property
     def can_bypass(self) -> bool:
-        """Whether layers pass nothing but the hidden state to one another."""
         self.prepare()
         return not self._dependent and self._passes_one_state()
 
@@ -207,7 +203,7 @@ class OffloadedStack(LayerStack):
         """All calls in step, layer by layer; see `LayerStack.run_all`.
 
         Every weight is read once for the first passes of all calls, once for the second ones, and
-        so on. A call may itself use `run_all`. Passes that are `alike` share a layer's result as
+        so on. A call may itself use `run_all`. Calls that are `alike` share a layer's result as
         long as they have bypassed the same layers.
 
         Raises:

@@ -39,8 +39,6 @@ class Scheduler:
         budget: bytes that waiting states may take; None for no limit.
 
     Attributes:
-        stack: the layers.
-        store: of the states that wait.
         turn: a job releases it to let the scheduler go on.
         stopping: whether waiting jobs have to end.
     """
@@ -169,7 +167,6 @@ class Job:
         group: an object that calls which are alike have in common; None for a call of its own.
         trace: what its passes have done: i where one ran layer i, ~i where one bypassed it.
         bypassed: bypasses, by layer.
-        observers: functions that see what goes in and out of the layers.
         borrows: below this layer it takes any result of its group; None: only where safe.
         records: where to note every layer's arguments and result; None for nowhere.
         station: where it waits.
@@ -300,7 +297,6 @@ class _Result:
 
     Attributes:
         answer: what it returned, or raised.
-        station: where.
         pure: whether it left its inputs unchanged.
         marks: those of the answer, when it was new.
     """
