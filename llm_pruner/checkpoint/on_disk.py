@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,8 +52,8 @@ def prune_checkpoint(
 
     The bytes of kept tensors are copied, in the kernel where possible; from the hub only they are
     downloaded. The config follows the same rules as in `BasePruner.prune_and_save`. The model card
-    is a new one with the metadata of the old. All other files are carried along, custom code and
-    tokenizer too. ``pruning_manifest.json`` of the output says where every tensor came from.
+    is a new one with the metadata of the old; all other files but weights are carried along.
+    ``pruning_manifest.json`` of the output says where every tensor came from.
 
     Args:
         model_id: ``demo``, a local folder, or an id on the Hugging Face hub.
@@ -79,7 +78,11 @@ def prune_checkpoint(
     check_output(output_dir, overwrite=overwrite)
     source = open_source(model_id, revision)
     checkpoint = read_checkpoint(source)
-    _refuse_adapter(source)
+    if "adapter_config.json" in source.files():
+        raise LoadError(
+            f"Checkpoint {source.name!r} holds an adapter, whose weights belong to single layers: "
+            "merge it into the model first (peft: merge_and_unload, then save_pretrained)."
+        )
     names = find_layers(checkpoint)
     plan = _checked_plan(checkpoint, names, layers, str(model_id))
     config = pruned_config(
@@ -94,27 +97,33 @@ def prune_checkpoint(
     side_files = _side_files(source)
     need = 0 if link else manifest.bytes_after + sum(map(source.size, side_files))
     with staged_output(output_dir, overwrite=overwrite, need=need) as stage:
-        with _writing_shards(checkpoint, stage, shards, link=link):
-            for file in side_files:
-                (stage / file).parent.mkdir(parents=True, exist_ok=True)
-                with (stage / file).open("wb") as target:
-                    source.copy(file, 0, source.size(file), target)
-            if list(shards) != [SINGLE_FILE]:
-                _write_json(stage / INDEX_FILE, _index(manifest))
-            _write_json(stage / "config.json", config)
-            (stage / CARD_FILE).write_text(_card(source, plan), encoding="utf-8")
-            plan.save(stage / PLAN_FILE)
-            manifest.save(stage / MANIFEST_FILE)
+        _write_shards(checkpoint, stage, shards, link=link)
+        for file in side_files:
+            (stage / file).parent.mkdir(parents=True, exist_ok=True)
+            with (stage / file).open("wb") as target:
+                source.copy(file, 0, source.size(file), target)
+        if list(shards) != [SINGLE_FILE]:
+            weight_map = {name: entry["file"] for name, entry in sorted(manifest.tensors.items())}
+            total = {"total_size": manifest.bytes_after}
+            _write_json(stage / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
+        _write_json(stage / "config.json", config)
+        (stage / CARD_FILE).write_text(_card(source, plan), encoding="utf-8")
+        plan.save(stage / PLAN_FILE)
+        manifest.save(stage / MANIFEST_FILE)
         check_manifest(stage)
         if verify:
-            _reload(stage, trust_remote_code)
+            from ..model.loading import model_class
+            from .verify import load_cleanly
+
+            _, auto, _ = model_class(str(stage), trust_remote_code=trust_remote_code)
+            load_cleanly(stage, auto, trust_remote_code=trust_remote_code)
     return manifest
 
 
 def _checked_plan(
     checkpoint: Checkpoint, names: LayerNames, layers: Sequence[int] | PruningPlan, model_id: str
 ) -> PruningPlan:
-    """The plan that was given, or one for the layers that were, with the model's identity."""
+    """The plan that was given, or one for the layers that were, with the checkpoint's identity."""
     if isinstance(layers, PruningPlan):
         plan = layers
     else:
@@ -125,14 +134,6 @@ def _checked_plan(
     if not plan.remove:
         raise InvalidPlanError("layers=[]: there is nothing to remove. Name at least one layer.")
     return replace(plan, model=identity)
-
-
-def _refuse_adapter(source: Source) -> None:
-    if "adapter_config.json" in source.files():
-        raise LoadError(
-            f"Checkpoint {source.name!r} holds an adapter, whose weights belong to single layers: "
-            "merge it into the model first (peft: merge_and_unload, then save_pretrained)."
-        )
 
 
 def _side_files(source: Source) -> list[str]:
@@ -160,9 +161,7 @@ def _manifest(
     pairs = [pair for file_pairs in shards.values() for pair in file_pairs]
     tensors = {
         new.name: {
-            "file": new.file,
-            "dtype": new.dtype,
-            "shape": list(new.shape),
+            **new.description,
             "from": old.name,
             "from_file": old.file,
             "sha256": tensor_hash(checkpoint.source, old) if hashed else None,
@@ -180,11 +179,10 @@ def _manifest(
     )
 
 
-@contextmanager
-def _writing_shards(
+def _write_shards(
     checkpoint: Checkpoint, stage: Path, shards: dict[str, list[Pair]], *, link: bool
-) -> Iterator[None]:
-    """Write the files while the block runs, several at a time; they are complete at its end."""
+) -> None:
+    """Write the files, several at a time."""
     counts = Counter(tensor.file for tensor in checkpoint.tensors.values())
     with ThreadPoolExecutor(THREADS) as pool:
         jobs = []
@@ -194,7 +192,6 @@ def _writing_shards(
             job = pool.submit(_write_shard, checkpoint, stage / file, pairs, link and unchanged)
             jobs.append(job)
         try:
-            yield
             for job in progress(as_completed(jobs), "Copying files", total=len(jobs)):
                 job.result()
         except BaseException:
@@ -205,26 +202,18 @@ def _writing_shards(
 def _write_shard(checkpoint: Checkpoint, path: Path, pairs: Sequence[Pair], link: bool) -> None:
     file = pairs[0][0].file
     if link and checkpoint.source.folder is not None:
-        origin = (checkpoint.source.folder / file).resolve()
         try:
-            os.link(origin, path)
+            os.link((checkpoint.source.folder / file).resolve(), path)
             return
         except OSError as error:
             logger.warning("%s is copied, since it cannot be linked: %s.", file, error.strerror)
     first = pairs[0][0].start
-    header = header_bytes([new for _, new in pairs], checkpoint.metadata[file], first)
     with path.open("wb") as target:
-        target.write(header)
+        target.write(header_bytes([new for _, new in pairs], checkpoint.metadata[file], first))
         for start, end in byte_ranges(old for old, _ in pairs):
             checkpoint.source.copy(file, start, end, target)
         target.flush()
         os.fsync(target.fileno())
-
-
-def _index(manifest: Manifest) -> dict[str, Any]:
-    """The contents of the index, which says in which file each tensor is."""
-    weight_map = {name: entry["file"] for name, entry in sorted(manifest.tensors.items())}
-    return {"metadata": {"total_size": manifest.bytes_after}, "weight_map": weight_map}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -249,19 +238,10 @@ def check_manifest(folder: str | Path) -> Manifest:
             raise VerificationError(
                 f"Tensor {name!r} is not in the {where} of {str(folder)!r}: prune again."
             )
-        stored = {"file": tensor.file, "dtype": tensor.dtype, "shape": list(tensor.shape)}
-        same = all(entry[key] == value for key, value in stored.items())
+        same = all(entry[key] == value for key, value in tensor.description.items())
         sha256 = entry["sha256"]
         if not same or (sha256 and tensor_hash(checkpoint.source, tensor) != sha256):
             raise VerificationError(
                 f"Tensor {name!r} in {str(folder)!r} is not what its manifest says: prune again."
             )
     return manifest
-
-
-def _reload(folder: Path, trust_remote_code: bool) -> None:
-    from ..model.loading import model_class
-    from .verify import load_cleanly
-
-    _, auto, _ = model_class(str(folder), trust_remote_code=trust_remote_code)
-    load_cleanly(folder, auto, trust_remote_code=trust_remote_code)

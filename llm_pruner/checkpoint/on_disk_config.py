@@ -1,14 +1,14 @@
 """What a checkpoint says of its layers: where their tensors are, and its config without some.
 
-torch is imported only for architectures whose class has to work out the pruned config
-(`config_rules.SPELLED_OUT` lists the others), and no weight is loaded even then.
+torch is imported only where the model's class has to work out the pruned config (`SPELLED_OUT`
+lists the others), and no weight is loaded even then.
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,7 @@ class NeedsMemoryError(UnsupportedModelError):
 def model_identity(model: Any, num_layers: int) -> dict[str, str]:
     """`Checkpoint.identity` of what a model was loaded from; empty if that is not known.
 
-    Args:
-        model: a model of transformers.
-        num_layers: its depth; it was not loaded from a checkpoint of another depth.
+    A model of `num_layers` layers was not loaded from a checkpoint of another depth.
     """
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", "")
@@ -105,19 +103,14 @@ def pruned_config(
         config = by_class if config is None else config
     quantization = config.get("quantization_config")
     if quantization is not None:
-        config["quantization_config"] = _renamed(
-            quantization, lambda name: layers.rename(name, plan.keep)
-        )
+        config["quantization_config"] = _renamed(quantization, layers, plan.keep)
     return config
 
 
 def _config_by_class(
     checkpoint: Checkpoint, layers: LayerNames, plan: PruningPlan, trust_remote_code: bool
 ) -> dict[str, Any]:
-    """The pruned config from the model's own class, built without memory for weights.
-
-    That is what `LayerStack.remove` does; a removal in which it changes a weight is refused.
-    """
+    """The pruned config from `LayerStack.remove`, which may not change a weight."""
     from ..model.architecture_rules import loadable_config
     from ..model.layer_stack import LayerStack
     from ..model.loading import empty_model
@@ -156,9 +149,8 @@ def _changed_weights(
 ) -> list[str]:
     """Names of weights for which byte ranges of the checkpoint are not enough.
 
-    Those are weights that the removal replaces, drops outside the layers or takes from a removed
-    layer; and numbered ones outside the layers that transformers knows by another name, which may
-    belong to a layer.
+    The removal replaces them, drops them outside the layers or takes them from a removed layer; or
+    transformers knows them, numbered and outside the layers, by another name.
     """
     model, names = stack.model, stack.names
     before, after = (dict(one.named_parameters()) for one in (model, pruned))
@@ -182,17 +174,14 @@ def _changed_weights(
     return changed
 
 
-def _renamed(value: Any, rename: Callable[[str], str | None]) -> Any:
+def _renamed(value: Any, layers: LayerNames, kept: Sequence[int]) -> Any:
     """A JSON value in which every string that names a layer's module follows the layer."""
     if isinstance(value, str):
-        return rename(value)
+        return layers.rename(value, kept)
     if isinstance(value, list):
-        parts = [(part, _renamed(part, rename)) for part in value]
+        parts = [(part, _renamed(part, layers, kept)) for part in value]
         return [new for old, new in parts if new is not None or old is None]
     if isinstance(value, dict):
-        return {
-            new: _renamed(part, rename)
-            for key, part in value.items()
-            if (new := rename(key)) is not None
-        }
+        parts = [(layers.rename(key, kept), part) for key, part in value.items()]
+        return {key: _renamed(part, layers, kept) for key, part in parts if key is not None}
     return value

@@ -1,7 +1,7 @@
 """safetensors files as headers and byte ranges: no tensor is loaded.
 
 A file is an 8-byte length, a JSON header with the dtype, shape and byte range of every tensor, and
-the bytes. Anything else is refused. Nothing here imports torch.
+the bytes. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from .sources import FILE_BLOCK, INDEX_FILE, MAX_JSON, SINGLE_FILE, Source
@@ -36,10 +37,7 @@ class StoredTensor:
     """A tensor in a file.
 
     Attributes:
-        name: its name.
-        file: the file that holds it.
         dtype: as safetensors names it, such as ``BF16``.
-        shape: sizes of its dimensions.
         start, end: its bytes in the file, header included.
     """
 
@@ -55,6 +53,11 @@ class StoredTensor:
         """Its bytes."""
         return self.end - self.start
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {"file": self.file, "dtype": self.dtype, "shape": list(self.shape)}
+
 
 Pair = tuple[StoredTensor, StoredTensor]  # a tensor as it is, and as it will be
 
@@ -64,8 +67,7 @@ class Checkpoint:
     """All tensors of a checkpoint.
 
     Attributes:
-        source: where the bytes are.
-        tensors: every tensor by name, in the order of the files and of their bytes.
+        tensors: by name, in the order of the files and of their bytes.
         metadata: by file, the texts in its header beside the tensors.
     """
 
@@ -146,9 +148,8 @@ def _read_header(source: Source, file: str) -> tuple[list[StoredTensor], dict[st
     end = 8 + length
     for tensor in tensors:
         if tensor.start != end:
-            raise source.broken(
-                file, f"tensor {tensor.name!r} begins at byte {tensor.start}, not at {end}"
-            )
+            reason = f"tensor {tensor.name!r} begins at byte {tensor.start}, not at {end}"
+            raise source.broken(file, reason)
         end = tensor.end
     if end != size:
         raise source.broken(file, f"its tensors end at byte {end:,} and the file at {size:,}")
@@ -177,26 +178,22 @@ def _entry(source: Source, file: str, name: str, entry: Any, base: int) -> Store
 def new_shards(kept: Iterable[tuple[StoredTensor, str]]) -> dict[str, list[Pair]]:
     """The files to write, by name: for each the kept tensors, as they are and as they will be.
 
-    A new file holds what is kept of one old file, in the same order; names follow the convention
-    of transformers. The new byte ranges count from the end of the header, whose length is not
-    known yet.
+    A new file holds what is kept of one old file, in the same order. Its byte ranges count from
+    the end of the header, whose length is not known yet.
 
     Args:
         kept: tensors with their new names, in the order of `Checkpoint.tensors`.
     """
-    by_file: dict[str, list[tuple[StoredTensor, str]]] = {}
-    for tensor, name in kept:
-        by_file.setdefault(tensor.file, []).append((tensor, name))
+    groups = [list(group) for _, group in groupby(kept, key=lambda entry: entry[0].file)]
     shards: dict[str, list[Pair]] = {}
-    for number, entries in enumerate(by_file.values(), 1):
-        several = len(by_file) > 1
-        file = f"model-{number:05d}-of-{len(by_file):05d}.safetensors" if several else SINGLE_FILE
-        start = 0
-        for tensor, name in entries:
-            end = start + tensor.size
+    for number, group in enumerate(groups, 1):
+        several = len(groups) > 1
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if several else SINGLE_FILE
+        end = 0
+        for tensor, name in group:
+            start, end = end, end + tensor.size
             new = replace(tensor, name=name, file=file, start=start, end=end)
             shards.setdefault(file, []).append((tensor, new))
-            start = end
     return shards
 
 
@@ -223,13 +220,13 @@ def header_bytes(
 
 def byte_ranges(tensors: Iterable[StoredTensor]) -> list[tuple[int, int]]:
     """The ranges of bytes that tensors of one file occupy; adjacent ones are joined."""
-    found: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     for tensor in tensors:
-        if found and found[-1][1] == tensor.start:
-            found[-1] = found[-1][0], tensor.end
-        else:
-            found.append((tensor.start, tensor.end))
-    return found
+        start = tensor.start
+        if ranges and ranges[-1][1] == start:
+            start, _ = ranges.pop()
+        ranges.append((start, tensor.end))
+    return ranges
 
 
 def tensor_hash(source: Source, tensor: StoredTensor) -> str:

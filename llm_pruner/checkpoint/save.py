@@ -41,8 +41,7 @@ def new_checkpoint(
         OutputError: it cannot be written.
         VerificationError: it does not load cleanly, or computes something else than `pruned`.
     """
-    need = count_bytes(pruned)
-    with staged_output(output_dir, overwrite=overwrite, need=need) as stage:
+    with staged_output(output_dir, overwrite=overwrite, need=count_bytes(pruned)) as stage:
         write_model(pruned, stage)
         tokenizer.save_pretrained(stage)
         _carry_along(pruned, stage)
@@ -66,7 +65,7 @@ def save_checkpoint(
 
 
 def _carry_along(model: Any, stage: Path) -> None:
-    """Copy what else the original checkpoint holds and a pruned one needs: processor settings."""
+    """Copy the original checkpoint's processor settings."""
     from transformers.utils.hub import cached_file
 
     source = getattr(model.config, "_name_or_path", "")
@@ -96,8 +95,7 @@ def write_model(model: PreTrainedModel, folder: Path) -> None:
 def _drop_missing_code(path: Path) -> None:
     """Leave no reference to code that was not written: such a checkpoint would not load.
 
-    That is code nobody trusted, so that the class of transformers was used instead, or code of
-    classes for other tasks.
+    Nobody trusted that code, or it belongs to classes for other tasks.
     """
     config = json.loads(path.read_text(encoding="utf-8"))
     code = config.get("auto_map") or {}

@@ -1,7 +1,6 @@
 """Where a checkpoint is read from: a local folder, the hub's cache, or the Hugging Face hub.
 
-Bytes are read in ranges: nothing that is not needed is loaded or downloaded. Nothing here imports
-torch.
+Bytes are read in ranges, so that only what is needed is downloaded. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import errno
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,10 +28,6 @@ NOT_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errn
 
 def open_source(model_id: str | Path, revision: str | None = None) -> Source:
     """A local folder, a complete copy of a hub repository in the cache, or the hub itself.
-
-    Args:
-        model_id: ``demo``, a local folder, or an id on the Hugging Face hub.
-        revision: branch, tag or commit of a hub repository.
 
     Raises:
         LoadError: there is nothing of that name.
@@ -93,8 +88,7 @@ class Source(ABC):
             LoadError: the file ends before.
             OSError: `target` cannot be written.
         """
-        for block in self.blocks(file, start, end):
-            target.write(block)
+        target.writelines(self.blocks(file, start, end))
 
     def blocks(self, file: str, start: int, end: int) -> Iterator[bytes]:
         """The bytes from `start` up to `end` of a file, a limited number at a time.
@@ -110,7 +104,7 @@ class Source(ABC):
             yield block
 
     def read_json(self, file: str, start: int = 0, end: int | None = None) -> dict[str, Any]:
-        """A JSON object: a file, or a range of bytes of one.
+        """The JSON object in a file, or in a range of its bytes.
 
         Raises:
             LoadError: there is no such file, or it holds something else.
@@ -170,14 +164,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_weights(name: str, there: set[str]) -> str:
-    for file in sorted(there):
-        if file.endswith(PICKLES):
-            return (
-                f"Checkpoint {name!r} holds pickled weights ({file}), which can run code when they "
-                "are read, so they are not. If you trust it, convert it first: load it with "
-                "AutoModelForCausalLM.from_pretrained and write it with save_pretrained. Or use a "
-                "revision of the repository that has safetensors."
-            )
+    pickle = min((file for file in there if file.endswith(PICKLES)), default=None)
+    if pickle is not None:
+        return (
+            f"Checkpoint {name!r} holds pickled weights ({pickle}), which can run code when they "
+            "are read, so they are not. If you trust it, convert it first: load it with "
+            "AutoModelForCausalLM.from_pretrained and write it with save_pretrained. Or use a "
+            "revision of the repository that has safetensors."
+        )
     return (
         f"Checkpoint {name!r} holds no {SINGLE_FILE} and no {INDEX_FILE}: give a folder or "
         "repository that save_pretrained has written."
@@ -187,20 +181,21 @@ def _no_weights(name: str, there: set[str]) -> str:
 class LocalFolder(Source):
     """A checkpoint in a folder."""
 
+    folder: Path
+
     def __init__(self, folder: str | Path, name: str = "", revision: str | None = None) -> None:
-        self.folder = self._root = Path(folder)
-        self.name, self.revision = name or str(folder), revision
+        self.folder, self.name, self.revision = Path(folder), name or str(folder), revision
 
     def files(self) -> list[str]:
-        found = (path for path in self._root.rglob("*") if path.is_file())
-        return sorted(path.relative_to(self._root).as_posix() for path in found)
+        found = (path for path in self.folder.rglob("*") if path.is_file())
+        return sorted(path.relative_to(self.folder).as_posix() for path in found)
 
     def size(self, file: str) -> int:
         with self._reading(file):
-            return (self._root / file).stat().st_size
+            return (self.folder / file).stat().st_size
 
     def read(self, file: str, start: int, end: int) -> bytes:
-        with self._reading(file), (self._root / file).open("rb", buffering=0) as opened:
+        with self._reading(file), (self.folder / file).open("rb", buffering=0) as opened:
             opened.seek(start)
             return opened.read(end - start) or b""
 
@@ -208,7 +203,7 @@ class LocalFolder(Source):
         """Append a range of a file to `target`, in the kernel where possible."""
         target.flush()
         with self._reading(file):
-            opened = (self._root / file).open("rb", buffering=0)
+            opened = (self.folder / file).open("rb", buffering=0)
         with opened:
             done = _copy_in_kernel(opened.fileno(), target.fileno(), start, end)
         if done < end:
@@ -229,12 +224,11 @@ def _copy_in_kernel(source: int, target: int, start: int, end: int) -> int:
     ``copy_file_range`` shares blocks on file systems that can, from the beginning of a block on;
     ``sendfile`` works across file systems.
     """
-    calls: list[Any] = []
-    if hasattr(os, "copy_file_range"):
-        calls.append(lambda offset, size: os.copy_file_range(source, target, size, offset))
-    if hasattr(os, "sendfile"):
-        calls.append(lambda offset, size: os.sendfile(target, source, offset, size))
-    for copy in calls:
+    calls: dict[str, Callable[[int, int], int]] = {  # Linux has both
+        "copy_file_range": lambda offset, size: os.copy_file_range(source, target, size, offset),
+        "sendfile": lambda offset, size: os.sendfile(target, source, offset, size),
+    }
+    for copy in (call for name, call in calls.items() if hasattr(os, name)):
         try:
             while start < end:
                 size = min(end - start, -start % FILE_BLOCK or end - start)

@@ -136,11 +136,7 @@ COMPENSATIONS: dict[str, Compensation] = {
 
 @contextmanager
 def as_stored(model: Any) -> Iterator[None]:
-    """Inside the block the weights are what a checkpoint should hold.
-
-    RWKV divides weights in place for evaluation. If they were saved so, loading would divide them
-    again.
-    """
+    """Inside the block RWKV's weights are undivided: loading will divide them again."""
     divided = [m for m in model.modules() if getattr(m, "layers_are_rescaled", False)]
     modes = [(module, module.training) for module in divided]
     for module in divided:
@@ -154,10 +150,9 @@ def as_stored(model: Any) -> Iterator[None]:
 
 
 def loadable_config(model: Any) -> Any:
-    """The config under which ``AutoModelForCausalLM`` finds the model again.
+    """The config under which ``AutoModelForCausalLM`` finds the model again: mostly its own.
 
-    That is the model's own config, except for text-only classes of composite models (Emu3,
-    Mllama): only the composite config around theirs is in the auto mapping.
+    Of text-only classes of composite models (Emu3, Mllama) it knows only the composite config.
     """
     from transformers import AutoModelForCausalLM
 
@@ -176,11 +171,7 @@ def loadable_config(model: Any) -> Any:
 
 
 def auto_class(model: Any) -> Any:
-    """The Auto class of transformers that builds `model` from its checkpoint.
-
-    ``AutoModelForCausalLM`` for language models; for a wrapper around one (vision, audio), the
-    class whose mapping lists it.
-    """
+    """The Auto class that builds a language model, or a wrapper around one, from its checkpoint."""
     import transformers
 
     names = ("CausalLM", "ImageTextToText", "MultimodalLM", "SpeechSeq2Seq", "Seq2SeqLM")

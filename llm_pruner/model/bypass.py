@@ -26,15 +26,20 @@ class ReturnForm:
     build: Callable[[list[Any]], Any] | None = None
     sources: tuple[Argument, ...] = ()
 
+    @property
+    def carried(self) -> int:
+        """How many parts of the result the next layer takes; 0 for the last layer."""
+        return sum(source is not None for source in self.sources)
+
 
 def learn_forms(
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]], n_layers: int
 ) -> list[ReturnForm]:
     """Return forms from the inputs and outputs of the layers in one pass.
 
-    A layer may return more than the hidden state, and the next layer may use it (a router's state,
-    attention indices). Where part j of a result reappears as an input of the next layer, a bypass
-    has to pass on its own input of that name.
+    A layer may return more than the hidden state (a router's state, attention indices). Where a
+    part of its result reappears as an input of the next layer, a bypass passes on its own input of
+    that name.
 
     Args:
         calls: by layer, its positional arguments, keyword arguments and output.
@@ -54,16 +59,8 @@ def learn_forms(
         )
         build = getattr(type(output), "_make", type(output))  # of a named tuple, or not
         forms.append(ReturnForm(build, sources))
-    known = {len(form.sources): form for form in forms if form.sources and _is_used(form)}
-    return [
-        form if not form.sources or _is_used(form) else known.get(len(form.sources), form)
-        for form in forms
-    ]
-
-
-def _is_used(form: ReturnForm) -> bool:
-    """Whether the next layer took anything of the result (there is none after the last layer)."""
-    return any(source is not None for source in form.sources)
+    known = {len(form.sources): form for form in forms if form.carried}
+    return [form if form.carried else known.get(len(form.sources), form) for form in forms]
 
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Argument, Any]:
@@ -95,7 +92,7 @@ class Bypass(nn.Module):
             return hidden
         inputs = _arguments(args, kwargs)
         parts = [None if source is None else inputs.get(source) for source in form.sources]
-        if not _is_used(form):
+        if not form.carried:
             parts[0] = hidden
         return form.build(parts)
 

@@ -1,8 +1,7 @@
 """Model configs: which field counts layers, and how each per-layer field follows a removal.
 
-Rules are data: one line per field. A field that no rule names and that depends on a layer's index
-is caught in `model.removal`, which compares the result with a freshly built model and refuses the
-removal. Nothing here imports torch: pruning on disk uses it too.
+Rules are data: one line per field. `model.removal` refuses a removal that needs a rule which is
+missing here. Nothing here imports torch: pruning on disk uses it too.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
 from ..errors import UnsupportedModelError
-from .layer_names import new_indices
 
 COUNT_FIELDS = tuple(
     "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks "
@@ -53,9 +52,14 @@ class Removal:
     kept: tuple[int, ...]
     num_layers: int
 
+    @property
+    def new_indices(self) -> dict[int, int]:
+        """Old index -> new index of the layers that are kept."""
+        return {old: new for new, old in enumerate(self.kept)}
+
     def renumber(self, value: Sequence[int], first: int = 0) -> list[int]:
         """Layer indices, counted from `first`: those of kept layers, renumbered."""
-        new = new_indices(self.kept)
+        new = self.new_indices
         return [new[index - first] + first for index in value if index - first in new]
 
     def prefix(self, value: int) -> int:
@@ -72,7 +76,7 @@ class Removal:
         Raises:
             UnsupportedModelError: a kept layer refers to a removed one.
         """
-        new = new_indices(self.kept)
+        new = self.new_indices
         lost = sorted({value[index] for index in self.kept} - new.keys())
         if lost:
             users = [index for index in self.kept if value[index] in lost]
@@ -81,31 +85,26 @@ class Removal:
             )
         return [new[value[index]] for index in self.kept]
 
-    def rekey(self, value: dict[Any, Any]) -> dict[int, Any]:
-        """Keyed by layer index: the entries of kept layers under their new index."""
-        return {new: value[old] for new, old in enumerate(self.kept) if old in value}
 
-
-Rule = Callable[[Any, Removal], Any]
+Rule = Callable[[Removal, Any], Any]  # of a field's value
 # Fields that hold layer indices or counts of leading or trailing layers.
 FIELD_RULES: dict[str, Rule] = {
     **dict.fromkeys(
         "mlp_only_layers moe_layers full_attn_idxs attn_layer_indices cross_attention_layers "
         "hybrid_layer_ids rope_scaling_layers local_layer_ids".split(),
-        lambda value, removal: removal.renumber(value),
+        Removal.renumber,
     ),
-    "ple_layer_ids": lambda value, removal: removal.renumber(value, first=1),
+    "ple_layer_ids": partial(Removal.renumber, first=1),
     **dict.fromkeys(
-        ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"),
-        lambda value, removal: removal.prefix(value),
+        ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), Removal.prefix
     ),
-    "kv_source_layers": lambda value, removal: removal.follow(value),
-    "num_kv_shared_layers": lambda value, removal: removal.suffix(value),
+    "kv_source_layers": Removal.follow,
+    "num_kv_shared_layers": Removal.suffix,
 }
 # Constants that contain the layer count, by model type.
 SCALED_FIELDS: dict[tuple[str, str], Rule] = {
     # every branch is multiplied by scale_depth / sqrt(num_hidden_layers)
-    ("minicpm3", "scale_depth"): lambda value, removal: (
+    ("minicpm3", "scale_depth"): lambda removal, value: (
         value * math.sqrt(len(removal.kept) / removal.num_layers)
     ),
 }
@@ -166,9 +165,7 @@ def _illegal(config: Any, removal: Removal) -> str | None:
     """Why transformers could not run the kept layers, even though a config can describe them."""
     kinds = list(getattr(config, "layer_types", None) or ())
     if len(kinds) == removal.num_layers:
-        with_cache = {
-            i for i, kind in enumerate(kinds) if "linear" not in kind and "attention" in kind
-        }
+        with_cache = {i for i, k in enumerate(kinds) if "linear" not in k and "attention" in k}
         if with_cache and not with_cache & set(removal.kept):
             return f"no attention layer would be left: keep one of {sorted(with_cache)}"
         if getattr(config, "model_type", "") == "minimax" and removal.kept[0] not in with_cache:
@@ -215,10 +212,8 @@ def layer_counts(config: Any) -> set[int]:
 def prune_config(config: Any, kept: Sequence[int], num_layers: int) -> None:
     """Rewrite `config` in place for the layers `kept` out of `num_layers`.
 
-    Layer counts become ``len(kept)``, lists with one entry per layer are sliced, and fields of
-    layer indices follow `FIELD_RULES`. Where only a rule over the index expresses a layer's kind,
-    the rule gets another setting (`PATTERNS`), if one fits. Count fields with another value (an
-    encoder's) are left alone.
+    Layer counts become ``len(kept)``, except those with another value (an encoder's). Lists with
+    one entry per layer are sliced, `FIELD_RULES` applied, and `PATTERNS` get another setting.
 
     Raises:
         UnsupportedModelError: the kept layers cannot work without the removed ones.
@@ -231,10 +226,13 @@ def prune_config(config: Any, kept: Sequence[int], num_layers: int) -> None:
     model_type = getattr(config, "model_type", "")
     patterns = PATTERNS.get(model_type, ())
     in_patterns = {name for pattern in patterns for name in pattern.fields}
-    settings = [_refit(config, pattern, removal) for pattern in patterns]
+    settings: dict[str, int] = {}
+    for pattern in patterns:
+        settings |= _refit(config, pattern, removal)
     counts = {name for name in COUNT_FIELDS if vars(config).get(name) == num_layers}
     counts = counts or _only_count(config, num_layers)
-    overrides = _per_layer_overrides(config)
+    spec = vars(config).get("_heterogeneity_spec")  # overrides of single layers, by index
+    overrides = {} if spec is None else dict(spec.per_layer_overrides)
     if overrides:
         config.per_layer_config = None  # checked against the layer count, so restored at the end
     for name, value in list(vars(config).items()):
@@ -242,16 +240,17 @@ def prune_config(config: Any, kept: Sequence[int], num_layers: int) -> None:
         if value is None or name in in_patterns or name.startswith("_"):
             continue
         if rule is not None:
-            setattr(config, name, rule(value, removal))
+            setattr(config, name, rule(removal, value))
         elif name in counts:
             setattr(config, name, len(kept))
         elif _is_per_layer(name, value, num_layers):
             setattr(config, name, type(value)(value[index] for index in kept))
-    for setting in settings:
-        for name, value in setting.items():
-            setattr(config, name, value)
+    for name, value in settings.items():
+        setattr(config, name, value)
     if overrides:
-        config.per_layer_config = removal.rekey(overrides)
+        config.per_layer_config = {
+            new: overrides[old] for new, old in enumerate(kept) if old in overrides
+        }
 
 
 def _only_count(config: Any, num_layers: int) -> set[str]:
@@ -263,10 +262,9 @@ def _only_count(config: Any, num_layers: int) -> set[str]:
 
 
 def _refit(config: Any, pattern: Pattern, removal: Removal) -> dict[str, int]:
-    """Values of the pattern's fields that give every kept layer its kind; empty if there are none.
+    """Values of the pattern's fields that give every kept layer its kind.
 
-    The fields then keep their values, and the comparison of the pruned model with its config
-    refuses the removal.
+    If there are none, the fields stay, and `model.removal` refuses the removal.
     """
     now = tuple(getattr(config, name) for name in pattern.fields)
     wanted = [pattern.is_special(index, now) for index in removal.kept]
@@ -276,18 +274,9 @@ def _refit(config: Any, pattern: Pattern, removal: Removal) -> dict[str, int]:
     return {}
 
 
-def _per_layer_overrides(config: Any) -> dict[int, Any]:
-    """The overrides of single layers in a heterogeneous config, as plain dicts by index."""
-    spec = vars(config).get("_heterogeneity_spec")
-    return {} if spec is None else dict(spec.per_layer_overrides)
-
-
 def _is_per_layer(name: str, value: Any, num_layers: int) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and len(value) == num_layers
-        and not name.endswith(NOT_PER_LAYER)
-    )
+    per_layer = isinstance(value, list | tuple) and len(value) == num_layers
+    return per_layer and not name.endswith(NOT_PER_LAYER)
 
 
 def config_parts(values: dict[str, Any]) -> Iterator[Any]:
@@ -300,14 +289,9 @@ def config_parts(values: dict[str, Any]) -> Iterator[Any]:
 def prune_config_file(
     values: dict[str, Any], kept: Sequence[int], num_layers: int
 ) -> dict[str, Any] | None:
-    """The contents of a config.json for the layers `kept`, by the rules of `prune_config`.
+    """The contents of a config.json for the layers `kept`; see `prune_config`.
 
-    Returns:
-        A new dict with every other field as it was; None if only the model's class can tell
-        (`SPELLED_OUT`).
-
-    Raises:
-        UnsupportedModelError: as `prune_config`.
+    Every other field stays. None if only the model's class can tell (`SPELLED_OUT`).
     """
     model_type = str(values.get("model_type"))
     if model_type not in SPELLED_OUT:

@@ -17,14 +17,11 @@ HINT = "activations are NaN or overflow. Check the checkpoint, or load it with d
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; every module's mode is restored afterwards.
-
-    Not ``inference_mode``: a model that caches buffers in it could not be trained afterwards.
-    """
+    """Evaluation mode and no gradients; every module's mode is restored afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad():  # after inference_mode, cached buffers could not be trained
             yield
     finally:
         for module in training:

@@ -26,9 +26,8 @@ class LayerNames:
 
     @cached_property
     def _layer(self) -> re.Pattern[str]:
-        return re.compile(
-            rf"({'|'.join(map(re.escape, self.prefixes))})(\d+)((?:\..*)?)", re.DOTALL
-        )
+        prefix = "|".join(map(re.escape, self.prefixes))
+        return re.compile(rf"({prefix})(\d+)((?:\..*)?)", re.DOTALL)
 
     def index(self, name: str) -> int | None:
         """The layer that `name` belongs to; None outside the layers."""
@@ -51,8 +50,3 @@ class LayerNames:
         """The name in the full model of what the model with the layers `kept` calls `name`."""
         match = self._layer.fullmatch(name)
         return f"{match[1]}{kept[int(match[2])]}{match[3]}" if match else name
-
-
-def new_indices(kept: Sequence[int]) -> dict[int, int]:
-    """Old index -> new index of the layers that are kept."""
-    return {old: new for new, old in enumerate(kept)}

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from functools import cached_property
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import cached_property, partial
 from itertools import islice, zip_longest
 from typing import Any, TypeVar, overload
 
@@ -22,10 +22,9 @@ from .config_rules import OTHER_TOWERS, layer_counts, prune_config, text_config
 from .forward import evaluating
 from .layer_names import LayerNames
 from .loading import model_fingerprint
-from .removal import has_skeleton, remove_layers, skeleton
+from .removal import remove_layers, skeleton
 
 TRIALS, ALTERNATIVES = 4, 3  # removals tried for the message of a refusal, and sets it names
-NO_ALTERNATIVE = "Nor can any set of one layer more or less."
 InputObserver = Callable[[int, torch.Tensor], None]
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 T = TypeVar("T")
@@ -34,12 +33,10 @@ T = TypeVar("T")
 class LayerStack(Sequence[nn.Module]):
     """The decoder layers of a causal language model, in order.
 
-    The stack is the list of modules whose length is the layer count of the model's text config.
-    Name it by `path` where that does not identify it.
-
     Args:
         model: the model; nothing in this class changes it for good.
-        path: dotted name of the ``ModuleList``, e.g. ``model.layers``; found if None.
+        path: dotted name of the ``ModuleList``, e.g. ``model.layers``; if None, the list whose
+            length is the layer count of the model's text config.
 
     Attributes:
         model: the model.
@@ -94,14 +91,13 @@ class LayerStack(Sequence[nn.Module]):
 
     @property
     def fingerprint(self) -> str:
-        """Short hash that tells models apart, see `model_fingerprint`."""
+        """Short hash that tells models apart; see `model_fingerprint`."""
         return model_fingerprint(self.model)
 
     def run_all(self, calls: Iterable[Callable[[], T]], *, alike: bool = False) -> Iterator[T]:
         """Make `calls`, which run the model, and yield what they return, in their order.
 
-        Here each call is made when its result is asked for. Where the weights are not in memory,
-        all calls advance together, layer by layer, so that every weight is read once for all.
+        Here each call is made when its result is asked for; offloaded models advance all together.
         Calls are `alike` if they run the model on the same inputs, and differ only in the layers
         that they bypass.
         """
@@ -120,8 +116,8 @@ class LayerStack(Sequence[nn.Module]):
     def observe(self, observer: Observer) -> Iterator[None]:
         """Call ``observer(index, hidden_in, hidden_out)`` whenever a layer has run.
 
-        Both tensors are (sequences, tokens, hidden), as they are: padding included. A bypassed
-        layer is not reported. The hooks are removed when the block ends, also after an error.
+        Both tensors are (sequences, tokens, hidden), padding included. A bypassed layer is not
+        reported. The hooks are removed when the block ends, also after an error.
 
         Raises:
             UnsupportedModelError: the layers are not one list (see `paths`).
@@ -133,46 +129,42 @@ class LayerStack(Sequence[nn.Module]):
                 "(ablation, smart)."
             )
 
-        def seen(index: int, args: Any, kwargs: Any, output: Any) -> None:
-            observer(index, hidden_in(args, kwargs), hidden_out(output))
+        def seen(index: int, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not isinstance(layer, Bypass):
+                observer(index, hidden_in(args, kwargs), hidden_out(output))
 
-        layers = [(i, layer) for i, layer in enumerate(self) if not isinstance(layer, Bypass)]
-        with _after_each(layers, seen):
+        with _after_each(self, seen):
             yield
 
-    @contextmanager
-    def bypass(self, indices: Iterable[int]) -> Iterator[nn.Module]:
+    def bypass(self, indices: Iterable[int]) -> AbstractContextManager[nn.Module]:
         """Inside the block the model computes as if the layers `indices` were not there.
 
-        A bypass takes the place of each. It returns its input and answers for every other
-        attribute like the layer itself, so masks, positions and layer kinds stay as they are.
+        A `Bypass` takes the place of each, so masks, positions and layer kinds stay as they are.
         The layers are back when the block ends, also after an error. For forward passes; to
         generate text, which addresses the KV cache by layer index, use `remove`.
 
         Raises:
             InvalidPlanError: `indices` do not fit the stack.
         """
-        with self._bypassed(check_layers(indices, len(self))) as model:
-            yield model
+        return self._bypassed(check_layers(indices, len(self)))
 
     @contextmanager
     def _bypassed(self, removed: Collection[int]) -> Iterator[nn.Module]:
-        forms = {path: self._return_forms(path) for path in self.paths} if removed else {}
         in_parts = len({path.rpartition(".")[0] for path in self.paths}) < len(self.paths)
-        originals = [
-            (path, index, _layer_list(self.model, path)[index])
-            for path in forms
-            for index in removed
-        ]
+        forms = {path: self._return_forms(path) for path in self.paths} if removed else {}
+        originals: list[tuple[nn.ModuleList, int, nn.Module]] = []
         try:
-            for path, index, layer in originals:
-                adds = in_parts and not isinstance(layer, nn.LayerNorm)
-                bypass = Bypass(layer, forms[path][index], adds=adds)
-                _layer_list(self.model, path)[index] = bypass
+            for path in forms:
+                layers = _layer_list(self.model, path)
+                for index in removed:
+                    layer = layers[index]
+                    originals.append((layers, index, layer))
+                    adds = in_parts and not isinstance(layer, nn.LayerNorm)
+                    layers[index] = Bypass(layer, forms[path][index], adds=adds)
             yield self.model
         finally:
-            for path, index, layer in originals:
-                _layer_list(self.model, path)[index] = layer
+            for layers, index, layer in originals:
+                layers[index] = layer
 
     @contextmanager
     def observe_inputs(self, indices: Iterable[int], observer: InputObserver) -> Iterator[None]:
@@ -185,13 +177,13 @@ class LayerStack(Sequence[nn.Module]):
         """
         self._require_one_state()
 
-        def hook(index: int) -> Callable[..., None]:
-            return lambda module, args, kwargs: observer(index, hidden_in(args, kwargs))
+        def seen(index: int, layer: nn.Module, args: Any, kwargs: Any) -> None:
+            observer(index, hidden_in(args, kwargs))
 
-        with ExitStack() as handles:
+        with ExitStack() as hooks:
             for index in indices:
-                handle = self._list[index].register_forward_pre_hook(hook(index), with_kwargs=True)
-                handles.callback(handle.remove)
+                hook = partial(seen, index)
+                hooks.enter_context(self[index].register_forward_pre_hook(hook, with_kwargs=True))
             yield
 
     @contextmanager
@@ -200,8 +192,8 @@ class LayerStack(Sequence[nn.Module]):
     ) -> Iterator[nn.Module]:
         """Inside the block a forward pass begins at layer `start`, on the stored state `hidden`.
 
-        The layers below do nothing, so the pass costs only the layers from `start` on. Its result
-        is that of the pass in which `hidden` was observed; give it the same token ids and mask.
+        The layers below do nothing. The result is that of the pass in which `hidden` was observed;
+        give it the same token ids and mask.
 
         Args:
             start: the layer whose input is `hidden`.
@@ -216,22 +208,16 @@ class LayerStack(Sequence[nn.Module]):
         if not 0 <= start < len(self):
             raise InvalidPlanError(f"start={start} must be from 0 to {len(self) - 1}, a layer.")
         self._require_one_state()
-        with self._replay(start, hidden, check_layers(removed, len(self))) as model:
-            yield model
 
-    @contextmanager
-    def _replay(
-        self, start: int, hidden: torch.Tensor, removed: Sequence[int] = ()
-    ) -> Iterator[nn.Module]:
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        def enter(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
             return with_hidden(args, kwargs, hidden)
 
-        with self._bypassed({*range(start), *removed}) as model:
-            handle = self._list[start].register_forward_pre_hook(enter, with_kwargs=True)
-            try:
-                yield model
-            finally:
-                handle.remove()
+        skipped = {*range(start), *check_layers(removed, len(self))}
+        with (
+            self._bypassed(skipped) as model,
+            self[start].register_forward_pre_hook(enter, with_kwargs=True),
+        ):
+            yield model
 
     def _require_one_state(self) -> None:
         if self.offloaded or not self._passes_one_state():
@@ -242,16 +228,14 @@ class LayerStack(Sequence[nn.Module]):
             )
 
     def _passes_one_state(self) -> bool:
-        carried = [len(form.sources) - form.sources.count(None) for form in self._return_forms()]
-        return len(self.paths) == 1 and max(carried) <= 1
+        return len(self.paths) == 1 and all(form.carried <= 1 for form in self._return_forms())
 
     @cached_property
     def can_replay(self) -> bool:
         """Whether `replay` gives exactly the result of the whole pass.
 
         Tried out on two tokens, because a layer may use something that a lower layer has left
-        outside the hidden state (keys and values shared between layers). False for offloaded
-        layers: a pass begins at the first, and equal work is shared between passes.
+        outside the hidden state (shared keys and values). False for offloaded layers.
         """
         if self.offloaded or not self._passes_one_state():
             return False
@@ -263,7 +247,7 @@ class LayerStack(Sequence[nn.Module]):
             if len(states) < len(self):  # some layers run for images alone, say
                 return False
             for start in starts:
-                with self._replay(start, states[start]):
+                with self.replay(start, states[start]):
                     try:
                         again = self._probe().logits
                     except (LookupError, TypeError, AttributeError):  # lower layers did not run
@@ -280,10 +264,9 @@ class LayerStack(Sequence[nn.Module]):
     def remove(self, indices: Iterable[int]) -> Any:
         """A new model without the layers `indices`.
 
-        The module tree is copied and every tensor shared: the copy takes almost no memory, and
-        the original stays whole and usable. The copy has its own config, layer indices and cache
-        slots. It is compared attribute by attribute with a model built freshly from that config,
-        which is what reloading will build.
+        Every tensor is shared: the copy takes almost no memory, and the original stays whole. The
+        copy has its own config, layer indices and cache slots. It is compared attribute by
+        attribute with a model built freshly from that config, which is what reloading will build.
 
         Raises:
             InvalidPlanError: `indices` do not fit the stack.
@@ -291,7 +274,7 @@ class LayerStack(Sequence[nn.Module]):
                 message names what stands in the way, and sets close to this one that work.
         """
         removed = frozenset(check_layers(indices, len(self)))
-        reference = skeleton(self.model) if has_skeleton(self.model) else None
+        reference = skeleton(self.model)
         try:
             return remove_layers(self.model, self.names, self._kept(removed), reference)
         except UnsupportedModelError as error:
@@ -304,8 +287,7 @@ class LayerStack(Sequence[nn.Module]):
     def _alternatives(self, removed: frozenset[int], reference: nn.Module | None) -> str:
         """A sentence that names sets close to a refused one that can be removed.
 
-        Config rules sort out most candidates at no cost. Of the others only the closest few are
-        tried, because each trial builds a model from its config.
+        Only the closest few that pass the config rules are tried: each trial builds a model.
         """
         tried, working = [], []
         for layers in islice(filter(self._passes_config_rules, self._close_to(removed)), TRIALS):
@@ -317,7 +299,9 @@ class LayerStack(Sequence[nn.Module]):
                 break
         if working:
             return f"Sets close to this one that can be removed: {working}."
-        return f"Nor can the sets closest to it: {tried}." if tried else NO_ALTERNATIVE
+        if tried:
+            return f"Nor can the sets closest to it: {tried}."
+        return "Nor can any set of one layer more or less."
 
     def _close_to(self, removed: frozenset[int]) -> Iterator[frozenset[int]]:
         """Sets of one layer more, and of one less (or of another single layer); nearest first."""
@@ -346,30 +330,23 @@ class LayerStack(Sequence[nn.Module]):
         path = path or self.paths[0]
         if path not in self._forms:
             layers = _layer_list(self.model, path)
-            calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
+            calls: dict[int, Any] = {}
 
-            def seen(index: int, *call: Any) -> None:
+            def seen(index: int, layer: nn.Module, *call: Any) -> None:
                 calls[index] = call
 
-            with _after_each(enumerate(layers), seen), evaluating(self.model):
+            with _after_each(layers, seen), evaluating(self.model):
                 self._probe()
             self._forms[path] = learn_forms(calls, len(layers))
         return self._forms[path]
 
 
 @contextmanager
-def _after_each(
-    layers: Iterable[tuple[int, nn.Module]], call: Callable[[int, Any, Any, Any], None]
-) -> Iterator[None]:
-    """Inside the block ``call(index, args, kwargs, output)`` is made whenever a layer has run."""
-
-    def hook(index: int) -> Callable[..., None]:
-        return lambda module, args, kwargs, output: call(index, args, kwargs, output)
-
-    with ExitStack() as handles:
-        for index, layer in layers:
-            handle = layer.register_forward_hook(hook(index), with_kwargs=True)
-            handles.callback(handle.remove)
+def _after_each(layers: Iterable[nn.Module], call: Callable[..., None]) -> Iterator[None]:
+    """Inside the block: ``call(index, layer, args, kwargs, output)`` after every layer."""
+    with ExitStack() as hooks:
+        for index, layer in enumerate(layers):
+            hooks.enter_context(layer.register_forward_hook(partial(call, index), with_kwargs=True))
         yield
 
 
@@ -394,11 +371,8 @@ def _find_paths(model: Any) -> tuple[str, ...]:
         and len(module) in counts
         and not any(tower in path for tower in OTHER_TOWERS)
     }
-    outermost = {
-        path: module
-        for path, module in found.items()
-        if not any(path.startswith(other + ".") for other in found)
-    }
+    inside = tuple(f"{path}." for path in found)
+    outermost = {path: found[path] for path in found if not path.startswith(inside)}
     if not outermost:
         raise UnsupportedModelError(
             f"No list of layers was found in {name}: its config counts {sorted(counts) or 'none'} "

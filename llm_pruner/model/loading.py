@@ -19,32 +19,30 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     """Short hash of a model's config and of a sample of every tensor."""
     config = getattr(model, "config", None)
     digest = hashlib.sha256(config.to_json_string().encode() if config is not None else b"")
-    for _, sample in sorted((name, _sample(name, tensor)) for name, tensor in _tensors(model)):
+    samples: dict[str, bytes] = {}
+    for name, tensor in _tensors(model):
+        flat = tensor.detach().reshape(-1)
+        values = flat[:: max(1, flat.numel() // 256)].float().cpu().numpy().tobytes()
+        samples[name] = f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + values
+    for _, sample in sorted(samples.items()):
         digest.update(sample)
     return digest.hexdigest()[:16]
-
-
-def _sample(name: str, tensor: torch.Tensor) -> bytes:
-    flat = tensor.detach().reshape(-1)
-    values = flat[:: max(1, flat.numel() // 256)].float().cpu()
-    return f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + values.numpy().tobytes()
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The entries of the state dict; those that accelerate keeps on disk are read from there."""
     state = model.state_dict()
     yield from ((name, tensor) for name, tensor in state.items() if not tensor.is_meta)
-    if not any(tensor.is_meta for tensor in state.values()):
-        return
-    from accelerate.utils import align_module_device
+    away = {name for name, tensor in state.items() if tensor.is_meta}
+    for owner in sorted({name.rpartition(".")[0] for name in away}):
+        from accelerate.utils import align_module_device
 
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        names = [(name, prefix + name) for name in (*module._parameters, *module._buffers)]
-        away = [(name, full) for name, full in names if full in state and state[full].is_meta]
-        if away:
-            with align_module_device(module, "cpu"):
-                yield from ((full, getattr(module, name)) for name, full in away)
+        module = model.get_submodule(owner)
+        with align_module_device(module, "cpu"):
+            for leaf in (*module._parameters, *module._buffers):
+                name = f"{owner}.{leaf}".lstrip(".")
+                if name in away:
+                    yield name, getattr(module, leaf)
 
 
 def load_model(
@@ -94,11 +92,7 @@ def load_model(
 def read_model(
     model_id: str, *, dtype: str, trust_remote_code: bool, **placement: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer as transformers places them; see `load_model`.
-
-    Args:
-        model_id, dtype, trust_remote_code: see `load_model`.
-        placement: further arguments of ``from_pretrained``.
+    """Model and tokenizer; `placement` are further arguments of ``from_pretrained``.
 
     Raises:
         LoadError: the model cannot be found or read, or tensors of it are missing.
@@ -129,11 +123,7 @@ def model_class(model_id: str, **options: Any) -> tuple[str, Any, Any]:
     """Where a model is, the ``Auto`` class that builds it, and its config.
 
     The class is the one for causal language models, or for image-text models if only that one
-    knows the config.
-
-    Args:
-        model_id: see `load_model`.
-        options: ``trust_remote_code``, ``revision``.
+    knows the config. The `options` are ``trust_remote_code`` and ``revision``.
 
     Raises:
         LoadError: the config cannot be found or read.

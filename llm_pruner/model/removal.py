@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from .architecture_rules import COMPENSATIONS
 from .config_rules import COUNT_FIELDS, prune_config, text_config
 from .layer_names import LayerNames
 
-# Attributes in which a layer stores its index, to address its slot of the KV cache, and the layer
-# count, which only initialisation reads. Verification shows whether that is all they do.
+# Where a layer stores its index, to address its slot of the KV cache, and the layer count, which
+# only initialisation reads. Verification shows whether that is all they do.
 SLOT_NAMES = ("layer_idx", "layer_id", "layer_number", *COUNT_FIELDS)
 # The type of the next layer (glm5_next), and what only training uses (big_bird's seed).
 FOLLOWS_THE_CONFIG = ("next_skip_topk", "seed")
@@ -36,25 +36,21 @@ def remove_layers(
 ) -> Any:
     """A copy of `model` that has only the layers `kept` of its layer list, or of all its lists.
 
-    The module tree is copied and every tensor shared. The config is rewritten, and the copy
-    compared with a model built freshly from it; see `LayerStack.remove`.
+    The work of `LayerStack.remove`.
 
     Args:
         model: the full model.
         names: its layers.
         kept: indices of the layers to keep, ascending.
-        reference: `skeleton` of `model`; None for a model without a config.
+        reference: `skeleton` of `model`.
 
     Raises:
         UnsupportedModelError: the architecture's config cannot express the result.
     """
     pruned = share_copy(model)
-    for prefix in names.prefixes:
-        path = prefix.removesuffix(".")
+    for path in (prefix.removesuffix(".") for prefix in names.prefixes):
         layers = pruned.get_submodule(path)
-        assert isinstance(layers, nn.ModuleList)
-        parent, _, name = path.rpartition(".")
-        setattr(pruned.get_submodule(parent), name, nn.ModuleList(layers[index] for index in kept))
+        pruned.set_submodule(path, nn.ModuleList(layers[index] for index in kept))
     if reference is None:
         _renumber(pruned, names, kept)
         return pruned
@@ -70,30 +66,27 @@ def remove_layers(
     return pruned
 
 
-def has_skeleton(model: Any) -> bool:
-    """Whether the model can be built anew from its config."""
-    return getattr(model, "config", None) is not None and hasattr(type(model), "_from_config")
-
-
-def skeleton(model: Any) -> nn.Module:
+def skeleton(model: Any) -> Any:
     """A model without memory, built from the config as it will be read back from disk.
+
+    None for a model that is not built from a config.
 
     Raises:
         UnsupportedModelError: the config is not valid.
     """
+    if getattr(model, "config", None) is None or not hasattr(type(model), "_from_config"):
+        return None
     with tempfile.TemporaryDirectory() as folder:
         try:
             model.config.save_pretrained(folder)
             config = type(model.config).from_pretrained(folder)
             with torch.device("meta"):
-                built = type(model)._from_config(config)
+                return type(model)._from_config(config)
         except (ValueError, TypeError, KeyError, IndexError, StrictDataclassError) as error:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no valid config without these layers: "
                 f"{' '.join(str(error).split())}"
             ) from error
-    assert isinstance(built, nn.Module)
-    return built
 
 
 def _renumber(pruned: nn.Module, names: LayerNames, kept: Sequence[int]) -> None:
@@ -106,33 +99,26 @@ def _renumber(pruned: nn.Module, names: LayerNames, kept: Sequence[int]) -> None
 
 
 def _slice_tensors(
-    pruned: nn.Module,
-    before: nn.Module,
-    after: nn.Module,
-    names: LayerNames,
-    kept: Sequence[int],
+    pruned: nn.Module, before: nn.Module, after: nn.Module, names: LayerNames, kept: Sequence[int]
 ) -> None:
     """Keep the kept layers' blocks of tensors outside the layers that hold one block per layer.
 
-    Per-layer embeddings are such: one of their dimensions is a multiple of the layer count in
-    the old model and the same multiple of the new count in the new one.
+    Such as per-layer embeddings: one dimension is the same multiple of the layer count in both.
     """
     old_shapes = {name: tensor.shape for name, tensor in before.named_parameters()}
-    targets = dict(pruned.named_modules())
     for name, tensor in after.named_parameters():
-        old, new = old_shapes.get(name), tensor.shape
-        inside = names.index(name) is not None
-        if inside or old is None or old == new or len(old) != len(new):
+        old, new = old_shapes.get(name, ()), tensor.shape
+        if names.index(name) is not None or len(old) != len(new):
             continue
         for dim, (was, now) in enumerate(zip(old, new, strict=True)):
             width = now // len(kept)
             if was != now and was == width * names.num_layers and now == width * len(kept):
                 owner, _, leaf = name.rpartition(".")
-                whole = getattr(targets[owner], leaf)
+                whole: Any = pruned.get_parameter(name)
                 blocks = whole.detach().unflatten(dim, (names.num_layers, width))
                 part = blocks.index_select(dim, torch.tensor(kept, device=whole.device))
                 sliced = nn.Parameter(part.flatten(dim, dim + 1), whole.requires_grad)
-                setattr(targets[owner], leaf, sliced)
+                setattr(pruned.get_submodule(owner), leaf, sliced)
 
 
 def _compare_tensors(pruned: nn.Module, after: nn.Module) -> None:
@@ -160,10 +146,9 @@ def _copy_attributes(
 ) -> None:
     """Give `pruned` every plain attribute that a model built from its config has.
 
-    Where a kept layer differs between the old and the new skeleton, its behaviour depends on its
-    index. Cache slots, what follows a per-layer list, and what a compensation has `settled` are
-    copied; anything else is refused. Outside the layers a difference follows from the layer
-    count and is copied.
+    Where a kept layer differs between the old and the new skeleton, it depends on its index. Cache
+    slots, what follows a per-layer list, and what a compensation has `settled` are copied, and
+    what lies outside the layers; anything else is refused.
     """
     depends: list[str] = []
     targets, references, built = (
@@ -175,7 +160,11 @@ def _copy_attributes(
         if reference is None or type(reference) is not type(module):
             depends.append(f"{old_name} ({type(reference).__name__} -> {type(module).__name__})")
             continue
-        for key, old, new in _differences(reference, module):
+        was, now = _plain(reference), _plain(module)
+        for key in sorted(was.keys() | now.keys()):
+            old, new = was.get(key), now.get(key)
+            if _same(old, new):
+                continue
             free = old_name == name or key in (*SLOT_NAMES, *FOLLOWS_THE_CONFIG, *settled)
             if free or _is_sliced(old, new, kept):
                 setattr(targets[name], key, new)
@@ -186,14 +175,6 @@ def _copy_attributes(
             f"{type(pruned).__name__} without these layers cannot be written exactly: kept "
             f"layers would change with their index: {'; '.join(sorted(depends)[:5])}."
         )
-
-
-def _differences(old: nn.Module, new: nn.Module) -> Iterator[tuple[str, Any, Any]]:
-    """The plain attributes in which two modules of one class differ."""
-    was, now = _plain(old), _plain(new)
-    for key in sorted(was.keys() | now.keys()):
-        if not _same(was.get(key), now.get(key)):
-            yield key, was.get(key), now.get(key)
 
 
 def _same(old: Any, new: Any) -> bool:
@@ -211,11 +192,10 @@ def _is_sliced(old: Any, new: Any, kept: Sequence[int]) -> bool:
 
 def _plain(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module that are plain values."""
-    names = vars(module).keys() - {"training", "_is_hf_initialized"}
     return {
-        name: vars(module)[name]
-        for name in names
-        if (not name.startswith("_") or name in TIES) and _is_plain(vars(module)[name])
+        name: value
+        for name, value in vars(module).items()
+        if (name in TIES or not name.startswith("_")) and name != "training" and _is_plain(value)
     }
 
 

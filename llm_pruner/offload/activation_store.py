@@ -1,8 +1,7 @@
 """An activation cache: hidden states that wait for their turn, within a number of bytes.
 
-A tensor that does not fit moves into a mapped file. It stays the same tensor object with other
-memory, so its holders see no difference. A file cannot be mapped into an accelerator's memory:
-there, such a tensor is on the CPU until `ActivationStore.restore` brings it back.
+A tensor that does not fit moves into a mapped file; it stays the same tensor object. A file cannot
+be mapped into an accelerator's memory: such a tensor is on the CPU until it is restored.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ SMALL = 2**16  # bytes; smaller tensors are not counted
 class ActivationStore:
     """Keeps tensors within a number of bytes of memory; the others lie in temporary files.
 
-    The files are unlinked as soon as they are mapped, so they vanish with the tensors or with the
-    process.
+    The files are unlinked once they are mapped, so they vanish with the tensors or the process.
 
     Args:
         budget: bytes to keep in memory; no limit if None.
@@ -52,10 +50,10 @@ class ActivationStore:
         for tensor in tensors_in(values):
             if id(tensor) in self._known or tensor.nbytes <= SMALL:
                 continue
-            fits = self._held + tensor.nbytes <= self._budget
-            held = tensor.nbytes if fits or not _owns_its_memory(tensor) else 0
-            self._note(tensor, held)
-            if not held:
+            if self._held + tensor.nbytes <= self._budget or not _owns_its_memory(tensor):
+                self._note(tensor, tensor.nbytes)
+            else:
+                self._note(tensor, 0)
                 tensor.data = self._mapped(tensor)
 
     def restore(self, values: Any, *, for_good: bool = False) -> None:

@@ -1,7 +1,7 @@
 """Models larger than the memory: sequential offload, with many forward passes in step.
 
-`load_streamed` makes a model without weights; `OffloadedStack` is its `LayerStack`. Strategies work
-with it as with any other, as long as they run the model in `LayerStack.run_all`.
+`load_streamed` makes a model without weights; `OffloadedStack` is its `LayerStack`. Strategies have
+to run such a model in `LayerStack.run_all`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,7 +25,7 @@ from ..model.loading import empty_model, load_model, read_model
 from ..results import check_layers
 from ..utils import count_bytes, format_bytes, get_device, logger, quiet_logger
 from .scheduler import Job, Scheduler, running_job
-from .waiting_layers import WAY_OUT, WaitingLayer, before_forward, waiting
+from .waiting_layers import WAY_OUT, before_forward, waiting
 from .weight_store import Stations, Weights, weights_index
 
 if TYPE_CHECKING:
@@ -35,6 +34,10 @@ if TYPE_CHECKING:
 
 ROOM = 3 * 2**28  # bytes beside weights and waiting states: interpreter, libraries, one batch
 T = TypeVar("T")
+# Every offloaded model: where its weights are, and how many bytes the process may take.
+_OFFLOADED: weakref.WeakKeyDictionary[nn.Module, tuple[Weights, int | None]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def load_streamed(
@@ -87,7 +90,7 @@ def load_streamed(
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._buffers[leaf] = buffer.to(target)
     model.register_forward_pre_hook(before_forward, with_kwargs=True)
-    _SOURCES[model] = _Source(Weights(index, target, folder), max_memory)
+    _OFFLOADED[model] = Weights(index, target, folder), max_memory
     model.eval()  # type: ignore[no-untyped-call]
     return model, tokenizer
 
@@ -128,20 +131,15 @@ def layers_of(model: nn.Module, path: str | None = None) -> LayerStack:
         UnsupportedModelError: they are not found, or cannot be offloaded.
         InvalidPlanError: not even one layer fits into the memory allowed.
     """
-    source = _SOURCES.get(model)
-    return LayerStack(model, path) if source is None else OffloadedStack(model, source, path)
+    stack = OffloadedStack if model in _OFFLOADED else LayerStack
+    return stack(model, path)
 
 
 class OffloadedStack(LayerStack):
-    """The layers of a model whose weights stay in the checkpoint.
+    """The layers of a model that `load_streamed` returned; see `LayerStack`.
 
     Forward passes run inside `run_all`. There `bypass` and `observe` concern only the passes of the
     call that uses them.
-
-    Args:
-        model: what `load_streamed` returned.
-        source: where its weights are.
-        path: see `LayerStack`.
 
     Attributes:
         budget: bytes that waiting hidden states may take; None for no limit.
@@ -151,19 +149,16 @@ class OffloadedStack(LayerStack):
         InvalidPlanError: not even one layer fits into the memory allowed.
     """
 
-    def __init__(self, model: nn.Module, source: _Source, path: str | None = None) -> None:
+    def __init__(self, model: nn.Module, path: str | None = None) -> None:
         super().__init__(model, path)
         if len(self.paths) > 1:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has its layers in several lists ({self.paths}), which "
                 "cannot be offloaded: load it whole, without a limit of memory."
             )
-        self._weights = source.weights
+        self._weights, max_memory = _OFFLOADED[model]
         self._stations = Stations(model, self.names, self._weights)
         self._dependent: bool | None = None
-        self.budget = self._left_for_states(source.max_memory)
-
-    def _left_for_states(self, max_memory: int | None) -> int | None:
         sizes = self._stations.sizes
         always = sizes.pop(None, 0)
         least = always + max(sizes.values(), default=0) + ROOM
@@ -174,11 +169,10 @@ class OffloadedStack(LayerStack):
                 f"that all layers need and {format_bytes(ROOM)} are needed to work with. Allow "
                 "that much, or load it with a smaller dtype."
             )
-        return None if max_memory is None else max_memory - least
+        self.budget = None if max_memory is None else max_memory - least
 
     @property
     def device(self) -> torch.device:
-        """Where layers and states are while they are used."""
         return self._weights.device
 
     @property
@@ -188,7 +182,6 @@ class OffloadedStack(LayerStack):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Short hash of the config and of the first values of every tensor in the files."""
         return self._weights.fingerprint(self.model)
 
     @property
@@ -196,7 +189,6 @@ class OffloadedStack(LayerStack):
         return True
 
     def require_weights(self, purpose: str) -> None:
-        """Raise UnsupportedModelError: the weights are not in memory."""
         raise UnsupportedModelError(
             f"The weights of this {type(self.model).__name__} are read from disk layer by layer, "
             f"which does not work for {purpose}. {WAY_OUT}"
@@ -204,7 +196,6 @@ class OffloadedStack(LayerStack):
 
     @property
     def can_bypass(self) -> bool:
-        """Whether layers pass nothing but the hidden state to one another."""
         self.prepare()
         return not self._dependent and self._passes_one_state()
 
@@ -212,7 +203,7 @@ class OffloadedStack(LayerStack):
         """All calls in step, layer by layer; see `LayerStack.run_all`.
 
         Every weight is read once for the first passes of all calls, once for the second ones, and
-        so on. A call may itself use `run_all`. Passes that are `alike` share a layer's result as
+        so on. A call may itself use `run_all`. Calls that are `alike` share a layer's result as
         long as they have bypassed the same layers.
 
         Raises:
@@ -268,7 +259,6 @@ class OffloadedStack(LayerStack):
         return super()._return_forms(path)
 
     def _job(self) -> Job:
-        """The job that runs in this thread."""
         job = running_job()
         if job is None or job.scheduler.stack is not self:
             raise UnsupportedModelError(
@@ -283,8 +273,9 @@ class OffloadedStack(LayerStack):
         removed = check_layers(indices, len(self))
         job = self._job()
         forms = self._return_forms() if removed else []
-        layers = [layer.layer if isinstance(layer, WaitingLayer) else layer for layer in self]
-        job.bypassed = {index: Bypass(layers[index], forms[index]) for index in removed}
+        job.bypassed = {
+            index: Bypass(vars(self[index])["layer"], forms[index]) for index in removed
+        }
         try:
             yield self.model
         finally:
@@ -299,14 +290,3 @@ class OffloadedStack(LayerStack):
             yield
         finally:
             observers.remove(observer)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where an offloaded model's weights are, and how many bytes the process may take."""
-
-    weights: Weights
-    max_memory: int | None
-
-
-_SOURCES: weakref.WeakKeyDictionary[nn.Module, _Source] = weakref.WeakKeyDictionary()

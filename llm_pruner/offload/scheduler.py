@@ -1,10 +1,9 @@
 """Many forward passes in step, so that each weight is read once for all of them.
 
-Passes stop at stations: the embedding, every layer, the head. Every call is a `Job`, a thread of
-its own, of which one runs at any time. The `Scheduler` loads a station's weights, runs the station
-for every pass that waits there, and lets each pass go on to its next station. So the model's own
-forward runs as it is, and whatever travels between the layers stays in its frames. Passes that
-have come the same way share a result.
+Passes stop at stations, in turn: the embedding, every layer, the head. Every call is a `Job`, a
+thread of its own, of which one runs at any time. The `Scheduler` loads a station's weights, runs
+the station for every pass that waits there, and lets each pass go on. So the model's own forward
+runs as it is. Passes that have come the same way share a result.
 """
 
 from __future__ import annotations
@@ -40,8 +39,6 @@ class Scheduler:
         budget: bytes that waiting states may take; None for no limit.
 
     Attributes:
-        stack: the layers.
-        store: of the states that wait.
         turn: a job releases it to let the scheduler go on.
         stopping: whether waiting jobs have to end.
     """
@@ -93,13 +90,11 @@ class Scheduler:
     def _next_stations(self) -> Iterator[int]:
         """The stations where jobs wait, round after round, until none does."""
         station = EMBEDDING - 1
-        while busy := self._busy():
+        while self._new or any(self._waiting.values()):
+            busy = [other for other, heap in self._waiting.items() if heap]
+            busy += [EMBEDDING] if self._new else []
             station = min((other for other in busy if other > station), default=min(busy))
             yield station
-
-    def _busy(self) -> set[int]:
-        stations = {station for station, heap in self._waiting.items() if heap}
-        return stations | {EMBEDDING} if self._new else stations
 
     def _serve_all(self, station: int) -> None:
         heap = self._waiting.setdefault(station, [])
@@ -172,7 +167,6 @@ class Job:
         group: an object that calls which are alike have in common; None for a call of its own.
         trace: what its passes have done: i where one ran layer i, ~i where one bypassed it.
         bypassed: bypasses, by layer.
-        observers: functions that see what goes in and out of the layers.
         borrows: below this layer it takes any result of its group; None: only where safe.
         records: where to note every layer's arguments and result; None for nowhere.
         station: where it waits.
@@ -208,7 +202,7 @@ class Job:
     @property
     def way(self) -> Any:
         """Equal for jobs whose passes have come the same way; None if it shares nothing."""
-        return None if self.group is None else (id(self.group), self.trace)
+        return None if self.group is None else (self.group, self.trace)
 
     def skips(self, index: int) -> bool:
         """Whether it does not run the layer: bypassed, or its result taken from another job."""
@@ -303,7 +297,6 @@ class _Result:
 
     Attributes:
         answer: what it returned, or raised.
-        station: where.
         pure: whether it left its inputs unchanged.
         marks: those of the answer, when it was new.
     """

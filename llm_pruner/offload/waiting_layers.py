@@ -1,8 +1,7 @@
 """What an offloaded model runs in place of its layers: each pass waits there for its turn.
 
-The model's own forward runs unmodified. Only its layers, embedding and head are replaced while
-`OffloadedStack.run_all` is at work. Bypassed layers and observers belong to the job that asked for
-them, and take effect here.
+The model's own forward runs unmodified: only layers, embedding and head are replaced. Bypasses and
+observers belong to the job that asked for them, and take effect here.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..model.bypass import BYPASS_ANSWERS, hidden_in, hidden_out, with_hidden
-from .scheduler import Job, running_job
+from .scheduler import running_job
 from .weight_store import ends_of
 
 WAY_OUT = (
@@ -36,7 +35,8 @@ class WaitingLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer returns, or its bypass, when it is this pass's turn."""
         index: int = self.__dict__["index"]
-        job = _this_job()
+        job = running_job()
+        assert job is not None
         if index in job.bypassed:
             job.trace = (*job.trace, ~index)
             if job.group is not None:  # the pass may change its own state, not that of others
@@ -80,24 +80,20 @@ def waiting(model: nn.Module, layers: nn.ModuleList) -> Iterator[None]:
 @contextmanager
 def _waiting_module(module: nn.Module, station: int) -> Iterator[None]:
     """Inside the block the embedding or the head waits for its turn before it runs."""
-    forward, before = module.forward, dict(vars(module))
+    forward, replaced = module.forward, "forward" in vars(module)
 
     def wait(*args: Any, **kwargs: Any) -> Any:
-        return _this_job().ask(station, forward, args, kwargs)
+        job = running_job()
+        assert job is not None
+        return job.ask(station, forward, args, kwargs)
 
     module.forward = wait
     try:
         yield
     finally:
         del module.forward
-        if "forward" in before:
-            module.forward = before["forward"]
-
-
-def _this_job() -> Job:
-    job = running_job()
-    assert job is not None
-    return job
+        if replaced:
+            module.forward = forward
 
 
 def before_forward(model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

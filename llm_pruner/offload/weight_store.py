@@ -1,16 +1,15 @@
 """The weights of an offloaded model, read from its checkpoint when a pass needs them.
 
-A pass stops at stations, in turn: the embedding, every layer, the head. A parameter that only one
-station needs is in memory while passes are there. One that several stations need, or an unknown
-part of the model, is always in memory. At all other times an empty parameter on the meta device
-takes its place.
+A parameter that only one station needs (see `Scheduler`) is in memory while passes are there. One
+that several stations need, or an unknown part of the model, is always in memory. At all other times
+an empty parameter on the meta device takes its place.
 """
 
 from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,18 +42,17 @@ class Weights:
         self,
         index: dict[str, dict[str, str]],
         device: torch.device,
-        folder: tempfile.TemporaryDirectory[str] | None = None,
+        folder: tempfile.TemporaryDirectory[str],
     ) -> None:
         self._index, self.device, self._folder = index, device, folder
         self.bytes_read = 0
 
-    def name_of(self, names: Iterable[str]) -> str:
+    def name_of(self, names: Sequence[str]) -> str:
         """The one of a tensor's `names` in the model under which it is stored.
 
         Raises:
             LoadError: it is stored under none of them.
         """
-        names = list(names)
         for name in names:
             if name in self._index:
                 return name
@@ -71,7 +69,7 @@ class Weights:
                 digest.update(first.numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The tensors of these names; every file is opened once.
 
         Raises:
@@ -82,7 +80,7 @@ class Weights:
         for name in names:
             files.setdefault(self._index[name]["safetensors_file"], []).append(name)
         for file, inside in files.items():
-            written = self._folder is not None and file.startswith(self._folder.name)
+            written = file.startswith(self._folder.name)
             try:
                 with safe_open(file, framework="pt") as opened:
                     for name in inside:
@@ -97,7 +95,7 @@ class Weights:
                     f"Cannot read {file!r} any more: {error}. Keep the checkpoint where it is "
                     "while it is scored, and load it again."
                 ) from error
-        return [found[name] for name in names]
+        return found
 
 
 class Stations:
@@ -112,7 +110,7 @@ class Stations:
     def __init__(self, model: nn.Module, names: LayerNames, weights: Weights) -> None:
         self._model, self._weights = model, weights
         self._groups: dict[int | None, list[_Parameter]] = {}
-        for parameter in _parameters(model, names, weights.name_of):
+        for parameter in _parameters(model, names, weights):
             self._groups.setdefault(parameter.station, []).append(parameter)
         for tower in self._groups.pop(TOWERS, []):  # never needed, but models ask for their device
             if tower.empty.is_floating_point():
@@ -131,10 +129,10 @@ class Stations:
     def loaded(self, station: int | None) -> Iterator[None]:
         """Inside the block a station's weights are in memory; of None, those needed everywhere."""
         group = self._groups.get(station, [])
-        tensors = self._weights.read([parameter.name for parameter in group])
+        tensors = self._weights.read(parameter.name for parameter in group)
         for parameter in group:
             requires_grad = parameter.empty.requires_grad  # some kernels depend on it
-            parameter.put(nn.Parameter(tensors.pop(0), requires_grad))
+            parameter.put(nn.Parameter(tensors.pop(parameter.name), requires_grad))
         try:
             yield
         finally:
@@ -143,7 +141,8 @@ class Stations:
 
     def check_untouched(self) -> None:
         """Raise UnsupportedModelError if the model has changed weights that are not in memory."""
-        changed = [p.name for group in self._groups.values() for p in group if p.is_changed()]
+        every = (parameter for group in self._groups.values() for parameter in group)
+        changed = [one.name for one in every if one.empty._version != one.version]
         if changed:
             raise UnsupportedModelError(
                 f"{type(self._model).__name__} changes its own weights as it runs ({changed[0]}), "
@@ -165,13 +164,8 @@ class _Parameter:
         for owner, leaf in self.owners:
             owner._parameters[leaf] = parameter
 
-    def is_changed(self) -> bool:
-        return self.empty._version != self.version
 
-
-def _parameters(
-    model: nn.Module, layers: LayerNames, name_of: Callable[[Iterable[str]], str]
-) -> Iterator[_Parameter]:
+def _parameters(model: nn.Module, layers: LayerNames, weights: Weights) -> Iterator[_Parameter]:
     """The parameters that are not in memory, and where they belong."""
     ends = {
         id(module): station
@@ -193,7 +187,7 @@ def _parameters(
         station = stations.pop() if len(stations) == 1 else None
         if all(any(tower in name for tower in OTHER_TOWERS) for name in names):
             station = TOWERS
-        yield _Parameter(parameter, owners, name_of(names), station, parameter._version)
+        yield _Parameter(parameter, owners, weights.name_of(names), station, parameter._version)
 
 
 def ends_of(model: Any, depth: int) -> dict[int, nn.Module]:
