@@ -19,7 +19,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .atomic_output import FIGURES, PAGE_FILE, PLAN_FILE, clear_checkpoints, hold_output
+from .atomic_output import FIGURES, PAGE_FILE, clear_checkpoints, hold_output
 from .cli_arguments import Request, check_request, parse_request
 from .distributed import group, launched, on_first, one_only, rank, reported_by_first
 from .errors import InvalidPlanError, LLMPrunerError, UnknownNameError
@@ -143,12 +143,12 @@ def _prune_on_disk(request: Request) -> None:
 
 def _copy_on_disk(request: Request, plan: PruningPlan | Sequence[int]) -> None:
     """Prune the checkpoint on disk, and print what was written."""
-    from .checkpoint.on_disk import prune_checkpoint
+    from .checkpoint.on_disk import prune_on_disk
 
     if request.verify:
         _silence_transformers(request)
-    manifest = on_first(
-        lambda: prune_checkpoint(
+    saved, manifest = on_first(
+        lambda: prune_on_disk(
             request.model,
             plan,
             request.output,
@@ -158,12 +158,8 @@ def _copy_on_disk(request: Request, plan: PruningPlan | Sequence[int]) -> None:
             trust_remote_code=request.trust_remote_code,
         )
     )
-    _print_saved(request, lambda saved: manifest_text(manifest, saved, request.output))
-
-
-def _print_saved(request: Request, text: Callable[[PruningPlan], str]) -> None:
-    saved = on_first(lambda: PruningPlan.load(Path(request.output) / PLAN_FILE))
-    print(saved.to_json() if request.json else text(saved), end="")
+    text = manifest_text(manifest, saved, request.output)
+    print(saved.to_json() if request.json else text, end="")
 
 
 def _silence_transformers(request: Request) -> None:

@@ -75,6 +75,31 @@ def prune_checkpoint(
         OutputError: the output exists, or cannot be written.
         VerificationError: the output is not what it should be; nothing is left of it.
     """
+    _, manifest = prune_on_disk(
+        model_id,
+        layers,
+        output_dir,
+        revision=revision,
+        overwrite=overwrite,
+        link=link,
+        verify=verify,
+        trust_remote_code=trust_remote_code,
+    )
+    return manifest
+
+
+def prune_on_disk(
+    model_id: str | Path,
+    layers: Sequence[int] | PruningPlan,
+    output_dir: str | Path,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
+    link: bool = False,
+    verify: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[PruningPlan, Manifest]:
+    """`prune_checkpoint`, and the plan as it was carried out."""
     check_output(output_dir, overwrite=overwrite)
     source = open_source(model_id, revision)
     checkpoint = read_checkpoint(source)
@@ -117,7 +142,7 @@ def prune_checkpoint(
 
             _, auto, _ = model_class(str(stage), trust_remote_code=trust_remote_code)
             load_cleanly(stage, auto, trust_remote_code=trust_remote_code)
-    return manifest
+    return plan, manifest
 
 
 def _checked_plan(
