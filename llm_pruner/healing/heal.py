@@ -53,10 +53,8 @@ def heal_model(
         stack: the layers of the original model, the teacher.
         removed: the 0-based layers that `pruned` lacks.
         pruned: the pruned model, from ``stack.remove(removed)``.
-        tokenizer: the model's tokenizer.
         heal: ``none``, ``linear`` or ``lora``.
         heal_data: items to heal with, at least 20.
-        lora: how to train.
 
     Returns:
         The healed model (`pruned` itself if nothing helped), and the record: ``method``; held-out

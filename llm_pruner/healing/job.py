@@ -31,12 +31,10 @@ class HealingJob:
     Attributes:
         stack: the layers of the original model, the teacher.
         removed: the 0-based layers that the pruned model lacks.
-        tokenizer: the model's tokenizer.
         train: sequences to heal with.
         validation: batches that tune a healer: its ridge, its best training step.
         held_out: batches that judge the result and serve no other purpose.
         items_key: fingerprint of all items.
-        lora: how to train.
     """
 
     stack: LayerStack

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain, pairwise
 from typing import Any
 
@@ -49,8 +50,8 @@ def heal_linear(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
     are weighted; the ridge pulls towards no change, and is chosen on validation tokens.
 
     Args:
-        job: fits on ``train`` and chooses the ridge on ``validation``. Of all their tokens, the
-            states of two layers are kept at a time, one of either model, on the CPU.
+        job: fits on ``train`` and chooses the ridge on ``validation``. The states of all their
+            tokens at one layer of either model are kept on the CPU.
         pruned: the pruned model; not changed.
 
     Returns:
@@ -94,16 +95,15 @@ def heal_linear(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
                     parts[writer.part] = ridge
         if parts:
             after = batch_nll(healed, job.validation)
-            better = after < loss
-            if better:
+            fit = {"layer": kept[index], "parts": parts, "error": error}
+            records.append({**fit, "loss": after, "kept": after < loss})
+            note = "" if after < loss else ", undone"
+            logger.info("Layer %d: validation loss %.4f%s", kept[index], after, note)
+            if after < loss:
                 loss = after
             else:
                 for module, parameters in before:
                     module._parameters.update(parameters)
-            fit = {"layer": kept[index], "parts": parts, "error": error}
-            records.append({**fit, "loss": after, "kept": better})
-            note = "" if better else ", undone"
-            logger.info("Layer %d: validation loss %.4f%s", kept[index], after, note)
         for run in chain(*pairs):
             run.advance(index)
     return healed, {"layers": records}
@@ -112,7 +112,7 @@ def heal_linear(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
 class _Run:
     """A model on the same batches again and again, one layer of the pruned model after another.
 
-    `spans` are, for each layer of the pruned model, the first and last layer of `stack` it covers.
+    A layer of the pruned model spans one or more layers of `stack`, from a first to a last.
     """
 
     def __init__(
@@ -128,20 +128,16 @@ class _Run:
             self._entering[number] = self._leaving(number, *self._spans[index]).cpu()
 
     def stream_after(self, writer: Writer, index: int, number: int) -> torch.Tensor:
-        """The residual stream of a batch after one part of a layer, (sequences, tokens, hidden).
-
-        After the layer's last part that is the stream after the whole span.
-        """
+        """The stream of a batch after one part of a layer; after its last part, of the span."""
         first, last = self._spans[index]
         later: list[torch.Tensor] = []
-
-        def collect(scale: float) -> Callable[..., None]:
-            return lambda module, args, output: later.append(scale * hidden_out(output))
-
         with ExitStack() as hooks:
             for other in writer.later:
                 part = self._stack[first].get_submodule(other.part)
-                hooks.enter_context(hooked(part, collect(other.scale)))
+                collect = partial(
+                    lambda by, m, a, out: later.append(by * hidden_out(out)), other.scale
+                )
+                hooks.enter_context(hooked(part, collect))
             stream = self._leaving(number, first, first if writer.later else last)
         for added in later:
             stream = stream - added.view_as(stream)
@@ -199,15 +195,13 @@ def _refit(
 
 
 class _Sums:
-    """H'QH, H'Q(T - X) and the weighted square of T - X, per token.
-
-    Args:
-        tokens: for each batch the features H (tokens, features), the deviations T - X (tokens,
-            hidden) and the weights Q (tokens, 1); float64.
-        is_map: whether every feature acts on every channel, or only on its own (a gain).
-    """
+    """H'QH, H'Q(T - X) and the weighted square of T - X, per token."""
 
     def __init__(self, tokens: Iterator[tuple[torch.Tensor, ...]], is_map: bool) -> None:
+        """Take in H (tokens, features), T - X (tokens, hidden) and Q (tokens, 1), by batch.
+
+        With `is_map` every feature acts on every channel; otherwise only on its own (a gain).
+        """
         self._is_map, count = is_map, 0
         gram = cross = square = torch.zeros((), dtype=torch.float64)
         for features, deviation, weight in tokens:
@@ -227,7 +221,7 @@ class _Sums:
         diagonal = self._gram.diagonal().mean()
         if not diagonal > 0:
             return None
-        eye = torch.eye(len(self._gram), dtype=self._gram.dtype, device=self._gram.device)
+        eye = torch.eye(len(self._gram)).to(self._gram)
         factor, failed = torch.linalg.cholesky_ex(self._gram + ridge * diagonal * eye)
         return None if failed else torch.cholesky_solve(self._cross, factor)
 

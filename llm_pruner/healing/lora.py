@@ -1,7 +1,6 @@
 """Healing by training: low-rank adapters that learn from the full model, merged at the end.
 
-Training is `transformers.Trainer`'s: mixed precision, accumulation, training checkpoints, several
-processes. Import this module only where it is used: the trainer is slow to load.
+Import this module only where it is used: `transformers.Trainer` is slow to load.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ def heal_lora(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
     Adapters (peft) sit on every linear map of the layers. The state with the lowest validation
     loss is merged, and training stops early when that loss stops falling.
 
-    Under ``torchrun`` or ``accelerate launch`` every process trains on its portion of the batches,
-    and all return the same model.
+    Several processes each train on their portion of the batches and return the same model.
 
     Returns:
         The healed model, and ``steps`` done and ``best_step``.
@@ -123,13 +121,8 @@ class DistillationTrainer(Trainer):
 
     def __init__(self, job: HealingJob, student: Any, arguments: TrainingArguments) -> None:
         data: dict[str, Any] = {"train_dataset": job.train, "eval_dataset": job.validation}
-        super().__init__(
-            model=student,
-            args=arguments,
-            data_collator=self._collate,
-            callbacks=[EarlyStoppingCallback(job.lora.patience), _Progress()],
-            **data,
-        )
+        callbacks = [EarlyStoppingCallback(job.lora.patience), _Progress()]
+        super().__init__(student, arguments, self._collate, callbacks=callbacks, **data)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # our loss is a mean already
         self._job = job
@@ -181,13 +174,10 @@ class DistillationTrainer(Trainer):
             loss = batch_nll(model, self._job.validation)
         except NonFiniteError as error:
             raise self._not_finite("validation loss is not finite") from error
-        step, steps = self.state.global_step, self.state.max_steps
-        logger.info("Step %d of %d: validation loss %.4f", step, steps, loss)
-        metrics = {"eval_loss": loss}
+        state, metrics = self.state, {"eval_loss": loss}
+        logger.info("Step %d of %d: validation loss %.4f", state.global_step, state.max_steps, loss)
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
+        self.control = self.callback_handler.on_evaluate(self.args, state, self.control, metrics)
         return metrics
 
 

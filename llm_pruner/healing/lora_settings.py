@@ -76,9 +76,6 @@ class LoraSettings:
 
 
 def default_rate(config: Any) -> float:
-    """The usual 2e-4 of LoRA at a hidden size of 4,096, scaled by 1 / sqrt(hidden size).
-
-    1.1e-3 at 128.
-    """
+    """LoRA's usual 2e-4 at a hidden size of 4,096, scaled by 1 / sqrt(hidden size)."""
     size: int = config.get_text_config().hidden_size
     return 2e-4 * math.sqrt(4096 / size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,8 +66,6 @@ def run_layers(
     Both are (sequences, tokens, hidden), padding included.
 
     Args:
-        stack: the layers.
-        batch: the tokens.
         first, last: 0-based, both included.
         entering: what enters layer `first`, if known. Without it, or where a pass cannot start
             there (`LayerStack.can_replay`), all layers below run too.
@@ -101,7 +100,7 @@ def find_writers(stack: LayerStack, index: int) -> list[Writer]:
     """The parts that layer `index` adds to the residual stream, in the order of addition.
 
     Parts added at once (attention and feed-forward network side by side) come in the order of
-    computation. Empty for a layer that does not end in a sum, as where a norm follows (post-norm).
+    computation. None in a layer that does not end in a sum, as where a norm follows (post-norm).
     """
     return _Trial(stack, index).writers()
 
@@ -117,11 +116,11 @@ class _Trial:
         _ = stack.can_replay  # tested by passes of its own, which must run unchanged
         outputs: dict[str, list[torch.Tensor]] = {}  # module -> outputs, in order of execution
 
-        def record(name: str) -> Change:
-            return lambda output: outputs.setdefault(name, []).append(output)
+        def record(name: str, output: torch.Tensor) -> None:
+            outputs.setdefault(name, []).append(output)
 
         names = [name for name, _ in self._layer.named_modules() if name]
-        base = self._run({name: record(name) for name in names})
+        base = self._run({name: partial(record, name) for name in names})
         # A module that runs twice makes no part by itself.
         self._names = [
             name
@@ -149,10 +148,9 @@ class _Trial:
 
         In order of execution; the modules `zeroed` add nothing.
         """
-        still = self._leaving(zeroed)
-        scales: dict[str, float] = {}
+        still, shift = self._leaving(zeroed), self._shift.double()
         exact = self._shift.dtype in (torch.float32, torch.float64)
-        shift = self._shift.double()
+        scales: dict[str, float] = {}
         for name in [name for name in self._names if name not in zeroed]:
             moved = (self._leaving(zeroed, name) - still).double()
             scale = float((moved * shift).sum() / shift.square().sum())
@@ -169,20 +167,17 @@ class _Trial:
         return self._run(changes)
 
     def _run(self, changes: Mapping[str, Change]) -> torch.Tensor:
-        def hook(change: Change) -> Callable[..., Any]:
-            def call(module: nn.Module, args: Any, output: Any) -> Any:
-                whole = output[0] if isinstance(output, tuple) and output else output
-                changed = change(whole) if isinstance(whole, torch.Tensor) else None
-                if changed is None or whole is output:
-                    return changed
-                build: Callable[..., Any] = getattr(type(output), "_make", tuple)  # a named tuple
-                return build([changed, *output[1:]])
-
-            return call
+        def hook(change: Change, module: nn.Module, args: Any, output: Any) -> Any:
+            whole = output[0] if isinstance(output, tuple) and output else output
+            changed = change(whole) if isinstance(whole, torch.Tensor) else None
+            if changed is None or whole is output:
+                return changed
+            build: Callable[..., Any] = getattr(type(output), "_make", tuple)  # a named tuple
+            return build([changed, *output[1:]])
 
         with ExitStack() as hooks:
             for name, change in changes.items():
-                hooks.enter_context(hooked(self._layer.get_submodule(name), hook(change)))
+                hooks.enter_context(hooked(self._layer.get_submodule(name), partial(hook, change)))
             self._entering, leaving = run_layers(
                 self._stack, self._batch, self._index, self._index, self._entering
             )

@@ -65,7 +65,6 @@ def search_in_rounds(
     the full one by more than the tolerance is rolled back and ends the search.
 
     Args:
-        stack: the layers of the full model.
         quality_of: makes the measuring instrument for the layers of a model.
         heal_without: makes the healed model without a set of layers, and the healing record.
         candidates: 0-based layers of the full model that may be removed.
@@ -126,5 +125,4 @@ def _in_full_model(step: Step, kept: Sequence[int], removed: Sequence[int]) -> S
     if "layer" in step:
         renamed["layer"] = kept[step["layer"]]
         renamed["tried"] = {str(kept[int(i)]): value for i, value in step["tried"].items()}
-    renamed |= {name: [kept[i] for i in step[name]] for name in ("out", "in") if name in step}
-    return renamed
+    return renamed | {name: [kept[i] for i in step[name]] for name in ("out", "in") if name in step}
