@@ -155,32 +155,27 @@ def _run(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> dict[str,
 
 
 def _timed(runs: Sequence[Sequence[dict[str, float]]], size: int, note: str) -> list[Comparison]:
+    """Medians of the runs of both models, and the range of their paired differences."""
     batch = f", batch {size}"
-    timed = [
-        _measured(f"prefill{batch}", "tokens/s", runs, "prefill", True, note),
-        _measured(f"decode{batch}", "tokens/s", runs, "decode", True, note),
-    ]
-    if size == 1:
-        timed.append(_measured("time to first token", "ms", runs, "first", False, note))
-    if "peak" in runs[0][0]:
-        note = f"{note}; a model's own weights and what it allocates on top"
-        timed.append(_measured(f"peak memory{batch}", "MB", runs, "peak", False, note))
+    rows = [
+        ("prefill", f"prefill{batch}", "tokens/s", True, note),
+        ("decode", f"decode{batch}", "tokens/s", True, note),
+        ("first", "time to first token", "ms", False, note),
+        ("peak", f"peak memory{batch}", "MB", False,
+         f"{note}; a model's own weights and what it allocates on top"),
+    ]  # fmt: skip
+    timed = []
+    for key, name, unit, better, note in rows:
+        if key not in runs[0][0] or (key == "first" and size > 1):
+            continue
+        before, after = ([run[key] for run in of_model] for of_model in runs)
+        changes = [new - old for old, new in zip(before, after, strict=True)]
+        low, high = (min(changes), max(changes)) if len(changes) >= ENOUGH else (None, None)
+        values = statistics.median(before), statistics.median(after)
+        timed.append(
+            Comparison(name, "speed", unit, *values, better, len(changes), low, high, note=note)
+        )
     return timed
-
-
-def _measured(
-    name: str,
-    unit: str,
-    runs: Sequence[Sequence[dict[str, float]]],
-    key: str,
-    better: bool,
-    note: str,
-) -> Comparison:
-    before, after = ([run[key] for run in of_model] for of_model in runs)
-    changes = [new - old for old, new in zip(before, after, strict=True)]
-    low, high = (min(changes), max(changes)) if len(changes) >= ENOUGH else (None, None)
-    values = statistics.median(before), statistics.median(after)
-    return Comparison(name, "speed", unit, *values, better, len(changes), low, high, note=note)
 
 
 def machine(model: torch.nn.Module) -> dict[str, Any]:

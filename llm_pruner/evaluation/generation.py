@@ -127,13 +127,11 @@ class ModelEvaluator:
         known = [[item["reference"], *filter(None, item.get("aliases") or ())] for item in items]
         texts = sorted({*chain(*known), *filter(None, answers)})
         vectors = dict(zip(texts, embed(texts, self.embedder or load_embedder()), strict=True))
-
-        def best(answer: str, accepted: Sequence[str]) -> float:
-            dots = [float(vectors[answer] @ vectors[text]) for text in accepted]
-            return min(1.0, max(dots))  # rounding may exceed 1
-
-        pairs = zip(answers, known, strict=True)
-        return [best(answer, accepted) if answer else 0.0 for answer, accepted in pairs]
+        scores = []
+        for answer, accepted in zip(answers, known, strict=True):
+            dots = [float(vectors[answer] @ vectors[text]) for text in accepted if answer]
+            scores.append(min(1.0, max(dots, default=0.0)))  # rounding may exceed 1
+        return scores
 
 
 def greedy(
@@ -183,11 +181,10 @@ def _refuse_nan(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer, by the tokenizer and by the checkpoint."""
-    ends: set[int] = set()
-    for owner in (tokenizer, getattr(model, "generation_config", None)):
-        value = getattr(owner, "eos_token_id", None)
-        ends.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
-    return sorted(ends)
+    owners = tokenizer, getattr(model, "generation_config", None)
+    values = [getattr(owner, "eos_token_id", None) for owner in owners]
+    listed = [value if isinstance(value, list | tuple) else [value] for value in values]
+    return sorted({*chain(*listed)} - {None})
 
 
 def question_items(eval_data: Sequence[EvalItem]) -> list[dict[str, Any]]:

@@ -18,6 +18,8 @@ from .token_measures import PreparedBatch, token_sums
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MAX_NLL = 700.0  # nats per token; beyond, exp overflows
+
 
 def sequence_nll(
     model: torch.nn.Module, batches: Iterable[Batch]
@@ -107,17 +109,16 @@ def perplexity(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     eval_data: Sequence[EvalItem],
-    *,
-    batch_size: int = 8,
-    max_length: int = 512,
+    **options: int,
 ) -> float:
-    """``exp`` of `mean_nll`: 1 is perfect, the size of the vocabulary is pure guessing.
+    """``exp`` of `mean_nll`, which takes the same arguments.
+
+    1 is perfect, the size of the vocabulary is pure guessing.
 
     Raises:
-        InvalidDataError: the data cannot be used.
-        NonFiniteError: the model gives NaN or infinite likelihoods, or ``exp`` overflows.
+        NonFiniteError: also where ``exp`` overflows.
     """
-    nll = mean_nll(model, tokenizer, eval_data, batch_size=batch_size, max_length=max_length)
-    if nll > 700:
+    nll = mean_nll(model, tokenizer, eval_data, **options)
+    if nll > MAX_NLL:
         raise NonFiniteError(f"A mean loss of {nll:.0f} nats has no perplexity: use mean_nll.")
     return math.exp(nll)

@@ -11,7 +11,6 @@ import copy
 import difflib
 import importlib.util
 import io
-import logging
 import math
 import random
 import statistics
@@ -36,7 +35,7 @@ from ..errors import (
 from ..model.forward import HINT, evaluating
 from ..results import Comparison
 from ..stats import paired_interval
-from ..utils import at_least_one
+from ..utils import at_least_one, quiet_logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -173,51 +172,41 @@ def compare_results(
             f"Results of different tasks ({', '.join(before)}; {', '.join(after)}): run both "
             "models on the same tasks."
         )
-    pairs = zip(before.values(), after.values(), strict=True)
-    return [comparison for pair in pairs for comparison in _compare(*pair)]
-
-
-def _compare(before: TaskResult, after: TaskResult) -> Iterator[Comparison]:
-    for part in ("items", "version", "settings"):
-        one, other = getattr(before, part), getattr(after, part)
-        if one != other:
-            raise InvalidDataError(
-                f"Two results of {before.name!r} differ in {part} ({one!r:.60}, {other!r:.60}): "
-                "run both models on the same task with the same settings."
-            )
-    settings = before.settings
-    for metric, scores in before.scores.items():
-        sides = [torch.tensor(one.scores[metric], dtype=torch.float64) for one in (before, after)]
-        low, high = paired_interval(*sides)
-        yield Comparison(
-            name=f"{before.name} ({metric})",
-            group="tasks",
-            unit="",
-            before=before.means[metric],
-            after=after.means[metric],
-            higher_is_better=True,
-            count=len(scores),
-            low=low,
-            high=high,
-            floor=before.floors.get(metric),
-            note=f"lm-eval {settings['lm_eval']}, version {before.version}, "
-            f"{settings['num_fewshot']} examples",
+    comparisons = []
+    for one, other in zip(before.values(), after.values(), strict=True):
+        for part in ("items", "version", "settings"):
+            parts = getattr(one, part), getattr(other, part)
+            if parts[0] != parts[1]:
+                raise InvalidDataError(
+                    f"Two results of {one.name!r} differ in {part} ({parts[0]!r:.60}, "
+                    f"{parts[1]!r:.60}): run both models on the same task with the same settings."
+                )
+        note = (
+            f"lm-eval {one.settings['lm_eval']}, version {one.version}, "
+            f"{one.settings['num_fewshot']} examples"
         )
+        for metric, scores in one.scores.items():
+            pair = torch.tensor([scores, other.scores[metric]], dtype=torch.float64)
+            low, high = paired_interval(pair[0], pair[1])
+            comparisons.append(Comparison(
+                f"{one.name} ({metric})", "tasks", "", one.means[metric], other.means[metric],
+                True, len(scores), low, high, one.floors.get(metric), note,
+            ))  # fmt: skip
+    return comparisons
 
 
 def _load(task: Task, folder: Path | None) -> dict[str, Any]:
     """The tasks that `task` stands for, by name, as objects of lm-eval with their items."""
     named = isinstance(task, str) and not task.endswith((".yaml", ".yml"))
-    spec: Any = task if isinstance(task, str) else copy.deepcopy(dict(task))
-    if named:
-        _check_name(str(task))
-        spec = task if folder is None else _with_rows(str(task), folder)
-    name = task if isinstance(task, str) else task.get("task", "(a dict without 'task')")
+    source = f" from folder {str(folder)!r}" if named and folder else ""
+    if isinstance(task, str):
+        name, spec = task, _named(task, folder) if named else task
+    else:
+        name, spec = task.get("task", "(a dict without 'task')"), copy.deepcopy(dict(task))
     try:
         loaded: dict[str, Any] = _manager(named).load([spec])["tasks"]
     except Exception as error:  # whatever datasets, jinja2 or a task's own code raise
         reason = " ".join(str(error).split())
-        source = "" if folder is None or not named else f" from folder {str(folder)!r}"
         raise LoadError(
             f"Cannot load task {name!r}{source}: {type(error).__name__}: {reason:.300} Rows need "
             "the fields of the task's own dataset. Without a network give a folder with a file "
@@ -234,22 +223,18 @@ def _manager(defaults: bool) -> Any:
     return TaskManager(include_defaults=defaults)
 
 
-def _check_name(name: str) -> None:
-    known = _manager(True).all_tasks
-    if name not in known:
+def _named(name: str, folder: Path | None) -> str | dict[str, Any]:
+    """A task that comes with lm-eval: its name, or a definition that reads items from a folder."""
+    manager = _manager(True)
+    if name not in (known := manager.all_tasks):
         near = difflib.get_close_matches(name, known, n=3)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise UnknownNameError(
             f"lm-eval has no task {name!r}.{hint} All {len(known)}: lm-eval ls tasks."
         )
-
-
-def _with_rows(name: str, folder: Path) -> dict[str, Any]:
-    """The definition of a task that reads its items from a file in a folder.
-
-    Within a group a dict builds on the task it names; alone it does not.
-    """
-    if name not in _manager(True).all_subtasks:
+    if folder is None:
+        return name
+    if name not in manager.all_subtasks:
         raise InvalidDataError(
             f"{name!r} is a group of tasks of lm-eval: with your own items name single tasks."
         )
@@ -268,6 +253,7 @@ def _with_rows(name: str, folder: Path) -> dict[str, Any]:
         "training_split": None,
         "fewshot_split": "test",
     }
+    # Within a group a dict builds on the task it names; alone it does not.
     return {"group": f"{name} of {folder.name}", "task": [{"task": name, **rows}]}
 
 
@@ -282,8 +268,13 @@ def _evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    def refuse_nan(_module: Any, _args: Any, output: Any) -> None:
+        if bool(output.logits[:, -1].isnan().any()):  # of a batch's last token, as in generation
+            raise NonFiniteError(f"The model's logits are NaN: its weights or {HINT}")
+
     own = copy.deepcopy(tokenizer)  # it is given a padding token
-    with evaluating(model), _refusing_nan(model):
+    with evaluating(model), contextlib.ExitStack() as cleanup:
+        cleanup.callback(model.register_forward_hook(refuse_nan).remove)
         lm = HFLM(pretrained=model, tokenizer=own, batch_size=batch_size)
         try:
             found: dict[str, Any] | None = simple_evaluate(
@@ -325,9 +316,8 @@ def _result(name: str, found: Mapping[str, Any], shared: Mapping[str, Any]) -> T
         if not kind or not found["higher_is_better"][name].get(metric):
             continue
         values = [sample[metric] for sample in by_filter[kind]]
-        if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in values):
-            continue
-        if not math.isclose(math.fsum(values) / len(values), mean, abs_tol=1e-9):
+        numbers = all(isinstance(value, int | float) and 0 <= value <= 1 for value in values)
+        if not numbers or not math.isclose(statistics.fmean(values), mean, abs_tol=1e-9):
             continue  # not the mean of its items
         shown = metric if kind == "none" else f"{metric} ({kind})"
         scores[shown] = list(map(float, values))
@@ -339,14 +329,9 @@ def _result(name: str, found: Mapping[str, Any], shared: Mapping[str, Any]) -> T
             f"{', '.join(found['higher_is_better'][name])}): leave it out. For running text use "
             "perplexity()."
         )
-    return TaskResult(
-        name=name,
-        scores=scores,
-        items=[str(sample["doc_hash"]) for sample in next(iter(by_filter.values()))],
-        floors=floors,
-        version=str(found["versions"][name]),
-        settings={"num_fewshot": found["n-shot"][name], **shared},
-    )
+    items = [str(sample["doc_hash"]) for sample in next(iter(by_filter.values()))]
+    settings = {"num_fewshot": found["n-shot"][name], **shared}
+    return TaskResult(name, scores, items, floors, str(found["versions"][name]), settings)
 
 
 def _chance(sample: Mapping[str, Any]) -> float:
@@ -371,39 +356,18 @@ def _check_finite(name: str, samples: Sequence[Mapping[str, Any]]) -> None:
 
 
 @contextlib.contextmanager
-def _refusing_nan(model: torch.nn.Module) -> Iterator[None]:
-    """Raise NonFiniteError if the logits of a batch's last token are NaN, as in generation."""
-
-    def check(_module: Any, _args: Any, output: Any) -> None:
-        if bool(output.logits[:, -1].isnan().any()):
-            raise NonFiniteError(f"The model's logits are NaN: its weights or {HINT}")
-
-    handle = model.register_forward_hook(check)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
 def _contained(seed: int) -> Iterator[None]:
-    """lm-eval kept to itself: seeded without effect on others, silent but for errors.
-
-    Its progress bars are shown on a terminal only.
-    """
+    """lm-eval seeded without effect on others, silent but for errors, bars on a terminal only."""
     import numpy
 
-    states, logger = (random.getstate(), numpy.random.get_state()), logging.getLogger("lm_eval")
-    level, shown = logger.level, sys.stderr.isatty()
+    states = random.getstate(), numpy.random.get_state()
+    shown = sys.stderr.isatty()
     silence = contextlib.nullcontext() if shown else contextlib.redirect_stderr(io.StringIO())
-    with torch.random.fork_rng(), silence:
-        random.seed(seed)
-        numpy.random.seed(seed)
-        torch.manual_seed(seed)
-        logger.setLevel(logging.ERROR)
+    with torch.random.fork_rng(), quiet_logger("lm_eval"), silence:
+        for seed_one in (random.seed, numpy.random.seed, torch.manual_seed):
+            seed_one(seed)
         try:
             yield
         finally:
-            logger.setLevel(level)
             random.setstate(states[0])
             numpy.random.set_state(states[1])

@@ -20,7 +20,7 @@ from ..model.forward import evaluating, position_limit
 from ..results import Comparison
 from ..stats import paired_draws, paired_interval, percentiles
 from ..utils import at_least_one, progress
-from .likelihood import refuse_nonfinite
+from .likelihood import MAX_NLL, refuse_nonfinite
 from .similarity import Remembering, load_embedder, similarity_floor
 from .tasks import HolisticEvaluator, item_kinds, task_of
 from .token_measures import PreparedBatch, token_sums
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 
 DRAWS = 1000  # of the bootstrap
-MAX_NLL = 700.0  # nats per token; beyond, exp overflows
 NGRAM = 4  # words
 NATS = "nats/token"
 Scores = dict[tuple[str, str], list[float]]  # (task, metric) -> one number per item
@@ -126,10 +125,8 @@ def _compared(
             "no longer models language. Remove fewer layers, or others."
         )
     before, after = map(math.exp, means) if exp else means
-    transform = torch.exp if exp else None
-    low, high = paired_interval(
-        sides[0], sides[1], weights, transform=transform, draws=DRAWS, seed=seed
-    )
+    options = {"transform": torch.exp if exp else None, "draws": DRAWS, "seed": seed}
+    low, high = paired_interval(sides[0], sides[1], weights, **options)
     count = len(sides[0])
     return Comparison(name, group, unit, before, after, better, count, low, high, floor, note)
 
@@ -201,9 +198,8 @@ def _scores(
         indices = [index for index, other in enumerate(kinds) if other == kind]
         if indices:
             evaluator.run_benchmark([items[i] for i in indices], [answers[i] for i in indices])
-            scores |= {(task, metric): each for task, each in evaluator.item_scores.items()}
-            if kind == "choice":
-                scores |= {(task, "acc_norm"): each for task, each in evaluator.norm_scores.items()}
+            found = {metric: evaluator.item_scores, "acc_norm": evaluator.norm_scores}
+            scores |= {(task, key): found[key][task] for key in found for task in found[key]}
     order = list(dict.fromkeys(map(task_of, items)))
     return dict(sorted(scores.items(), key=lambda entry: order.index(entry[0][0])))
 
@@ -212,21 +208,16 @@ def _floors(
     items: Sequence[dict[str, Any]], kinds: Sequence[str], embedder: Any
 ) -> dict[tuple[str, str], float]:
     """(task, metric) -> what a guess, or an unrelated answer, scores; not for exact match."""
-    choices: dict[str, list[float]] = {}
-    open_items: dict[str, list[dict[str, Any]]] = {}
+    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for item, kind in zip(items, kinds, strict=True):
+        grouped.setdefault((task_of(item), kind), []).append(item)
+    floors = {}
+    for (task, kind), each in grouped.items():
         if kind == "choice":
-            right = list(item["choices"]).count(item["reference"])
-            choices.setdefault(task_of(item), []).append(right / len(item["choices"]))
-        elif kind == "open":
-            open_items.setdefault(task_of(item), []).append(item)
-    floors = {
-        (task, metric): math.fsum(each) / len(each)
-        for task, each in choices.items()
-        for metric in ("acc", "acc_norm")
-    }
-    for task, each in open_items.items():
-        if (floor := _similarity_floor(each, embedder)) is not None:
+            rights = [[*item["choices"]].count(item["reference"]) for item in each]
+            chances = [n / len(item["choices"]) for n, item in zip(rights, each, strict=True)]
+            floors[task, "acc"] = floors[task, "acc_norm"] = math.fsum(chances) / len(chances)
+        elif kind == "open" and (floor := _similarity_floor(each, embedder)) is not None:
             floors[task, "similarity"] = max(0.0, floor)
     return floors
 
@@ -287,20 +278,20 @@ def _answers(
     max_new_tokens: int,
     seed: int,
 ) -> list[Comparison]:
-    similar = torch.tensor(similarities, dtype=torch.float64)
-    repeated, words = (
-        torch.tensor([[measure(text) for text in side] for side in answers], dtype=torch.float64)
-        for measure in (repeated_share, lambda text: float(len(text.split())))
-    )
-    note = f"greedy, at most {max_new_tokens} new tokens"
+    words = [[len(text.split()) for text in side] for side in answers]
+    repeated = [[repeated_share(text) for text in side] for side in answers]
+
+    def row(name: str, values: Sequence[Sequence[float]], **options: Any) -> Comparison:
+        sides = list(torch.tensor(values, dtype=torch.float64))
+        return _compared(name, "answers", sides, seed, **options)
+
+    greedy = f"greedy, at most {max_new_tokens} new tokens"
+    cosine = "cosine to the reference, an empty answer is 0; floor: unrelated references"
+    before = "share of the word 4-grams of an answer that stood in it before"
     rows = [
-        _compared("answer similarity", "answers", list(similar), seed, better=True, floor=floor,
-             note="cosine to the reference, an empty answer is 0; floor: unrelated references"),
-        _compared("answer length", "answers", list(words), seed, unit="words", note=note),
-    ]  # fmt: skip
-    if float(words.max()) > NGRAM:  # shorter answers cannot repeat themselves
-        share = "share of the word 4-grams of an answer that stood in it before"
-        rows.append(
-            _compared("repeated 4-grams", "answers", list(repeated), seed, better=False, note=share)
-        )
+        row("answer similarity", similarities, better=True, floor=floor, note=cosine),
+        row("answer length", words, unit="words", note=greedy),
+    ]
+    if max(map(max, words)) > NGRAM:  # shorter answers cannot repeat themselves
+        rows.append(row("repeated 4-grams", repeated, better=False, note=before))
     return rows

@@ -149,11 +149,12 @@ class HolisticEvaluator(ModelEvaluator):
                 norms = dict(zip(indices, map(choice_score_norm, some, losses), strict=True))
             else:
                 given = self._answers(some) if answers is None else [answers[i] for i in indices]
-                score = self._numbers if kind == "number" else self._similarities
-                found = [max(0.0, value) for value in score(some, given)]
+                if kind == "number":
+                    found = list(map(_number_score, some, given))
+                else:
+                    found = [max(0.0, value) for value in self._similarities(some, given)]
             scores.update(zip(indices, found, strict=True))
-        self.item_scores = _by_task(items, scores)
-        self.norm_scores = _by_task(items, norms)
+        self.item_scores, self.norm_scores = _by_task(items, scores), _by_task(items, norms)
         return self._means()
 
     def _run_tasks(self, data: Any) -> dict[str, float]:
@@ -162,34 +163,24 @@ class HolisticEvaluator(ModelEvaluator):
                 "lm-eval has the items of its tasks: leave data out, or pass a folder with a file "
                 "for every task; backend='built-in' scores lists of items."
             )
-        self.task_results = results = run_tasks(
-            self.model,
-            self.tokenizer,
-            self.tasks,
-            data,
-            batch_size=self.batch_size,
-            **self.settings,
-        )
+        options = {"batch_size": self.batch_size, **self.settings}
+        results = run_tasks(self.model, self.tokenizer, self.tasks, data, **options)
+        self.task_results = results
         self.item_scores = {task: result.item_scores for task, result in results.items()}
-        self.norm_scores = {
-            task: result.scores["acc_norm"]
-            for task, result in results.items()
-            if "acc_norm" in result.scores
-        }
+        norms = {task: result.scores.get("acc_norm") for task, result in results.items()}
+        self.norm_scores = {task: scores for task, scores in norms.items() if scores}
         return self._means()
 
     def _means(self) -> dict[str, float]:
         means = {task: math.fsum(each) / len(each) for task, each in self.item_scores.items()}
         return {**means, "mean": math.fsum(means.values()) / len(means)}
 
-    def _numbers(self, items: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> list[float]:
-        """1 where the answer's number is the reference's, or the answer is one of the aliases."""
-        scores = []
-        for answer, item in zip(answers, items, strict=True):
-            same = final_number(answer) == final_number(item["reference"])
-            aliases = {alias.casefold() for alias in item.get("aliases") or ()}
-            scores.append(float(same or answer.rstrip(".").casefold() in aliases))
-        return scores
+
+def _number_score(item: Mapping[str, Any], answer: str) -> float:
+    """1 where the answer's number is the reference's, or the answer is one of the aliases."""
+    same = final_number(answer) == final_number(item["reference"])
+    aliases = {alias.casefold() for alias in item.get("aliases") or ()}
+    return float(same or answer.rstrip(".").casefold() in aliases)
 
 
 def choice_batches(
@@ -208,10 +199,9 @@ def choice_batches(
         for item in items
         for choice in item["choices"]
     ]
-    limit = position_limit(model) + 1  # the last token is scored, not read
-    batches = encode_batches(
-        tokenizer, pairs, batch_size=batch_size, max_length=limit, closed=False
-    )
+    length = position_limit(model) + 1  # the last token is scored, not read
+    options = {"batch_size": batch_size, "max_length": length}
+    batches = encode_batches(tokenizer, pairs, **options, closed=False)
     if sum(len(batch.items) for batch in batches) < len(pairs):
         raise InvalidDataError("The tokenizer makes no token of some choices: remove them.")
     return batches
@@ -243,7 +233,25 @@ def item_kinds(items: Sequence[EvalItem]) -> list[str]:
     Raises:
         InvalidDataError: an item that cannot be scored.
     """
-    return [_kind(index, item) for index, item in enumerate(check_items(items))]
+    kinds = []
+    for index, item in enumerate(check_items(items)):
+        if isinstance(item, str) or task_of(item) == "mean":
+            raise InvalidDataError(
+                f"data[{index}] cannot be scored: a benchmark takes dicts with 'prompt' and "
+                f"'reference', whose task is not called 'mean'; got {item!r:.80}."
+            )
+        reference, gsm8k = item["reference"], task_of(item) == "gsm8k"
+        if item.get("choices") is not None:
+            check_choices(index, item)
+            kinds.append("choice")
+        elif gsm8k and final_number(reference) is None:
+            raise InvalidDataError(
+                f"data[{index}] has no number in its reference {reference!r:.60}."
+            )
+        else:
+            number = gsm8k or NUMBER.fullmatch(reference.strip(" $"))
+            kinds.append("number" if number else "open")
+    return kinds
 
 
 def choice_score(item: Mapping[str, Any], losses: Sequence[float]) -> float:
@@ -269,23 +277,6 @@ def _by_task(
 def task_of(item: Any) -> str:
     """The task an item counts for."""
     return str(item.get("task") or "other")
-
-
-def _kind(index: int, item: EvalItem) -> str:
-    """How an item is scored: ``choice``, ``number`` or ``open``."""
-    if isinstance(item, str) or task_of(item) == "mean":
-        raise InvalidDataError(
-            f"data[{index}] cannot be scored: a benchmark takes dicts with 'prompt' and "
-            f"'reference', whose task is not called 'mean'; got {item!r:.80}."
-        )
-    reference = item["reference"]
-    if item.get("choices") is not None:
-        check_choices(index, item)
-        return "choice"
-    if task_of(item) == "gsm8k" and final_number(reference) is None:
-        raise InvalidDataError(f"data[{index}] has no number in its reference {reference!r:.60}.")
-    number = task_of(item) == "gsm8k" or NUMBER.fullmatch(reference.strip(" $"))
-    return "number" if number else "open"
 
 
 def check_choices(index: int, item: Mapping[str, Any]) -> None:

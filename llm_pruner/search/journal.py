@@ -29,9 +29,9 @@ class Journal:
         Raises:
             OutputError: the file cannot be read.
         """
-        entries: list[tuple[LayerSet, int, list[list[float]]]] = []
         if not self.path.exists():
-            return entries
+            return []
+        entries: list[tuple[LayerSet, int, list[list[float]]]] = []
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:

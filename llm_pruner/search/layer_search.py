@@ -179,45 +179,44 @@ class LayerSearch:
         Raises:
             UnsupportedModelError: no candidate can be removed.
         """
-        quality = self.quality
-        every, why = self._allowed((*removed, layer) for layer in self._remaining(removed))
+        quality, subsets = self.quality, self._subsets()
+        sets = {layer: tuple(sorted((*removed, layer))) for layer in self._remaining(removed)}
+        allowed, why = self._allowed(sets.values())
+        every = [layer for layer, one in sets.items() if one in allowed]
         left = list(every)
-        known = {layer: (DECAY * a, DECAY * b) for layer, (a, b) in self._gains.items()}
-        subsets = self._subsets()
-        if len(subsets) > 1 and len(known) > len(left):
-            left.sort(key=lambda one: _mean(known.get(one[-1])), reverse=True)
+        past = self._gains if len(subsets) > 1 else {}
+        known = {layer: (DECAY * a, DECAY * b) for layer, (a, b) in past.items()}
+        if len(known) > len(left):
+            left.sort(key=lambda layer: _mean(known.get(layer)), reverse=True)
             left = left[: max(WIDTHS[0], (len(left) + 1) // 2)]
 
-        def merit(one: LayerSet) -> tuple[float, int]:
-            return _mean(self._gains.get(one[-1])), one[-1]
+        def merit(layer: int) -> tuple[float, int]:
+            return _mean(self._gains.get(layer)), layer
 
         tried: dict[int, float] = {}
         subset = subsets[0]
         for width, subset in zip([*WIDTHS, 1], subsets, strict=False):
-            grown_by = {one[-1]: tuple(sorted(one)) for one in left}
-            label = f"Cut {len(removed) + 1}, {len(grown_by)} candidates"
-            quality.measure([removed, *grown_by.values()], subset, label)
+            label = f"Cut {len(removed) + 1}, {len(left)} candidates"
+            quality.measure([removed, *(sets[layer] for layer in left)], subset, label)
             base, size = quality.change(removed, subset), quality.size(subset)
-            tried |= {layer: quality.change(one, subset) for layer, one in grown_by.items()}
-            for layer in grown_by:
-                total, weight = known.get(layer, (0.0, 0.0)) if len(subsets) > 1 else (0.0, 0.0)
+            for layer in left:
+                tried[layer] = quality.change(sets[layer], subset)
+                total, weight = known.get(layer, (0.0, 0.0))
                 self._gains[layer] = (total + (tried[layer] - base) * size, weight + size)
             left.sort(key=merit, reverse=True)
             left = left[:width] if subset != subsets[-1] else left
             if len(left) == 1:
                 break
-        dropped = [one for one in every if one not in left]  # should the best be refused
-        for one in [*left, *sorted(dropped, key=merit, reverse=True)]:
-            grown = tuple(sorted(one))
-            if not (why := quality.refusal(grown)):
-                step: Step = {
+        dropped = [layer for layer in every if layer not in left]  # should the best be refused
+        for layer in [*left, *sorted(dropped, key=merit, reverse=True)]:
+            if not (why := quality.refusal(sets[layer])):
+                return sets[layer], {
                     "action": "cut",
-                    "layer": one[-1],
-                    "change": quality.change(grown, subset),
+                    "layer": layer,
+                    "change": quality.change(sets[layer], subset),
                     "samples": quality.size(subset),
                     "tried": {str(layer): change for layer, change in sorted(tried.items())},
                 }
-                return grown, step
         raise UnsupportedModelError(f"No further layer can be removed with {list(removed)}: {why}")
 
     def refine(
@@ -243,52 +242,33 @@ class LayerSearch:
                 break
             size, errors = STAGES[stage]
             rivals = list(self._swaps(removed, size))
-            few = size == 1 or len(rivals) <= MOST_PAIRS
-            better = self._race(removed, rivals, subsets, errors) if few else None
-            if better:
-                step = self._swap(removed, better, len(rivals))
-                if on_step:
-                    on_step({**step, "removed": list(better)})
-                else:
-                    self.report(step, kept=True, removed=better)
-                removed, stage, subsets = better, 0, self._subsets()
-            else:
+            better = None
+            if size == 1 or len(rivals) <= MOST_PAIRS:
+                left, _ = self._allowed(rivals)
+                while (better := self._winner(removed, left, subsets, errors)) and (
+                    self.quality.refusal(better)
+                ):
+                    left.remove(better)
+            if not better:
                 stage += 1
+                continue
+            out, back = sorted({*removed} - {*better}), sorted({*better} - {*removed})
+            change = self.quality.change(better)
+            logger.info("Removing %s instead of %s: total change %+.4f", back, out, change)
+            step: Step = {"action": "exchange", "out": out, "in": back, "tried": len(rivals)}
+            step |= {"change": change, "samples": self.quality.size()}
+            if on_step:
+                on_step({**step, "removed": list(better)})
+            else:
+                self.report(step, kept=True, removed=better)
+            removed, stage, subsets = better, 0, self._subsets()
         return removed
-
-    def _swap(self, removed: LayerSet, better: LayerSet, tried: int) -> Step:
-        out, back = sorted(set(removed) - set(better)), sorted(set(better) - set(removed))
-        change = self.quality.change(better)
-        logger.info("Removing %s instead of %s: total change %+.4f", back, out, change)
-        return {
-            "action": "exchange",
-            "out": out,
-            "in": back,
-            "tried": tried,
-            "change": change,
-            "samples": self.quality.size(),
-        }
 
     def report(self, step: Step, *, kept: bool, removed: Iterable[int]) -> None:
         """Pass a step on, with whether it is kept and which layers are removed after it."""
         step |= {"kept": kept, "removed": list(removed)}
         if self._on_step:
             self._on_step(step)
-
-    def _race(
-        self,
-        champion: LayerSet,
-        rivals: Iterable[LayerSet],
-        subsets: Sequence[Subset],
-        errors: float,
-    ) -> LayerSet | None:
-        """The best rival that can be removed, if it beats the champion on all data."""
-        left, _ = self._allowed(rivals)
-        while best := self._winner(champion, left, subsets, errors):
-            if not self.quality.refusal(best):
-                return best
-            left.remove(best)
-        return None
 
     def _winner(
         self,
@@ -326,14 +306,10 @@ class LayerSearch:
         return self.quality.subsets(self._turn - 1)
 
     def _allowed(self, layer_sets: Iterable[LayerSet]) -> tuple[list[LayerSet], str]:
-        """The sets that can be measured, and why one of the others cannot."""
-        allowed, why = [], ""
-        for removed in layer_sets:
-            if obstacle := _obstacle(self.quality, removed):
-                why = obstacle
-            else:
-                allowed.append(removed)
-        return allowed, why
+        """The sets that can be measured, and why the last of the others cannot."""
+        whys = {removed: _obstacle(self.quality, removed) for removed in layer_sets}
+        refusals = [why for why in whys.values() if why]
+        return [removed for removed, why in whys.items() if not why], "".join(refusals[-1:])
 
 
 def check_number(quality: RemovalQuality, candidates: Sequence[int], n_layers: int | None) -> int:
@@ -359,7 +335,7 @@ def _obstacle(quality: RemovalQuality, removed: LayerSet) -> str:
     Only models whose layers depend on one another are asked: there a bypass may fail. For all
     others only the winners are checked against the architecture, which is less work.
     """
-    return "" if quality.can_bypass else quality.refusal(tuple(sorted(removed)))
+    return "" if quality.can_bypass else quality.refusal(removed)
 
 
 def _mean(gains: tuple[float, float] | None) -> float:

@@ -8,10 +8,11 @@ the relative change of that quality: -0.02 is 2 % less.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -51,21 +52,28 @@ class EncodedData:
     batch_size: int
 
 
-class Measure(Protocol):
+class Measure(ABC):
     """One or more measures that the same passes give.
+
+    Args:
+        data: what they are measured on.
+        names: which of `OBJECTIVES`.
 
     Attributes:
         needs_pruned_model: whether bypassing layers will not do.
     """
 
-    needs_pruned_model: bool
+    needs_pruned_model = False
 
-    def __init__(self, data: EncodedData, names: Sequence[str]) -> None: ...
+    def __init__(self, data: EncodedData, names: Sequence[str]) -> None:
+        self._data, self._names = data, names
+        self._batches: dict[range, list[PreparedBatch]] = {}
 
+    @abstractmethod
     def weights(self) -> torch.Tensor:
         """(names, sequences) float64, 0 where a sequence does not count."""
-        ...
 
+    @abstractmethod
     def read(self, chunk: range, layer_sets: Sequence[LayerSet]) -> Readings:
         """The values of a chunk of sequences without each set of layers.
 
@@ -78,10 +86,9 @@ class Measure(Protocol):
         Yields:
             Each set, in that order, with (names, len(chunk)) float64.
         """
-        ...
 
 
-class TokenMeasures:
+class TokenMeasures(Measure):
     """Measures of the scored tokens: those of a reference, or of running text.
 
     ``nll``: negative log-likelihood of the token, in nats; its quality is exp(-mean), the
@@ -90,12 +97,6 @@ class TokenMeasures:
     where both models find the same token most likely; its quality is the mean.
     """
 
-    needs_pruned_model = False
-
-    def __init__(self, data: EncodedData, names: Sequence[str]) -> None:
-        self._data, self._names = data, names
-        self._batches: dict[range, PreparedBatch] = {}
-
     def weights(self) -> torch.Tensor:
         """Numbers of scored tokens."""
         counts = [sum(label != IGNORED for label in one.labels[1:]) for one in self._data.sequences]
@@ -103,14 +104,13 @@ class TokenMeasures:
 
     def read(self, chunk: range, layer_sets: Sequence[LayerSet]) -> Readings:
         """Sums over the scored tokens of each sequence."""
+        data = self._data
         if chunk not in self._batches:
-            numbered = [
-                self._data.sequences[index]._replace(item=number)
-                for number, index in enumerate(chunk)
-            ]
-            (batch,) = pad_sequences(self._data.tokenizer, numbered, len(chunk))
-            self._batches[chunk] = PreparedBatch.of(self._data.stack.model, batch)
-        return _token_readings(self._data.stack, self._batches[chunk], self._names, layer_sets)
+            numbered = [data.sequences[n]._replace(item=n - chunk.start) for n in chunk]
+            padded = pad_sequences(data.tokenizer, numbered, len(chunk))
+            self._batches[chunk] = [PreparedBatch.of(data.stack.model, one) for one in padded]
+        (batch,) = self._batches[chunk]
+        return _token_readings(data.stack, batch, self._names, layer_sets)
 
 
 def _token_readings(
@@ -135,16 +135,14 @@ def _token_readings(
             yield removed, sums[:, order]
 
 
-class ChoiceMeasure:
+class ChoiceMeasure(Measure):
     """``accuracy``: 1 where the reference is the choice with the greatest summed log-likelihood.
 
     Items without ``choices`` do not count.
     """
 
-    needs_pruned_model = False
-
     def __init__(self, data: EncodedData, names: Sequence[str]) -> None:
-        self._data = data
+        super().__init__(data, names)
         self._asked = [item if item and item.get("choices") else None for item in data.items]
         for sequence, item in zip(data.sequences, self._asked, strict=True):
             if item:
@@ -154,7 +152,6 @@ class ChoiceMeasure:
                 "Accuracy needs items with 'choices', and none has any: use another objective "
                 "(nll, kl, agreement, similarity), or items of a multiple-choice task."
             )
-        self._batches: dict[range, list[PreparedBatch]] = {}
 
     def weights(self) -> torch.Tensor:
         """1 for every item with choices."""
@@ -170,7 +167,6 @@ class ChoiceMeasure:
             self._batches[chunk] = [PreparedBatch.of(stack.model, batch) for batch in padded]
         choices = sum(len(item["choices"]) for item in items)
         losses = {removed: torch.zeros(choices, dtype=torch.float64) for removed in layer_sets}
-
         batches = self._batches[chunk]
         passes = [_token_readings(stack, batch, ["nll"], layer_sets) for batch in batches]
         calls = [partial(list[tuple[LayerSet, torch.Tensor]], one) for one in passes]
@@ -182,7 +178,7 @@ class ChoiceMeasure:
             yield removed, _spread(asked, scores, len(chunk))
 
 
-class AnswerMeasure:
+class AnswerMeasure(Measure):
     """``similarity``: cosine similarity of a generated answer to the reference.
 
     See `ModelEvaluator.evaluate`. Every pruned model generates anew, so sets of layers share no
@@ -192,7 +188,7 @@ class AnswerMeasure:
     needs_pruned_model = True
 
     def __init__(self, data: EncodedData, names: Sequence[str]) -> None:
-        self._data = data
+        super().__init__(data, names)
         data.stack.require_weights("the similarity of answers, which generates")
         if not any(data.items):
             raise InvalidDataError(

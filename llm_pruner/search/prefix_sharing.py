@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 import torch
@@ -55,12 +55,12 @@ def replayed(
     forks = [_fork(*pair) for pair in pairwise(ordered)]
     states: dict[int, torch.Tensor] = {}  # layer -> its input, where sets to come branch off
     for number, removed in enumerate(ordered):
-        start = forks[number - 1] if number else None
-        wanted = _branches(forks[number:])
-        if start is None:
-            begin = stack.bypass(removed)
+        # Where the sets to come branch off this one: the falling minima of their forks.
+        wanted = set(accumulate(forks[number:], min))
+        if number:
+            begin = stack.replay(forks[number - 1], states[forks[number - 1]], removed)
         else:
-            begin = stack.replay(start, states[start], removed)
+            begin = stack.bypass(removed)
         states = {index: state for index, state in states.items() if index in wanted}
         with begin as model, stack.observe_inputs(wanted - set(states), states.__setitem__):
             result = run(model)
@@ -78,26 +78,15 @@ def in_tree_order(layer_sets: Iterable[LayerSet], depth: int) -> list[LayerSet]:
 
 def executions(stack: LayerStack, ordered: Sequence[LayerSet]) -> list[int]:
     """How many layers `replayed` runs for each of these sets, which are in its order."""
-    whole = [len(stack) - len(removed) for removed in ordered]
     if not stack.can_replay:
-        return whole
+        return [len(stack) - len(removed) for removed in ordered]
     forks = [0, *(_fork(*pair) for pair in pairwise(ordered))]
-    shared = [
-        fork - sum(layer < fork for layer in removed)
+    return [
+        len(stack) - fork - sum(layer >= fork for layer in removed)
         for removed, fork in zip(ordered, forks, strict=True)
     ]
-    return [count - prefix for count, prefix in zip(whole, shared, strict=True)]
 
 
 def _fork(left: LayerSet, right: LayerSet) -> int:
     """The first layer that one of two different sets removes and the other does not."""
     return min(set(left) ^ set(right))
-
-
-def _branches(forks: list[int]) -> set[int]:
-    """Where the sets still to come branch off the present one: the falling minima of `forks`."""
-    branches: set[int] = set()
-    for fork in forks:
-        if not branches or fork < min(branches):
-            branches.add(fork)
-    return branches

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data.items import EvalItem, fingerprint
-from ..data.tokens import TokenSequence, encode_sequences
+from ..data.tokens import encode_sequences
 from ..distributed import gather, portion, working_together
 from ..errors import NonFiniteError, ProcessGroupError, UnsupportedModelError
 from ..model.forward import HINT, evaluating, position_limit
@@ -53,7 +53,6 @@ class RemovalQuality:
         unit: what `change` measures, in words.
         measured: chunks measured by this object, over all sets of layers; measurements from the
             journal and of other processes do not count.
-        refused: sets of layers that the architecture cannot do without, and why.
 
     Raises:
         UnknownNameError, InvalidPlanError: no such objective.
@@ -78,17 +77,15 @@ class RemovalQuality:
         length = min(MAX_LENGTH, position_limit(stack.model))
         encoded = encode_sequences(tokenizer, eval_data, max_length=length)
         order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(seed))
-        sequences = list[TokenSequence]()
+        sequences = [encoded[index] for index in order.tolist()]
         self._chunks: list[range] = []
-        self._blocks: list[list[int]] = []  # chunks that are compared together
-        for block in _blocks(order.tolist(), batch_size):
-            block.sort(key=lambda index: len(encoded[index].ids))  # similar lengths, less padding
-            begin, first = len(sequences), len(self._chunks)
-            sequences += [encoded[index] for index in block]
-            end = len(sequences)
-            for start in range(begin, end, batch_size):
-                self._chunks.append(range(start, min(start + batch_size, end)))
-            self._blocks.append(list(range(first, len(self._chunks))))
+        self._blocks: list[range] = []  # chunks that are compared together
+        for block in _blocks(len(sequences), batch_size):
+            part = slice(block.start, block.stop)  # similar lengths together, for less padding
+            sequences[part] = sorted(sequences[part], key=lambda one: len(one.ids))
+            first = len(self._chunks)
+            self._chunks += [block[n : n + batch_size] for n in range(0, len(block), batch_size)]
+            self._blocks.append(range(first, len(self._chunks)))
         self._lengths = [len(one.ids) for one in sequences]
         self._items = [one.item for one in sequences]
         items = [item if isinstance(item := eval_data[n], dict) else None for n in self._items]
@@ -99,22 +96,14 @@ class RemovalQuality:
         self._measures = [cls(data, group) for cls, group in names.items()]
         self._mixture = {name: mixture[name] for group in names.values() for name in group}
         self._weights = torch.cat([measure.weights() for measure in self._measures])
-        self._values: dict[LayerSet, torch.Tensor] = {}
-        self._done: dict[LayerSet, set[int]] = {}
-        self._indices_of: dict[Subset | None, torch.Tensor] = {}
+        self._values: dict[tuple[LayerSet, int], torch.Tensor] = {}  # of a set on a chunk
         self.measured = 0
-        self.refused: dict[LayerSet, str] = {}
+        self._refusals: dict[LayerSet, str] = {}
         self._journal = Journal(journal) if journal is not None else None
         self._fingerprint = fingerprint(eval_data)
-        self._key = ":".join(
-            (
-                stack.fingerprint,
-                tokenizer_fingerprint(tokenizer),
-                self._fingerprint,
-                "+".join(self._mixture),
-                f"1.{BLOCK}.{batch_size}.{seed}",
-            )
-        )
+        prints = stack.fingerprint, tokenizer_fingerprint(tokenizer), self._fingerprint
+        settings = "+".join(self._mixture), f"1.{BLOCK}.{batch_size}.{seed}"
+        self._key = ":".join((*prints, *settings))
         if self._journal:
             self._read_journal(self._journal)
 
@@ -128,7 +117,7 @@ class RemovalQuality:
             if not fits or known.shape != (len(self._mixture), len(self._chunks[chunk])):
                 logger.warning("%s: an entry for %s is damaged.", journal.path, list(removed))
                 continue
-            self._keep(removed, chunk, known)
+            self._values[removed, chunk] = known
         if entries:
             logger.info("%d measurements read from %s", len(entries), journal.path)
 
@@ -184,16 +173,15 @@ class RemovalQuality:
         least what one item or token contributes, because on few items two sets often agree in all.
         """
         difference = self.change(left, subset) - self.change(right, subset)
-        indices = self._indices(subset)
-        count, total = len(indices), self._weights.shape[1]
+        weights = self._weights_on(subset)
+        count, total = weights.shape[1], self.size()
         if count == total:
             return difference, 0.0
         paired = self._influence(left, subset) - self._influence(right, subset)
+        pairs = zip(self._mixture.items(), self._full(), weights.sum(1), strict=True)
         least = sum(
             (weight / abs(full) / float(size)) ** 2
-            for (name, weight), full, size in zip(
-                self._mixture.items(), self._full(), self._weights[:, indices].sum(1), strict=True
-            )
+            for (name, weight), full, size in pairs
             if not OBJECTIVES[name].is_loss and size
         )
         spread = max(float(paired.square().sum()), least) * count / max(1, count - 1)
@@ -209,11 +197,11 @@ class RemovalQuality:
         layers = check_layers(removed, len(self.stack))
         self.measure([layers])
         changes = torch.zeros(draws, dtype=torch.float64)
-        for number, (name, full) in enumerate(self.full().items()):
-            before, after = self._values[()][number], self._values[layers][number]
-            transform = _likelihood if OBJECTIVES[name].is_loss else None
+        parts = zip(self.full().items(), self._on(()), self._on(layers), self._weights, strict=True)
+        for (name, full), before, after, weights in parts:
+            transform = (lambda nll: torch.exp(-nll)) if OBJECTIVES[name].is_loss else None
             gains = paired_draws(
-                before, after, self._weights[number], transform=transform, draws=draws, seed=seed
+                before, after, weights, transform=transform, draws=draws, seed=seed
             )
             changes += self._mixture[name] / abs(full) * gains
         low, high = percentiles(changes, level).tolist()
@@ -245,7 +233,7 @@ class RemovalQuality:
 
     def size(self, subset: Subset | None = None) -> int:
         """How many sequences a subset holds; all of the data if None."""
-        return len(self._indices(subset))
+        return self._weights_on(subset).shape[1]
 
     def measure(
         self, layer_sets: Iterable[LayerSet], subset: Subset | None = None, label: str = "Measuring"
@@ -264,7 +252,7 @@ class RemovalQuality:
             missing = [
                 removed
                 for removed in dict.fromkeys([(), *here])  # the full model always, on all data
-                if chunk not in self._done.get(removed, ())
+                if (removed, chunk) not in self._values
             ]
             if missing:
                 todo.append((chunk, missing))
@@ -298,11 +286,8 @@ class RemovalQuality:
 
     def _exchange(self, mine: Work, todo: Work) -> None:
         """Take in what the other processes have measured."""
-        values = {
-            (removed, chunk): self._values[removed][:, self._span(chunk)].tolist()
-            for chunk, layer_sets in mine
-            for removed in layer_sets
-        }
+        keys = [(removed, chunk) for chunk, layer_sets in mine for removed in layer_sets]
+        values = {key: self._values[key].tolist() for key in keys}
         asked = hash(tuple((chunk, tuple(layer_sets)) for chunk, layer_sets in todo))
         everything = gather((asked, values))
         if any(other != asked for other, _ in everything):
@@ -312,25 +297,32 @@ class RemovalQuality:
                 "of its own."
             )
         for _, part in everything:
-            for (removed, chunk), found in part.items():
-                self._keep(removed, chunk, torch.tensor(found, dtype=torch.float64))
+            for key, found in part.items():
+                self._values[key] = torch.tensor(found, dtype=torch.float64)
 
     def refusal(self, removed: LayerSet) -> str:
         """Why the architecture cannot do without these layers; empty if it can."""
-        if removed not in self.refused:
+        if removed not in self._refusals:
             try:
                 self.stack.remove(removed)
                 return ""
             except UnsupportedModelError as error:
-                self.refused[removed] = str(error)
-        return self.refused[removed]
+                self._refusals[removed] = str(error)
+        return self._refusals[removed]
 
     def _measure(self, chunk: int, layer_sets: list[LayerSet]) -> None:
         """Measure sets of layers on a chunk; each is recorded as soon as its values are there."""
         for removed, values in self._read(self._chunks[chunk], layer_sets):
-            self._check_finite(removed, chunk, values)
+            bad = (~values.isfinite()).any(0).nonzero().flatten().tolist()
+            if bad:
+                items = sorted({self._items[self._chunks[chunk][index]] for index in bad})
+                which = f"The model without layers {list(removed)}" if removed else "The full model"
+                raise NonFiniteError(
+                    f"{which} gives NaN or infinite values on items {items[:10]}: its weights or "
+                    f"{HINT}"
+                )
             self.measured += 1
-            self._keep(removed, chunk, values)
+            self._values[removed, chunk] = values
             if self._journal:
                 self._journal.append(self._key, removed, chunk, values.tolist())
 
@@ -344,32 +336,6 @@ class RemovalQuality:
             readings = self.stack.run_all([partial(list, one) for one in readings])
         for parts in zip(*readings, strict=True):
             yield parts[0][0], torch.cat([values for _, values in parts])
-
-    def _check_finite(self, removed: LayerSet, chunk: int, values: torch.Tensor) -> None:
-        bad = (~values.isfinite()).any(0).nonzero().flatten().tolist()
-        if bad:
-            items = sorted({self._items[self._chunks[chunk][index]] for index in bad})
-            which = f"The model without layers {list(removed)}" if removed else "The full model"
-            raise NonFiniteError(
-                f"{which} gives NaN or infinite values on items {items[:10]}: its weights or {HINT}"
-            )
-
-    def _keep(self, removed: LayerSet, chunk: int, values: torch.Tensor) -> None:
-        if removed not in self._values:
-            self._values[removed] = torch.zeros_like(self._weights)
-            self._done[removed] = set()
-        self._values[removed][:, self._span(chunk)] = values
-        self._done[removed].add(chunk)
-
-    def _span(self, chunk: int) -> slice:
-        return slice(self._chunks[chunk].start, self._chunks[chunk].stop)
-
-    def _indices(self, subset: Subset | None) -> torch.Tensor:
-        """Indices of the sequences of a subset."""
-        if subset not in self._indices_of:
-            chunks = range(len(self._chunks)) if subset is None else subset
-            self._indices_of[subset] = torch.tensor([i for n in chunks for i in self._chunks[n]])
-        return self._indices_of[subset]
 
     def full(self) -> dict[str, float]:
         """The quality of the model with all its layers, by measure.
@@ -399,28 +365,35 @@ class RemovalQuality:
             raise NonFiniteError("The full model's quality is 0: no relative change is defined.")
         return qualities
 
-    def _means(self, removed: LayerSet, subset: Subset | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean of each measure, and its total weight: (measures,)."""
-        indices = self._indices(subset)
-        weight = self._weights[:, indices].sum(1).clamp(min=1e-12)
-        return self._values[removed][:, indices].sum(1) / weight, weight
+    def _on(self, removed: LayerSet, subset: Subset | None = None) -> torch.Tensor:
+        """The values on a subset: (measures, sequences)."""
+        chunks = range(len(self._chunks)) if subset is None else subset
+        return torch.cat([self._values[removed, chunk] for chunk in chunks], dim=1)
+
+    def _weights_on(self, subset: Subset | None) -> torch.Tensor:
+        """The weights on a subset: (measures, sequences)."""
+        if subset is None:
+            return self._weights
+        return self._weights[:, list(chain(*(self._chunks[chunk] for chunk in subset)))]
 
     def _qualities(self, removed: LayerSet, subset: Subset | None) -> list[float]:
-        means, _ = self._means(removed, subset)
+        weights = self._weights_on(subset).sum(1).clamp(min=1e-12)
+        means = self._on(removed, subset).sum(1) / weights
         pairs = zip(self._mixture, means.tolist(), strict=True)
         return [OBJECTIVES[name].quality(mean) for name, mean in pairs]
 
     def _influence(self, removed: LayerSet, subset: Subset) -> torch.Tensor:
         """First-order contribution of each sequence to the relative change."""
-        indices = self._indices(subset)
-        means, total = self._means(removed, subset)
-        each = self._values[removed][:, indices] - means[:, None] * self._weights[:, indices]
+        values, weights = self._on(removed, subset), self._weights_on(subset)
+        total = weights.sum(1).clamp(min=1e-12)
+        means = values.sum(1) / total
         factors = [
             weight * OBJECTIVES[name].slope(mean) / abs(full)
             for (name, weight), mean, full in zip(
                 self._mixture.items(), means.tolist(), self._full(), strict=True
             )
         ]
+        each = values - means[:, None] * weights
         return (torch.tensor(factors, dtype=torch.float64) / total) @ each
 
 
@@ -432,13 +405,8 @@ def _unit(mixture: Mapping[str, float]) -> str:
     return f"weighted relative change ({', '.join(parts)})"
 
 
-def _likelihood(nll: torch.Tensor) -> torch.Tensor:
-    return torch.exp(-nll)
-
-
-def _blocks(order: Sequence[int], batch_size: int) -> list[list[int]]:
-    """The sequences in blocks of whole batches; a remainder joins the last block."""
+def _blocks(count: int, batch_size: int) -> list[range]:
+    """`count` sequences in blocks of whole batches; a remainder joins the last block."""
     size = -(-BLOCK // batch_size) * batch_size
-    count = max(1, len(order) // size)
-    ends = [*range(size, size * count, size), len(order)]
-    return [list(order[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+    starts = range(0, max(1, count // size) * size, size)
+    return [range(start, count if start == starts[-1] else start + size) for start in starts]

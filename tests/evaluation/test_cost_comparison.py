@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 
 import pytest
 import torch
@@ -110,13 +109,22 @@ def test_the_models_take_turns_and_the_clock_is_read_at_every_token(
         assert first.verdict == "better"
 
 
-def test_values_are_medians_and_the_interval_is_the_range_of_pairs():
-    before = [{"decode": value} for value in (5.0, 1.0, 4.0, 2.0, 3.0, 9.0)]
-    after = [{"decode": value} for value in (6.0, 3.0, 4.5, 5.0, 3.0, 8.0)]
-    row = cost_comparison._measured("decode", "tokens/s", [before, after], "decode", True, "")
-    assert row.before == statistics.median(run["decode"] for run in before)
-    assert row.after == statistics.median(run["decode"] for run in after)
-    assert (row.low, row.high, row.count) == (-1.0, 3.0, 6)
+def test_values_are_medians_and_the_interval_is_the_range_of_pairs(models, tokenizer, monkeypatch):
+    """Of the times that the runs take, here seconds per token; the first run does not count."""
+    paces = {models[0]: [99, 5, 1, 4, 2, 3, 9], models[1]: [99, 6, 3, 4.5, 5, 3, 8]}
+    left, clock = {model: [*pace, *pace] for model, pace in paces.items()}, [0.0]
+
+    def generate(model, prompts, new_tokens, *, watch, **options):
+        pace = left[model].pop(0)
+        for _ in range(new_tokens):
+            clock[0] += 1 / pace
+            watch[0](None, None)
+
+    monkeypatch.setattr(cost_comparison, "greedy", generate)
+    monkeypatch.setattr(cost_comparison.time, "perf_counter", lambda: clock[0])
+    row = by_name(compare_cost(*models, tokenizer, new_tokens=5))["decode, batch 1"]
+    assert (row.before, row.after) == pytest.approx((3.5, 4.75))
+    assert (row.low, row.high, row.count) == (pytest.approx(-1), pytest.approx(3), 6)
     assert row.verdict == "unclear"
 
 

@@ -33,19 +33,24 @@ def right(tokenizer):
     }
 
 
-def test_the_error_of_a_comparison_is_that_of_a_paired_difference(right):
+def test_the_error_of_a_comparison_is_that_of_a_paired_difference(right, tokenizer, tmp_path):
     """Of a mean without replacement; on all items there is none."""
-    quality, found = right
-    left, other = LAYER_SETS
-    full = statistics.fmean(found[()])
+    path, data = tmp_path / "journal.jsonl", choice_items(48)
+    options = {"objective": "accuracy", "batch_size": 4, "journal": path}
+    quality = RemovalQuality(right[0].stack, tokenizer, data, **options)
+    quality.measure(LAYER_SETS)
+    lines = map(json.loads, path.read_text().splitlines())
+    found = {(tuple(one["removed"]), one["chunk"]): one["values"][0] for one in lines}
+    full = statistics.fmean(right[1][()])
     for subset in quality.subsets(1):
-        asked = [quality._items[index] for index in quality._indices(subset).tolist()]
-        pairs = [(found[left][item] - found[other][item]) / full for item in asked]
-        rest = 1 - len(asked) / 48
-        gap, error = quality.gap(left, other, subset)
+        left, other = ([v for n in subset for v in found[one, n]] for one in LAYER_SETS)
+        pairs = [(a - b) / full for a, b in zip(left, other, strict=True)]
+        rest = 1 - len(pairs) / 48
+        gap, error = quality.gap(*LAYER_SETS, subset)
         assert gap == pytest.approx(statistics.fmean(pairs))
-        assert error == pytest.approx(math.sqrt(statistics.variance(pairs) / len(asked) * rest))
-    assert len(asked) == 48
+        assert error == pytest.approx(math.sqrt(statistics.variance(pairs) / len(pairs) * rest))
+    assert (sum(left), sum(other)) == tuple(sum(right[1][one]) for one in LAYER_SETS)
+    assert len(pairs) == 48
     assert error == 0
 
 
