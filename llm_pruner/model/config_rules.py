@@ -7,7 +7,7 @@ missing here. Nothing here imports torch: pruning on disk uses it too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -279,11 +279,10 @@ def _is_per_layer(name: str, value: Any, num_layers: int) -> bool:
     return per_layer and not name.endswith(NOT_PER_LAYER)
 
 
-def config_parts(values: dict[str, Any]) -> Iterator[Any]:
-    """A config.json and the configs inside it, as objects."""
-    for part in (values, *values.values()):
-        if isinstance(part, dict) and all(isinstance(key, str) for key in part):
-            yield SimpleNamespace(**part)
+def layer_counts_in_file(values: dict[str, Any]) -> set[int]:
+    """The `layer_counts` of a config.json and of the configs inside it."""
+    parts = [SimpleNamespace(**x) for x in (values, *values.values()) if isinstance(x, dict)]
+    return set().union(*map(layer_counts, parts))
 
 
 def prune_config_file(

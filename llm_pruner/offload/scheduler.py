@@ -14,7 +14,6 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
 import torch
@@ -48,7 +47,6 @@ class Scheduler:
         self.turn = threading.Semaphore(0)
         self.stopping = False
         self._stations = stations
-        self._orders = count()
         self._jobs: list[Job] = []
         self._new: deque[Job] = deque()  # those that have not begun
         self._waiting: dict[int, list[tuple[int, Job]]] = {}  # station -> heap
@@ -57,7 +55,7 @@ class Scheduler:
     def run(self, calls: Sequence[Callable[[], Any]], alike: bool) -> list[Any]:
         """What all calls return. The caller has put the waiting layers in place."""
         with self._stations.loaded(None):
-            jobs = self.add(calls, alike, None)
+            jobs = self.add(calls, alike)
             try:
                 for station in progress(self._next_stations(), "Layers", len(self.stack) + 2):
                     with self._stations.loaded(station):
@@ -73,14 +71,15 @@ class Scheduler:
                 raise
         return [job.take() for job in jobs]
 
-    def add(self, calls: Sequence[Callable[[], Any]], alike: bool, parent: Job | None) -> list[Job]:
+    def add(
+        self, calls: Sequence[Callable[[], Any]], alike: bool, parent: Job | None = None
+    ) -> list[Job]:
         """Take in calls, made by the job `parent` if one is given. They begin at the embedding."""
         group = object() if alike else None
-        jobs = [Job(self, next(self._orders), call, parent, group) for call in calls]
+        first = len(self._jobs)
+        jobs = [Job(self, order, call, parent, group) for order, call in enumerate(calls, first)]
         self._jobs += jobs
         self._new.extend(jobs)
-        if parent is not None:
-            parent.children = len(jobs)
         return jobs
 
     def enqueue(self, job: Job) -> None:
@@ -258,6 +257,7 @@ class Job:
     def fork(self, calls: Sequence[Callable[[], Any]], alike: bool) -> list[Any]:
         """Run `calls` in step with all other jobs; what they return."""
         jobs = self.scheduler.add(calls, alike, self)
+        self.children = len(jobs)
         self._wait()
         return [job.take() for job in jobs]
 

@@ -6,8 +6,9 @@ observers belong to the job that asked for them, and take effect here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from accelerate.utils import send_to_device
@@ -64,36 +65,23 @@ class WaitingLayer(nn.Module):
 @contextmanager
 def waiting(model: nn.Module, layers: nn.ModuleList) -> Iterator[None]:
     """Inside the block passes wait at every layer, at the embedding and at the head."""
-    originals = list(layers)
-    with ExitStack() as ends:
-        for station, module in ends_of(model, len(originals)).items():
-            ends.enter_context(_waiting_module(module, station))
-        try:
-            for index, layer in enumerate(originals):
-                layers[index] = WaitingLayer(layer, index)
-            yield
-        finally:
-            for index, layer in enumerate(originals):
-                layers[index] = layer
-
-
-@contextmanager
-def _waiting_module(module: nn.Module, station: int) -> Iterator[None]:
-    """Inside the block the embedding or the head waits for its turn before it runs."""
-    forward, replaced = module.forward, "forward" in vars(module)
-
-    def wait(*args: Any, **kwargs: Any) -> Any:
-        job = running_job()
-        assert job is not None
-        return job.ask(station, forward, args, kwargs)
-
-    module.forward = wait
-    try:
+    with ExitStack() as originals:
+        for station, module in ends_of(model, len(layers)).items():
+            if "forward" in vars(module):
+                originals.callback(setattr, module, "forward", module.forward)
+            else:
+                originals.callback(delattr, module, "forward")
+            module.forward = partial(_wait, station, module.forward)
+        for index, layer in enumerate(list(layers)):
+            originals.callback(layers.__setitem__, index, layer)
+            layers[index] = WaitingLayer(layer, index)
         yield
-    finally:
-        del module.forward
-        if replaced:
-            module.forward = forward
+
+
+def _wait(station: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    job = running_job()
+    assert job is not None
+    return job.ask(station, forward, args, kwargs)
 
 
 def before_forward(model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

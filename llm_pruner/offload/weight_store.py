@@ -26,26 +26,21 @@ EMBEDDING = -1  # the station before layer 0; the head's is the number of layers
 TOWERS = -2  # the station of weights for inputs other than text, where no pass stops
 
 
+@dataclass(eq=False)
 class Weights:
     """The tensors of a checkpoint, read when asked for.
 
-    Args:
+    Attributes:
         index: name in the model -> file, name in the file, and dtype to load with.
         device: where to put them.
         folder: of the files that had to be written; it is removed with this object.
-
-    Attributes:
         bytes_read: bytes read so far, as stored in the files.
     """
 
-    def __init__(
-        self,
-        index: dict[str, dict[str, str]],
-        device: torch.device,
-        folder: tempfile.TemporaryDirectory[str],
-    ) -> None:
-        self._index, self.device, self._folder = index, device, folder
-        self.bytes_read = 0
+    index: dict[str, dict[str, str]]
+    device: torch.device
+    folder: tempfile.TemporaryDirectory[str]
+    bytes_read: int = 0
 
     def name_of(self, names: Sequence[str]) -> str:
         """The one of a tensor's `names` in the model under which it is stored.
@@ -54,14 +49,14 @@ class Weights:
             LoadError: it is stored under none of them.
         """
         for name in names:
-            if name in self._index:
+            if name in self.index:
                 return name
         raise LoadError(f"No file of the checkpoint holds {names[0]!r}: it cannot be offloaded.")
 
     def fingerprint(self, model: nn.Module) -> str:
         """Short hash of the config of `model` and of the first values of every tensor."""
         digest = hashlib.sha256(model.config.to_json_string().encode())  # type: ignore[operator, union-attr]
-        for name, entry in sorted(self._index.items()):
+        for name, entry in sorted(self.index.items()):
             with safe_open(entry["safetensors_file"], framework="pt") as opened:
                 stored = opened.get_tensor(entry.get("weight_name", name))
                 first = stored.reshape(-1)[:256].float()
@@ -78,15 +73,15 @@ class Weights:
         found: dict[str, torch.Tensor] = {}
         files: dict[str, list[str]] = {}
         for name in names:
-            files.setdefault(self._index[name]["safetensors_file"], []).append(name)
+            files.setdefault(self.index[name]["safetensors_file"], []).append(name)
         for file, inside in files.items():
-            written = file.startswith(self._folder.name)
+            written = file.startswith(self.folder.name)
             try:
                 with safe_open(file, framework="pt") as opened:
                     for name in inside:
-                        stored = opened.get_tensor(self._index[name].get("weight_name", name))
+                        stored = opened.get_tensor(self.index[name].get("weight_name", name))
                         self.bytes_read += stored.nbytes
-                        dtype = getattr(torch, self._index[name]["dtype"])
+                        dtype = getattr(torch, self.index[name]["dtype"])
                         # As transformers does, down to the alignment, on which some kernels depend:
                         # what is used as stored is mapped from its file, what was converted is new.
                         found[name] = stored.to(self.device, dtype, copy=written)

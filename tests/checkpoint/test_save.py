@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from collections import namedtuple
+from functools import partial
 
 import pytest
 import torch
@@ -108,33 +109,33 @@ def test_room_on_the_disk_is_looked_at_before_anything_is_written(pruner, tmp_pa
     pruner.prune_and_save([2], tmp_path / "out", "m")
 
 
+WEIGHT = "model.layers.1.mlp.down_proj.weight"
+
+
 def damage_weights(folder, factor=1.01):
     tensors = load_file(folder / "model.safetensors")
-    weight = tensors.pop("model.layers.1.mlp.down_proj.weight")
+    weight = tensors.pop(WEIGHT)
     if factor:
-        tensors["model.layers.1.mlp.down_proj.weight"] = weight * factor
+        tensors[WEIGHT] = weight * factor
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def drop_tensor(folder):
-    damage_weights(folder, factor=None)
-
-
-def one_layer_less(folder):
+def set_in_config(folder, **values):
     config = json.loads((folder / "config.json").read_text())
-    config["num_hidden_layers"] -= 1
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config | values))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (damage_weights, "compute different logits"),
-        (drop_tensor, "1 missing_keys, such as model.layers.1.mlp.down_proj.weight"),
-        (one_layer_less, "unexpected_keys"),
+        (partial(damage_weights, factor=None), f"1 missing_keys, such as {WEIGHT}"),
+        (partial(set_in_config, num_hidden_layers=N_LAYERS - 1), "unexpected_keys"),
+        (partial(set_in_config, model_type="nothing-known"), "does not load: ValueError"),
     ],
 )
 def test_verification_finds_damage(llama, tmp_path, damage, message):
+    assert verify.TOLERANCE[torch.float32] <= 2e-5
     llama.save_pretrained(tmp_path)
     verify_checkpoint(tmp_path, llama)
     damage(tmp_path)
@@ -205,10 +206,6 @@ def test_mergekit_refusals(llama, tmp_path):
         write_mergekit_yaml(LayerStack(llama), [2], tmp_path / "file" / "r.yaml", "m")
 
 
-def test_tolerances_are_tight():
-    assert verify.TOLERANCE[torch.float32] <= 2e-5
-
-
 def test_a_wrapper_is_loaded_pruned_and_written_with_its_processor(tokenizer, tmp_path):
     """A vision-language model: its text decoder is pruned, everything else carried along."""
     model = zoo.build_wrapper("llava")
@@ -224,12 +221,11 @@ def test_a_wrapper_is_loaded_pruned_and_written_with_its_processor(tokenizer, tm
 
 
 def test_mergekit_users_are_warned_of_configs_it_does_not_adapt(tmp_path, caplog):
+    write_mergekit_yaml(LayerStack(zoo.build("llama")), [2], tmp_path / "r.yaml", "m")
+    assert not caplog.text
     write_mergekit_yaml(LayerStack(zoo.build("qwen3")), [2], tmp_path / "r.yaml", "m")
     assert "MergeKit will write a wrong config" in caplog.text
     assert "layer_types must change too" in caplog.text
-    caplog.clear()
-    write_mergekit_yaml(LayerStack(zoo.build("llama")), [2], tmp_path / "r.yaml", "m")
-    assert not caplog.text
 
 
 CUSTOM_CODE = {
@@ -256,11 +252,10 @@ def test_custom_code_travels_with_the_checkpoint(llama, tokenizer, tmp_path, mon
     tokenizer.save_pretrained(source)
     for name, code in CUSTOM_CODE.items():
         (source / name).write_text(code)
-    config = json.loads((source / "config.json").read_text())
     names = {"AutoConfig": "configuration_tiny.TinyConfig"}
     names["AutoModelForCausalLM"] = "modeling_tiny.TinyForCausalLM"
-    config |= {"model_type": "tinycustom", "auto_map": names, "architectures": ["TinyForCausalLM"]}
-    (source / "config.json").write_text(json.dumps(config))
+    architectures = ["TinyForCausalLM"]
+    set_in_config(source, model_type="tinycustom", auto_map=names, architectures=architectures)
 
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(LoadError, match=r"code of its own.*--trust-remote-code"):
@@ -282,10 +277,3 @@ def test_code_nobody_trusted_is_not_referred_to(pruner, tmp_path):
     pruner.prune_and_save([3], tmp_path / "out", "m")
     assert not json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-
-
-def test_a_checkpoint_that_does_not_load_is_named(llama, tmp_path):
-    llama.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "nothing-known"}')
-    with pytest.raises(VerificationError, match="does not load: ValueError"):
-        verify_checkpoint(tmp_path, llama)
