@@ -50,8 +50,7 @@ def model_identity(model: Any, num_layers: int) -> dict[str, str]:
 def find_layers(checkpoint: Checkpoint) -> LayerNames:
     """The layers, by their tensors' names: indices from 0 on, as many as the config counts.
 
-    Raises:
-        NeedsMemoryError: there are none.
+    Raises NeedsMemoryError if there are none.
     """
     indices: dict[str, set[int]] = {}
     for name in checkpoint.tensors:

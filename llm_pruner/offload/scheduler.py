@@ -32,10 +32,7 @@ THREAD_STACK = 2**20  # bytes; the layers themselves run in the scheduler's thre
 class Scheduler:
     """Runs many calls in step: at every station each takes its turn.
 
-    Args:
-        stack: the layers; the model meets only `WaitingLayer`s while the scheduler runs.
-        stations: their weights.
-        budget: bytes that waiting states may take; None for no limit.
+    Waiting states take `budget` bytes of memory; None for no limit.
 
     Attributes:
         turn: a job releases it to let the scheduler go on.
@@ -293,18 +290,12 @@ class Job:
 
 @dataclass
 class _Result:
-    """What a station answered a pass, for others that have come the same way.
+    """What a station answered a pass, for others that have come the same way."""
 
-    Attributes:
-        answer: what it returned, or raised.
-        pure: whether it left its inputs unchanged.
-        marks: those of the answer, when it was new.
-    """
-
-    answer: Any
+    answer: Any  # what it returned, or raised
     station: int
-    pure: bool
-    marks: list[Any]
+    pure: bool  # whether it left its inputs unchanged
+    marks: list[Any]  # of the answer, when it was new
 
     def serves(self, job: Job) -> bool:
         """Whether another pass may have it too: it holds all effects of the call, unchanged."""

@@ -43,11 +43,7 @@ class Weights:
     bytes_read: int = 0
 
     def name_of(self, names: Sequence[str]) -> str:
-        """The one of a tensor's `names` in the model under which it is stored.
-
-        Raises:
-            LoadError: it is stored under none of them.
-        """
+        """The one of a tensor's `names` under which it is stored; LoadError if there is none."""
         for name in names:
             if name in self.index:
                 return name
@@ -65,11 +61,7 @@ class Weights:
         return digest.hexdigest()[:16]
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The tensors of these names; every file is opened once.
-
-        Raises:
-            LoadError: a file can no longer be read.
-        """
+        """The tensors of these names; LoadError if a file can no longer be read."""
         found: dict[str, torch.Tensor] = {}
         files: dict[str, list[str]] = {}
         for name in names:
@@ -94,13 +86,7 @@ class Weights:
 
 
 class Stations:
-    """The parameters of a model that lie in the checkpoint, by the station that needs them.
-
-    Args:
-        model: the model; its parameters are on the meta device.
-        names: its layers.
-        weights: where the parameters are read from.
-    """
+    """The parameters of a model on the meta device, by the station that needs them."""
 
     def __init__(self, model: nn.Module, names: LayerNames, weights: Weights) -> None:
         self._model, self._weights = model, weights
@@ -199,11 +185,7 @@ def ends_of(model: Any, depth: int) -> dict[int, nn.Module]:
 
 
 def weights_index(model: nn.Module) -> dict[str, dict[str, str]]:
-    """Where accelerate has found the parameters of a model that it offloads to disk.
-
-    Raises:
-        LoadError: they are not in safetensors files.
-    """
+    """Where accelerate has found a model's parameters; LoadError if not in safetensors files."""
     for module in model.modules():
         hook: Any = getattr(module, "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):

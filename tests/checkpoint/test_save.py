@@ -33,26 +33,26 @@ def pruner(llama, tokenizer):
     return SmartPruner(llama, tokenizer)
 
 
+def assert_same_logits(model, other):
+    with torch.inference_mode():
+        assert torch.equal(model(IDS).logits, other(IDS).logits)
+
+
 def tree(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def test_the_output_is_a_complete_plain_checkpoint(pruner, tokenizer, tmp_path):
-    pruned, same = pruner.prune_and_save([2, 5], tmp_path / "out", "some/model")
+    out = tmp_path / "out"
+    pruned, same = pruner.prune_and_save([2, 5], out, "some/model")
     assert same is tokenizer
-    names = set(tree(tmp_path / "out"))
-    assert {"config.json", "generation_config.json", "model.safetensors"} <= names
-    assert {"tokenizer.json", "tokenizer_config.json", PLAN_FILE} <= names
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    with torch.inference_mode():
-        assert torch.equal(reloaded(IDS).logits, pruned(IDS).logits)
-    text = "the cat sat"
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text) == tokenizer(text)
-    plan = PruningPlan.load(tmp_path / "out" / PLAN_FILE)
-    assert plan.remove == (2, 5)
-    assert plan.model_id == "some/model"
-    assert tree(tmp_path)[0] == "out", "no staging folder is left"
-    assert len(list(tmp_path.iterdir())) == 1
+    names = "config generation_config tokenizer tokenizer_config".split()
+    assert {*(f"{name}.json" for name in names), "model.safetensors", PLAN_FILE} <= {*tree(out)}
+    assert_same_logits(AutoModelForCausalLM.from_pretrained(out), pruned)
+    assert AutoTokenizer.from_pretrained(out)("the cat sat") == tokenizer("the cat sat")
+    plan = PruningPlan.load(out / PLAN_FILE)
+    assert (plan.remove, plan.model_id) == ((2, 5), "some/model")
+    assert list(tmp_path.iterdir()) == [out], "no staging folder is left"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -189,13 +189,9 @@ def test_nan_weights_do_not_pass(llama):
 def test_mergekit_recipe(llama, tmp_path, removed, ranges):
     path = tmp_path / "deep" / "recipe.yaml"
     write_mergekit_yaml(LayerStack(llama.half()), removed, path, "some/model")
-    recipe = yaml.safe_load(path.read_text())
-    found = [entry["sources"][0] for entry in recipe["slices"]]
-    assert [source["layer_range"] for source in found] == ranges
-    kept = [layer for start, end in ranges for layer in range(start, end)]
-    assert kept == [layer for layer in range(N_LAYERS) if layer not in removed]
-    assert {source["model"] for source in found} == {"some/model"}
-    assert (recipe["merge_method"], recipe["dtype"]) == ("passthrough", "float16")
+    slices = [{"sources": [{"model": "some/model", "layer_range": pair}]} for pair in ranges]
+    recipe = {"slices": slices, "merge_method": "passthrough", "dtype": "float16"}
+    assert yaml.safe_load(path.read_text()) == recipe
 
 
 def test_mergekit_refusals(llama, tmp_path):
@@ -215,9 +211,7 @@ def test_a_wrapper_is_loaded_pruned_and_written_with_its_processor(tokenizer, tm
     loaded, own = load_model(str(tmp_path / "in"), device="cpu")
     pruned, _ = SmartPruner(loaded, own).prune_and_save([2, 3], tmp_path / "out", "m")
     assert (tmp_path / "out" / "preprocessor_config.json").read_text().endswith('"X"}')
-    reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
-    with torch.inference_mode():
-        assert torch.equal(reloaded(IDS).logits, pruned(IDS).logits)
+    assert_same_logits(AutoModelForImageTextToText.from_pretrained(tmp_path / "out"), pruned)
 
 
 def test_mergekit_users_are_warned_of_configs_it_does_not_adapt(tmp_path, caplog):
@@ -267,8 +261,7 @@ def test_custom_code_travels_with_the_checkpoint(llama, tokenizer, tmp_path, mon
     again, _ = load_model(str(tmp_path / "out"), device="cpu", trust_remote_code=True)
     assert type(again).__name__ == "TinyForCausalLM"
     assert len(again.model.layers) == 6
-    with torch.inference_mode():
-        assert torch.equal(again(IDS).logits, pruned(IDS).logits)
+    assert_same_logits(again, pruned)
 
 
 def test_code_nobody_trusted_is_not_referred_to(pruner, tmp_path):
