@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoadError, UnsupportedModelError
-from ..model.config_rules import OTHER_TOWERS, config_parts, layer_counts, prune_config_file
+from ..model.config_rules import OTHER_TOWERS, layer_counts_in_file, prune_config_file
 from ..model.layer_names import LayerNames
 from ..results import PruningPlan
 from ..utils import logger
@@ -40,7 +40,7 @@ def model_identity(model: Any, num_layers: int) -> dict[str, str]:
     if not source:
         return {"revision": commit} if commit else {}
     try:
-        counts = _layer_counts(source.read_json("config.json"))
+        counts = layer_counts_in_file(source.read_json("config.json"))
         return read_checkpoint(source).identity() if num_layers in counts else {}
     except LoadError as error:  # pickled weights, say
         logger.info("The plan does not record the checkpoint: %s", error)
@@ -50,15 +50,14 @@ def model_identity(model: Any, num_layers: int) -> dict[str, str]:
 def find_layers(checkpoint: Checkpoint) -> LayerNames:
     """The layers, by their tensors' names: indices from 0 on, as many as the config counts.
 
-    Raises:
-        NeedsMemoryError: there are none.
+    Raises NeedsMemoryError if there are none.
     """
     indices: dict[str, set[int]] = {}
     for name in checkpoint.tensors:
         match = re.match(r"((?:[^.]*\.)*?)(\d+)\.", name)
         if match and not any(tower in match[1] for tower in OTHER_TOWERS):
             indices.setdefault(match[1], set()).add(int(match[2]))
-    counts = _layer_counts(checkpoint.config)
+    counts = layer_counts_in_file(checkpoint.config)
     fitting = {
         prefix: count
         for prefix, found in indices.items()
@@ -75,10 +74,6 @@ def find_layers(checkpoint: Checkpoint) -> LayerNames:
             "BasePruner.prune_and_save, which loads the model."
         )
     return LayerNames(prefixes, most)
-
-
-def _layer_counts(config: dict[str, Any]) -> set[int]:
-    return {count for part in config_parts(config) for count in layer_counts(part)}
 
 
 def pruned_config(

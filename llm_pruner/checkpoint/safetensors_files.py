@@ -34,18 +34,13 @@ BITS = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file.
-
-    Attributes:
-        dtype: as safetensors names it, such as ``BF16``.
-        start, end: its bytes in the file, header included.
-    """
+    """A tensor in a file."""
 
     name: str
     file: str
-    dtype: str
+    dtype: str  # as safetensors names it, such as BF16
     shape: tuple[int, ...]
-    start: int
+    start: int  # its bytes in the file, header included
     end: int
 
     @property
@@ -64,16 +59,11 @@ Pair = tuple[StoredTensor, StoredTensor]  # a tensor as it is, and as it will be
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All tensors of a checkpoint.
-
-    Attributes:
-        tensors: by name, in the order of the files and of their bytes.
-        metadata: by file, the texts in its header beside the tensors.
-    """
+    """All tensors of a checkpoint."""
 
     source: Source
-    tensors: dict[str, StoredTensor]
-    metadata: dict[str, dict[str, str]]
+    tensors: dict[str, StoredTensor]  # by name, in the order of the files and of their bytes
+    metadata: dict[str, dict[str, str]]  # by file: the texts in its header beside the tensors
 
     @cached_property
     def config(self) -> dict[str, Any]:

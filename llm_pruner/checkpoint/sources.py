@@ -29,8 +29,7 @@ NOT_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errn
 def open_source(model_id: str | Path, revision: str | None = None) -> Source:
     """A local folder, a complete copy of a hub repository in the cache, or the hub itself.
 
-    Raises:
-        LoadError: there is nothing of that name.
+    Raises LoadError if there is nothing of that name.
     """
     name = str(model_id)
     folder = Path(resolve_model_id(name)).expanduser()
@@ -82,20 +81,11 @@ class Source(ABC):
         """The bytes from `start` up to `end` of a file; fewer only where it ends before."""
 
     def copy(self, file: str, start: int, end: int, target: BinaryIO) -> None:
-        """Append the bytes from `start` up to `end` of a file to `target`.
-
-        Raises:
-            LoadError: the file ends before.
-            OSError: `target` cannot be written.
-        """
+        """Append the same bytes to `target`; LoadError if the file ends before."""
         target.writelines(self.blocks(file, start, end))
 
     def blocks(self, file: str, start: int, end: int) -> Iterator[bytes]:
-        """The bytes from `start` up to `end` of a file, a limited number at a time.
-
-        Raises:
-            LoadError: the file ends before.
-        """
+        """The same bytes, a limited number at a time; LoadError if the file ends before."""
         for begin in range(start, end, BLOCK):
             wanted = min(BLOCK, end - begin)
             block = self.read(file, begin, begin + wanted)
@@ -104,11 +94,7 @@ class Source(ABC):
             yield block
 
     def read_json(self, file: str, start: int = 0, end: int | None = None) -> dict[str, Any]:
-        """The JSON object in a file, or in a range of its bytes.
-
-        Raises:
-            LoadError: there is no such file, or it holds something else.
-        """
+        """The JSON object in a file, or in a range of its bytes; LoadError if there is none."""
         end = self.size(file) if end is None else end
         if end - start > MAX_JSON:
             raise self.broken(file, f"it has {end - start:,} bytes")
@@ -138,9 +124,8 @@ class Source(ABC):
         for name in names:
             plain = isinstance(name, str) and name == Path(name).name and "\\" not in name
             if not plain or not name.endswith(".safetensors"):
-                raise self.broken(
-                    INDEX_FILE, f"it refers to {name!r}, which is not the name of a file beside it"
-                )
+                reason = f"it refers to {name!r}, which is not the name of a file beside it"
+                raise self.broken(INDEX_FILE, reason)
         missing = sorted(names - there)
         if missing:
             raise self.broken(INDEX_FILE, f"it refers to {missing[0]!r}, which is not there")

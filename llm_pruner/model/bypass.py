@@ -16,15 +16,10 @@ Argument = int | str | None  # a positional argument, a keyword argument, or not
 
 @dataclass(frozen=True)
 class ReturnForm:
-    """What a layer returns, and from which of its own inputs a bypass takes each part.
+    """What a layer returns, and from which of its own inputs a bypass takes each part."""
 
-    Attributes:
-        build: makes the layer's kind of result from its parts; None for a bare tensor.
-        sources: for each part, the argument as which the next layer receives it.
-    """
-
-    build: Callable[[list[Any]], Any] | None = None
-    sources: tuple[Argument, ...] = ()
+    build: Callable[[list[Any]], Any] | None = None  # from its parts; None for a bare tensor
+    sources: tuple[Argument, ...] = ()  # of each part: as which the next layer receives it
 
     @property
     def carried(self) -> int:
@@ -39,11 +34,7 @@ def learn_forms(
 
     A layer may return more than the hidden state (a router's state, attention indices). Where a
     part of its result reappears as an input of the next layer, a bypass passes on its own input of
-    that name.
-
-    Args:
-        calls: by layer, its positional arguments, keyword arguments and output.
-        n_layers: how many layers there are.
+    that name. The `calls` are by layer: positional arguments, keyword arguments and output.
     """
     forms: list[ReturnForm] = []
     for index in range(n_layers):
@@ -71,35 +62,33 @@ def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Argument, 
 class Bypass(nn.Module):
     """Takes a layer's place: returns its input, and answers for every attribute like the layer.
 
-    Args:
-        layer: the layer.
-        form: how the layer returns its result.
-        adds: whether the result is added to the input elsewhere, so that it has to be zero.
+    If the layer `adds`, its result is added to its input elsewhere, so that it has to be zero.
     """
+
+    _layer: nn.Module
 
     def __init__(self, layer: nn.Module, form: ReturnForm, *, adds: bool = False) -> None:
         super().__init__()
-        # Not a submodule: the layer's parameters must not be listed twice.
-        vars(self).update(_layer=layer, _form=form, _adds=adds)
+        vars(self)["_layer"] = layer  # no submodule: its parameters must not be listed twice
+        self._form, self._adds = form, adds
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The hidden state among the arguments, in the form in which the layer returns it."""
         hidden = hidden_in(args, kwargs)
-        if self.__dict__["_adds"]:
+        if self._adds:
             hidden = torch.zeros_like(hidden)
-        form: ReturnForm = self.__dict__["_form"]
-        if form.build is None:
+        if self._form.build is None:
             return hidden
         inputs = _arguments(args, kwargs)
-        parts = [None if source is None else inputs.get(source) for source in form.sources]
-        if not form.carried:
+        parts = [None if source is None else inputs.get(source) for source in self._form.sources]
+        if not self._form.carried:
             parts[0] = hidden
-        return form.build(parts)
+        return self._form.build(parts)
 
     def __getattr__(self, name: str) -> Any:
         if name in BYPASS_ANSWERS:
             return BYPASS_ANSWERS[name]
-        return getattr(self.__dict__["_layer"], name)
+        return getattr(self._layer, name)
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -7,7 +7,7 @@ missing here. Nothing here imports torch: pruning on disk uses it too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -71,11 +71,7 @@ class Removal:
         return sum(index >= self.num_layers - value for index in self.kept)
 
     def follow(self, value: Sequence[int]) -> list[int]:
-        """One layer index per layer: that of each kept layer, renumbered.
-
-        Raises:
-            UnsupportedModelError: a kept layer refers to a removed one.
-        """
+        """One layer index per layer: that of each kept layer, renumbered, if none is lost."""
         new = self.new_indices
         lost = sorted({value[index] for index in self.kept} - new.keys())
         if lost:
@@ -112,17 +108,11 @@ SCALED_FIELDS: dict[tuple[str, str], Rule] = {
 
 @dataclass(frozen=True)
 class Pattern:
-    """A kind of layer that a config can only express as a rule over the index.
+    """A kind of layer that a config can only express as a rule over the index."""
 
-    Attributes:
-        fields: the config's fields that make up the rule.
-        is_special: whether layer i is of the kind, given the fields' values.
-        values: every setting worth trying for a stack of n layers.
-    """
-
-    fields: tuple[str, ...]
-    is_special: Callable[[int, tuple[int, ...]], bool]
-    values: Callable[[int], Any]
+    fields: tuple[str, ...]  # those that make up the rule
+    is_special: Callable[[int, tuple[int, ...]], bool]  # of a layer, given the fields' values
+    values: Callable[[int], Any]  # every setting worth trying for that many layers
 
 
 def _periodic(period: str, offset: str) -> Pattern:
@@ -279,11 +269,10 @@ def _is_per_layer(name: str, value: Any, num_layers: int) -> bool:
     return per_layer and not name.endswith(NOT_PER_LAYER)
 
 
-def config_parts(values: dict[str, Any]) -> Iterator[Any]:
-    """A config.json and the configs inside it, as objects."""
-    for part in (values, *values.values()):
-        if isinstance(part, dict) and all(isinstance(key, str) for key in part):
-            yield SimpleNamespace(**part)
+def layer_counts_in_file(values: dict[str, Any]) -> set[int]:
+    """The `layer_counts` of a config.json and of the configs inside it."""
+    parts = [SimpleNamespace(**x) for x in (values, *values.values()) if isinstance(x, dict)]
+    return set().union(*map(layer_counts, parts))
 
 
 def prune_config_file(

@@ -152,19 +152,15 @@ class LayerStack(Sequence[nn.Module]):
     def _bypassed(self, removed: Collection[int]) -> Iterator[nn.Module]:
         in_parts = len({path.rpartition(".")[0] for path in self.paths}) < len(self.paths)
         forms = {path: self._return_forms(path) for path in self.paths} if removed else {}
-        originals: list[tuple[nn.ModuleList, int, nn.Module]] = []
-        try:
+        with ExitStack() as originals:
             for path in forms:
                 layers = _layer_list(self.model, path)
                 for index in removed:
                     layer = layers[index]
-                    originals.append((layers, index, layer))
+                    originals.callback(layers.__setitem__, index, layer)
                     adds = in_parts and not isinstance(layer, nn.LayerNorm)
                     layers[index] = Bypass(layer, forms[path][index], adds=adds)
             yield self.model
-        finally:
-            for layers, index, layer in originals:
-                layers[index] = layer
 
     @contextmanager
     def observe_inputs(self, indices: Iterable[int], observer: InputObserver) -> Iterator[None]:

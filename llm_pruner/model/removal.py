@@ -34,13 +34,9 @@ def share_copy(model: Any) -> Any:
 def remove_layers(
     model: nn.Module, names: LayerNames, kept: Sequence[int], reference: nn.Module | None
 ) -> Any:
-    """A copy of `model` that has only the layers `kept` of its layer list, or of all its lists.
-
-    The work of `LayerStack.remove`.
+    """A copy of `model` that has only the layers `kept`; see `LayerStack.remove`.
 
     Args:
-        model: the full model.
-        names: its layers.
         kept: indices of the layers to keep, ascending.
         reference: `skeleton` of `model`.
 

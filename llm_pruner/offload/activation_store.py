@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +34,7 @@ class ActivationStore:
 
     def __init__(self, budget: int | None) -> None:
         self._budget, self._held = budget, 0
-        self._known: dict[int, _Kept] = {}
+        self._known: dict[int, tuple[int, torch.device]] = {}  # bytes it holds; device it had
         self.bytes_written = 0
 
     def keep(self, values: Any) -> None:
@@ -64,21 +62,21 @@ class ActivationStore:
             for_good: whether they stay there from now on.
         """
         for tensor in tensors_in(values):
-            kept = self._known.get(id(tensor))
-            if kept is not None and kept.device != tensor.device:
-                tensor.data = tensor.to(kept.device)
+            _, device = self._known.get(id(tensor), (0, tensor.device))
+            if device != tensor.device:
+                tensor.data = tensor.to(device)
                 del self._known[id(tensor)]
             if for_good and tensor.device.type != "cpu" and id(tensor) not in self._known:
                 self._note(tensor, tensor.nbytes)
 
     def _note(self, tensor: torch.Tensor, held: int) -> None:
-        reference = weakref.ref(tensor, partial(self._forget, id(tensor)))
-        self._known[id(tensor)] = _Kept(reference, held, tensor.device)
+        self._known[id(tensor)] = held, tensor.device
         self._held += held
+        weakref.finalize(tensor, self._forget, id(tensor)).atexit = False
 
-    def _forget(self, key: int, reference: object) -> None:
-        if key in self._known and self._known[key].reference is reference:
-            self._held -= self._known.pop(key).held
+    def _forget(self, key: int) -> None:
+        held, _ = self._known.pop(key, (0, None))
+        self._held -= held
 
     def _mapped(self, tensor: torch.Tensor) -> torch.Tensor:
         flat = tensor.detach().cpu().reshape(-1).view(torch.uint8)
@@ -97,15 +95,6 @@ class ActivationStore:
             os.unlink(path)
         self.bytes_written += len(flat)
         return mapped.view(tensor.dtype).view(tensor.shape)
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """A tensor in a store: the bytes of memory that it holds, and its device when it came."""
-
-    reference: weakref.ref[torch.Tensor]
-    held: int
-    device: torch.device
 
 
 def _owns_its_memory(tensor: torch.Tensor) -> bool:

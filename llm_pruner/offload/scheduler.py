@@ -14,7 +14,6 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
 import torch
@@ -33,10 +32,7 @@ THREAD_STACK = 2**20  # bytes; the layers themselves run in the scheduler's thre
 class Scheduler:
     """Runs many calls in step: at every station each takes its turn.
 
-    Args:
-        stack: the layers; the model meets only `WaitingLayer`s while the scheduler runs.
-        stations: their weights.
-        budget: bytes that waiting states may take; None for no limit.
+    Waiting states take `budget` bytes of memory; None for no limit.
 
     Attributes:
         turn: a job releases it to let the scheduler go on.
@@ -48,7 +44,6 @@ class Scheduler:
         self.turn = threading.Semaphore(0)
         self.stopping = False
         self._stations = stations
-        self._orders = count()
         self._jobs: list[Job] = []
         self._new: deque[Job] = deque()  # those that have not begun
         self._waiting: dict[int, list[tuple[int, Job]]] = {}  # station -> heap
@@ -57,7 +52,7 @@ class Scheduler:
     def run(self, calls: Sequence[Callable[[], Any]], alike: bool) -> list[Any]:
         """What all calls return. The caller has put the waiting layers in place."""
         with self._stations.loaded(None):
-            jobs = self.add(calls, alike, None)
+            jobs = self.add(calls, alike)
             try:
                 for station in progress(self._next_stations(), "Layers", len(self.stack) + 2):
                     with self._stations.loaded(station):
@@ -73,14 +68,15 @@ class Scheduler:
                 raise
         return [job.take() for job in jobs]
 
-    def add(self, calls: Sequence[Callable[[], Any]], alike: bool, parent: Job | None) -> list[Job]:
+    def add(
+        self, calls: Sequence[Callable[[], Any]], alike: bool, parent: Job | None = None
+    ) -> list[Job]:
         """Take in calls, made by the job `parent` if one is given. They begin at the embedding."""
         group = object() if alike else None
-        jobs = [Job(self, next(self._orders), call, parent, group) for call in calls]
+        first = len(self._jobs)
+        jobs = [Job(self, order, call, parent, group) for order, call in enumerate(calls, first)]
         self._jobs += jobs
         self._new.extend(jobs)
-        if parent is not None:
-            parent.children = len(jobs)
         return jobs
 
     def enqueue(self, job: Job) -> None:
@@ -258,6 +254,7 @@ class Job:
     def fork(self, calls: Sequence[Callable[[], Any]], alike: bool) -> list[Any]:
         """Run `calls` in step with all other jobs; what they return."""
         jobs = self.scheduler.add(calls, alike, self)
+        self.children = len(jobs)
         self._wait()
         return [job.take() for job in jobs]
 
@@ -293,18 +290,12 @@ class Job:
 
 @dataclass
 class _Result:
-    """What a station answered a pass, for others that have come the same way.
+    """What a station answered a pass, for others that have come the same way."""
 
-    Attributes:
-        answer: what it returned, or raised.
-        pure: whether it left its inputs unchanged.
-        marks: those of the answer, when it was new.
-    """
-
-    answer: Any
+    answer: Any  # what it returned, or raised
     station: int
-    pure: bool
-    marks: list[Any]
+    pure: bool  # whether it left its inputs unchanged
+    marks: list[Any]  # of the answer, when it was new
 
     def serves(self, job: Job) -> bool:
         """Whether another pass may have it too: it holds all effects of the call, unchanged."""

@@ -6,8 +6,9 @@ observers belong to the job that asked for them, and take effect here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from accelerate.utils import send_to_device
@@ -15,7 +16,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..model.bypass import BYPASS_ANSWERS, hidden_in, hidden_out, with_hidden
-from .scheduler import running_job
+from .scheduler import Job, running_job
 from .weight_store import ends_of
 
 WAY_OUT = (
@@ -27,6 +28,9 @@ WAY_OUT = (
 class WaitingLayer(nn.Module):
     """Takes a layer's place: a pass waits here until the layer's weights are in memory."""
 
+    layer: nn.Module
+    index: int
+
     def __init__(self, layer: nn.Module, index: int) -> None:
         super().__init__()
         # Not a submodule, so that walks over the modules find no weights that are not in memory.
@@ -34,15 +38,13 @@ class WaitingLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer returns, or its bypass, when it is this pass's turn."""
-        index: int = self.__dict__["index"]
-        job = running_job()
-        assert job is not None
+        job, index = _this_job(), self.index
         if index in job.bypassed:
             job.trace = (*job.trace, ~index)
             if job.group is not None:  # the pass may change its own state, not that of others
                 args, kwargs = with_hidden(args, kwargs, hidden_in(args, kwargs).clone())
             return job.bypassed[index](*args, **kwargs)
-        output = job.ask(index, self.__dict__["layer"], args, kwargs)
+        output = job.ask(index, self.layer, args, kwargs)
         if job.records is not None:
             job.records[index] = (args, kwargs, output)
         if job.observers:
@@ -56,44 +58,35 @@ class WaitingLayer(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         job = running_job()
-        if name in BYPASS_ANSWERS and job is not None and job.skips(self.__dict__["index"]):
+        if name in BYPASS_ANSWERS and job is not None and job.skips(self.index):
             return BYPASS_ANSWERS[name]
-        return getattr(self.__dict__["layer"], name)
+        return getattr(self.layer, name)
 
 
 @contextmanager
 def waiting(model: nn.Module, layers: nn.ModuleList) -> Iterator[None]:
     """Inside the block passes wait at every layer, at the embedding and at the head."""
-    originals = list(layers)
-    with ExitStack() as ends:
-        for station, module in ends_of(model, len(originals)).items():
-            ends.enter_context(_waiting_module(module, station))
-        try:
-            for index, layer in enumerate(originals):
-                layers[index] = WaitingLayer(layer, index)
-            yield
-        finally:
-            for index, layer in enumerate(originals):
-                layers[index] = layer
-
-
-@contextmanager
-def _waiting_module(module: nn.Module, station: int) -> Iterator[None]:
-    """Inside the block the embedding or the head waits for its turn before it runs."""
-    forward, replaced = module.forward, "forward" in vars(module)
-
-    def wait(*args: Any, **kwargs: Any) -> Any:
-        job = running_job()
-        assert job is not None
-        return job.ask(station, forward, args, kwargs)
-
-    module.forward = wait
-    try:
+    with ExitStack() as originals:
+        for station, module in ends_of(model, len(layers)).items():
+            if "forward" in vars(module):
+                originals.callback(setattr, module, "forward", module.forward)
+            else:
+                originals.callback(delattr, module, "forward")
+            module.forward = partial(_wait, station, module.forward)
+        for index, layer in enumerate(list(layers)):
+            originals.callback(layers.__setitem__, index, layer)
+            layers[index] = WaitingLayer(layer, index)
         yield
-    finally:
-        del module.forward
-        if replaced:
-            module.forward = forward
+
+
+def _wait(station: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return _this_job().ask(station, forward, args, kwargs)
+
+
+def _this_job() -> Job:
+    job = running_job()
+    assert job is not None
+    return job
 
 
 def before_forward(model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -26,42 +26,33 @@ EMBEDDING = -1  # the station before layer 0; the head's is the number of layers
 TOWERS = -2  # the station of weights for inputs other than text, where no pass stops
 
 
+@dataclass(eq=False)
 class Weights:
     """The tensors of a checkpoint, read when asked for.
 
-    Args:
+    Attributes:
         index: name in the model -> file, name in the file, and dtype to load with.
         device: where to put them.
         folder: of the files that had to be written; it is removed with this object.
-
-    Attributes:
         bytes_read: bytes read so far, as stored in the files.
     """
 
-    def __init__(
-        self,
-        index: dict[str, dict[str, str]],
-        device: torch.device,
-        folder: tempfile.TemporaryDirectory[str],
-    ) -> None:
-        self._index, self.device, self._folder = index, device, folder
-        self.bytes_read = 0
+    index: dict[str, dict[str, str]]
+    device: torch.device
+    folder: tempfile.TemporaryDirectory[str]
+    bytes_read: int = 0
 
     def name_of(self, names: Sequence[str]) -> str:
-        """The one of a tensor's `names` in the model under which it is stored.
-
-        Raises:
-            LoadError: it is stored under none of them.
-        """
+        """The one of a tensor's `names` under which it is stored; LoadError if there is none."""
         for name in names:
-            if name in self._index:
+            if name in self.index:
                 return name
         raise LoadError(f"No file of the checkpoint holds {names[0]!r}: it cannot be offloaded.")
 
     def fingerprint(self, model: nn.Module) -> str:
         """Short hash of the config of `model` and of the first values of every tensor."""
         digest = hashlib.sha256(model.config.to_json_string().encode())  # type: ignore[operator, union-attr]
-        for name, entry in sorted(self._index.items()):
+        for name, entry in sorted(self.index.items()):
             with safe_open(entry["safetensors_file"], framework="pt") as opened:
                 stored = opened.get_tensor(entry.get("weight_name", name))
                 first = stored.reshape(-1)[:256].float()
@@ -70,23 +61,19 @@ class Weights:
         return digest.hexdigest()[:16]
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The tensors of these names; every file is opened once.
-
-        Raises:
-            LoadError: a file can no longer be read.
-        """
+        """The tensors of these names; LoadError if a file can no longer be read."""
         found: dict[str, torch.Tensor] = {}
         files: dict[str, list[str]] = {}
         for name in names:
-            files.setdefault(self._index[name]["safetensors_file"], []).append(name)
+            files.setdefault(self.index[name]["safetensors_file"], []).append(name)
         for file, inside in files.items():
-            written = file.startswith(self._folder.name)
+            written = file.startswith(self.folder.name)
             try:
                 with safe_open(file, framework="pt") as opened:
                     for name in inside:
-                        stored = opened.get_tensor(self._index[name].get("weight_name", name))
+                        stored = opened.get_tensor(self.index[name].get("weight_name", name))
                         self.bytes_read += stored.nbytes
-                        dtype = getattr(torch, self._index[name]["dtype"])
+                        dtype = getattr(torch, self.index[name]["dtype"])
                         # As transformers does, down to the alignment, on which some kernels depend:
                         # what is used as stored is mapped from its file, what was converted is new.
                         found[name] = stored.to(self.device, dtype, copy=written)
@@ -99,13 +86,7 @@ class Weights:
 
 
 class Stations:
-    """The parameters of a model that lie in the checkpoint, by the station that needs them.
-
-    Args:
-        model: the model; its parameters are on the meta device.
-        names: its layers.
-        weights: where the parameters are read from.
-    """
+    """The parameters of a model on the meta device, by the station that needs them."""
 
     def __init__(self, model: nn.Module, names: LayerNames, weights: Weights) -> None:
         self._model, self._weights = model, weights
@@ -204,11 +185,7 @@ def ends_of(model: Any, depth: int) -> dict[int, nn.Module]:
 
 
 def weights_index(model: nn.Module) -> dict[str, dict[str, str]]:
-    """Where accelerate has found the parameters of a model that it offloads to disk.
-
-    Raises:
-        LoadError: they are not in safetensors files.
-    """
+    """Where accelerate has found a model's parameters; LoadError if not in safetensors files."""
     for module in model.modules():
         hook: Any = getattr(module, "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):

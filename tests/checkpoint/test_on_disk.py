@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import zoo
 from conftest import tiny_llama
 from fakehub import running_hub
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from llm_pruner import LayerStack, PruningPlan, SmartPruner
 from llm_pruner.checkpoint.on_disk import check_manifest, prune_checkpoint
@@ -40,6 +42,14 @@ REMOVED = (1, 3)
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def assert_same(*folders: Path) -> Set[str]:
+    """That two checkpoints hold the same tensors; their names."""
+    got, want = map(tensors, folders)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    return got.keys()
 
 
 @contextmanager
@@ -66,10 +76,9 @@ def source(tokenizer, tmp_path):
     folder = tmp_path / "source"
     tiny_llama().save_pretrained(folder, max_shard_size="40KB")
     tokenizer.save_pretrained(folder)
-    (folder / "LICENSE").write_text("do what you like")
     (folder / "more").mkdir()
-    (folder / "more" / "notes.txt").write_text("notes")
-    (folder / "pytorch_model.bin").write_bytes(b"a pickle nobody reads")
+    for name in ("LICENSE", "more/notes.txt", "pytorch_model.bin"):
+        (folder / name).write_text("read by nobody")
     assert len(list(folder.glob("*.safetensors"))) > 3
     return folder
 
@@ -83,9 +92,7 @@ def test_the_result_is_that_of_pruning_in_memory(model_type, tmp_path):
     write_model(model, tmp_path / "source")
     write_model(LayerStack(model).remove(REMOVED), tmp_path / "memory")
     manifest = prune_checkpoint(tmp_path / "source", REMOVED, tmp_path / "disk")
-    want, got = tensors(tmp_path / "memory"), tensors(tmp_path / "disk")
-    assert want.keys() == got.keys() == manifest.tensors.keys()
-    assert all(torch.equal(want[name], got[name]) for name in want)
+    assert assert_same(tmp_path / "memory", tmp_path / "disk") == manifest.tensors.keys()
     assert config(tmp_path / "memory") == config(tmp_path / "disk")
 
 
@@ -127,51 +134,39 @@ def test_the_card_is_ours_with_the_metadata_of_the_sources(source, tmp_path):
         (folder / name).write_text("old")
     prune_checkpoint(folder, REMOVED, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "license: mit" in card
-    assert "- llm_pruner" in card
-    assert "- chat" in card
-    assert f"{len(REMOVED)} of" in card
+    for text in ("license: mit", "- llm_pruner", "- chat", f"{len(REMOVED)} of"):
+        assert text in card
     assert "The whole model" not in card
-    assert not (tmp_path / "out" / "report.html").exists()
-    assert not (tmp_path / "out" / "pruning_report.json").exists()
+    assert not {"report.html", "pruning_report.json"} & set(os.listdir(tmp_path / "out"))
 
 
 def test_lists_that_a_class_makes_up_are_left_to_the_class():
     values = {"model_type": "qwen3", "num_hidden_layers": 4, "use_sliding_window": True}
     assert prune_config_file(values, [0, 1], 4) is None
-    assert prune_config_file({**values, "use_sliding_window": False}, [0, 1], 4) == {
-        "model_type": "qwen3",
-        "num_hidden_layers": 2,
-        "use_sliding_window": False,
-    }
-    spelled = {**values, "layer_types": ["a", "b", "c", "d"]}
-    pruned = prune_config_file(spelled, [0, 3], 4)
-    assert pruned
-    assert pruned["layer_types"] == ["a", "d"]
+    for more, left in [
+        ({"use_sliding_window": False}, {"use_sliding_window": False}),
+        ({"layer_types": ["a", "b", "c", "d"]}, {"layer_types": ["a", "d"]}),
+    ]:
+        pruned = prune_config_file({**values, **more}, [0, 3], 4)
+        assert pruned == {**values, **left, "num_hidden_layers": 2}
 
 
 def test_the_output_is_complete(source, tmp_path):
-    manifest = prune_checkpoint(source, REMOVED, tmp_path / "out", verify=True)
-    there = set(LocalFolder(tmp_path / "out").files())
+    out = tmp_path / "out"
+    manifest = prune_checkpoint(source, REMOVED, out, verify=True)
+    there = set(LocalFolder(out).files())
     assert {"LICENSE", "more/notes.txt", "tokenizer.json", "generation_config.json"} <= there
     assert "pytorch_model.bin" not in there
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
-        source / "tokenizer.json"
-    ).read_bytes()
-    plan = PruningPlan.load(tmp_path / "out" / "pruning_plan.json")
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    plan = PruningPlan.load(out / "pruning_plan.json")
     assert plan.remove == REMOVED
     assert plan.model == read_checkpoint(LocalFolder(source)).identity()
-    assert manifest == Manifest.load(tmp_path / "out" / "pruning_manifest.json")
-    assert manifest.bytes_before - manifest.bytes_after == sum(
-        tensor.nbytes
-        for name, tensor in tensors(source).items()
-        if name.startswith(("model.layers.1.", "model.layers.3."))
-    )
-    index = json.loads((tmp_path / "out" / INDEX_FILE).read_text())
+    assert manifest == Manifest.load(out / "pruning_manifest.json")
+    removed = [x for name, x in tensors(source).items() if re.match(r"model\.layers\.[13]\.", name)]
+    assert manifest.bytes_before - manifest.bytes_after == sum(x.nbytes for x in removed) > 0
+    index = json.loads((out / INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == manifest.bytes_after
-    assert set(index["weight_map"].values()) == {
-        path.name for path in (tmp_path / "out").glob("*.safetensors")
-    }
+    assert set(index["weight_map"].values()) == {path.name for path in out.glob("*.safetensors")}
 
 
 def test_neither_torch_nor_the_model_is_loaded(source, tmp_path):
@@ -184,19 +179,17 @@ def test_neither_torch_nor_the_model_is_loaded(source, tmp_path):
 
 
 def test_files_that_stay_can_be_linked(source, tmp_path):
-    files = sorted(source.glob("*.safetensors"))
-    modes = [path.stat().st_mode for path in files]
+    def stats(folder):
+        return [path.stat() for path in sorted(folder.glob("*.safetensors"))]
+
+    modes = [stat.st_mode for stat in stats(source)]
     prune_checkpoint(source, (7,), tmp_path / "linked", link=True)
     prune_checkpoint(source, (7,), tmp_path / "copied")
-    assert all(
-        torch.equal(tensor, tensors(tmp_path / "copied")[name])
-        for name, tensor in tensors(tmp_path / "linked").items()
-    )
-    links = [path.stat().st_nlink for path in sorted((tmp_path / "linked").glob("*.safetensors"))]
-    assert links[0] == 2
-    assert links[-1] == 1
-    assert all(path.stat().st_nlink == 1 for path in (tmp_path / "copied").glob("*.safetensors"))
-    assert modes == [path.stat().st_mode for path in files], "a linked file is the user's own"
+    assert_same(tmp_path / "linked", tmp_path / "copied")
+    links = [stat.st_nlink for stat in stats(tmp_path / "linked")]
+    assert (links[0], links[-1]) == (2, 1)
+    assert {stat.st_nlink for stat in stats(tmp_path / "copied")} == {1}
+    assert modes == [stat.st_mode for stat in stats(source)], "a linked file is the user's own"
 
 
 def test_a_kernel_that_cannot_copy(source, tmp_path, monkeypatch):
@@ -242,28 +235,21 @@ def test_layers_past_the_last_go(source, tmp_path):
 
 
 def test_a_plan_is_carried_out_on_the_model_it_was_made_for(source, tokenizer, eval_data, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(source)
     plan = SmartPruner(model, tokenizer).plan(eval_data, n_layers=2, model_id="here")
     assert set(plan.model) == {"tensors", "weights"}
     plan.save(tmp_path / "plan.json")
     prune_checkpoint(source, PruningPlan.load(tmp_path / "plan.json"), tmp_path / "out")
-    found = PruningPlan.load(tmp_path / "out" / "pruning_plan.json")
-    assert found == plan
-    check = SmartPruner(model, tokenizer)
-    check.prune_and_save(plan.remove, tmp_path / "memory", "here", plan=plan)
+    assert PruningPlan.load(tmp_path / "out" / "pruning_plan.json") == plan
+    SmartPruner(model, tokenizer).prune_and_save(plan.remove, tmp_path / "m", "here", plan=plan)
 
 
 def test_a_plan_for_another_model_is_refused(source, tokenizer, eval_data, tmp_path):
-    torch.manual_seed(5)
     other = tiny_llama()
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(0.01)
     other.save_pretrained(tmp_path / "other")
-    from transformers import AutoModelForCausalLM
-
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
     plan = SmartPruner(other, tokenizer).plan(eval_data, n_layers=2, model_id="other")
     with pytest.raises(InvalidPlanError, match=r"made for another model, 'other' \(weights"):
@@ -275,8 +261,6 @@ def test_a_plan_for_another_model_is_refused(source, tokenizer, eval_data, tmp_p
 
 
 def test_the_identity_does_not_depend_on_the_division_into_files(source, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "one")
     first, second = (read_checkpoint(LocalFolder(f)) for f in (source, tmp_path / "one"))
     assert len(first.source.weight_files()) > 1 == len(second.source.weight_files())
@@ -309,16 +293,9 @@ def header_with(change):
     return damage
 
 
-def lie_about_offsets(entries, header):
-    entries[0]["data_offsets"][1] -= 4
-
-
-def overlap(entries, header):
-    entries[1].update(entries[0])
-
-
-def lie_about_shape(entries, header):
-    entries[0]["shape"][0] += 1
+def first_entry(**values):
+    """Damage to the header's entry of the first tensor."""
+    return header_with(lambda entries, header: entries[0].update(values))
 
 
 def same_name_twice(entries, header):
@@ -330,17 +307,11 @@ def same_name_twice(entries, header):
     ("damage", "message"),
     [
         (lambda raw: raw[:-1], r"tensors end at byte [\d,]+ and the file at"),
-        (header_with(lie_about_offsets), r"needs [\d,]+ bytes, and its offsets give it"),
-        (header_with(overlap), r"begins at byte \d+, not at"),
-        (header_with(lie_about_shape), r"needs [\d,]+ bytes, and its offsets give it"),
-        (
-            header_with(lambda entries, header: entries[0].update(shape=[-1, -8])),
-            r"is damaged \(a negative or fractional number\)",
-        ),
-        (
-            header_with(lambda entries, header: entries[0].update(dtype="F7")),
-            r"is damaged \('F7'\)",
-        ),
+        (first_entry(data_offsets=[0, 4]), r"needs [\d,]+ bytes, and its offsets give it"),
+        (header_with(lambda x, header: x[1].update(x[0])), r"begins at byte \d+, not at"),
+        (first_entry(shape=[3]), r"needs [\d,]+ bytes, and its offsets give it"),
+        (first_entry(shape=[-1, -8]), r"is damaged \(a negative or fractional number\)"),
+        (first_entry(dtype="F7"), r"is damaged \('F7'\)"),
         (header_with(same_name_twice), r"not valid JSON: '.*' is there twice"),
         (lambda raw: (2**63).to_bytes(8, "little") + raw[8:], r"claims a header of"),
         (lambda raw: raw[:8] + b"<html>" + raw[14:], r"not valid JSON"),
@@ -381,13 +352,12 @@ def test_a_wrong_index_is_refused(source, tmp_path, change, message):
 
 def test_a_tensor_in_two_files_is_refused(source, tmp_path):
     first, second = sorted(source.glob("*.safetensors"))[:2]
-    both = {**load_file(first), **load_file(second)}
-    save_file(both, second)
+    save_file({**load_file(first), **load_file(second)}, second)
     with pytest.raises(LoadError, match=rf"stands in '{first.name}' too"):
         prune_checkpoint(source, REMOVED, tmp_path / "out")
 
 
-def test_a_file_that_shrinks_while_it_is_copied(source, tmp_path, monkeypatch):
+def test_a_file_that_shrinks_while_it_is_copied(source, tmp_path):
     checkpoint = read_checkpoint(LocalFolder(source))
     tensor = next(iter(checkpoint.tensors.values()))
     with open(source / tensor.file, "r+b") as file:
@@ -399,27 +369,20 @@ def test_a_file_that_shrinks_while_it_is_copied(source, tmp_path, monkeypatch):
         checkpoint.source.copy(tensor.file, tensor.start, tensor.end, target)
 
 
-def test_pickles_are_not_read(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
-    (tmp_path / "model" / "config.json").write_text("{}")
-    with pytest.raises(LoadError, match=r"pickled weights \(pytorch_model.bin\).*save_pretrained"):
-        prune_checkpoint(tmp_path / "model", REMOVED, tmp_path / "out")
-
-
-def test_adapters_are_refused(source, tmp_path):
+def test_pickles_and_adapters_are_refused(source, tmp_path):
     (source / "adapter_config.json").write_text("{}")
     with pytest.raises(LoadError, match="merge it into the model first"):
         prune_checkpoint(source, REMOVED, tmp_path / "out")
+    for file in (INDEX_FILE, *(path.name for path in source.glob("*.safetensors"))):
+        (source / file).unlink()
+    with pytest.raises(LoadError, match=r"pickled weights \(pytorch_model.bin\).*save_pretrained"):
+        prune_checkpoint(source, REMOVED, tmp_path / "out")
 
 
-@pytest.mark.parametrize("layers", [[8], [], [1, 1], range(8)])
-def test_impossible_layers_are_refused(source, tmp_path, layers):
-    with pytest.raises(InvalidPlanError):
-        prune_checkpoint(source, layers, tmp_path / "out")
-
-
-def test_impossible_folders_are_refused(source, tmp_path):
+def test_impossible_layers_and_folders_are_refused(source, tmp_path):
+    for layers in ([8], [], [1, 1], range(8)):
+        with pytest.raises(InvalidPlanError):
+            prune_checkpoint(source, layers, tmp_path / "out")
     with pytest.raises(LoadError, match="is not a folder"):
         prune_checkpoint(tmp_path / "nothing", REMOVED, tmp_path / "out")
     with pytest.raises(OutputError, match="is not empty"):
@@ -429,18 +392,15 @@ def test_impossible_folders_are_refused(source, tmp_path):
 def test_a_manifest_finds_a_flipped_bit(source, tmp_path):
     prune_checkpoint(source, REMOVED, tmp_path / "out", verify=True)
     manifest = check_manifest(tmp_path / "out")
-    name, entry = next(iter(manifest.tensors.items()))
-    file = tmp_path / "out" / entry["file"]
+    file = tmp_path / "out" / next(iter(manifest.tensors.values()))["file"]
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
     with pytest.raises(VerificationError, match="is not what its manifest says"):
         check_manifest(tmp_path / "out")
-    assert name in manifest.tensors
 
 
-def test_verification_reloads(source, tmp_path):
-    """A checkpoint that lacks a tensor from the start is found by `verify`."""
+def test_verification_finds_that_a_tensor_was_never_there(source, tmp_path):
     with last_file(source) as stored:
         stored.pop("model.norm.weight")
     with pytest.raises(VerificationError, match="missing_keys"):
@@ -451,19 +411,15 @@ def test_verification_reloads(source, tmp_path):
 def test_headers_are_those_of_the_library(source):
     """What is written here is what safetensors itself would read and write."""
     checkpoint = read_checkpoint(LocalFolder(source))
-    for file in checkpoint.source.weight_files():
-        mine = [t for t in checkpoint.tensors.values() if t.file == file]
-        base = mine[0].start
-        header = header_bytes(
-            [replace(t, start=t.start - base, end=t.end - base) for t in mine],
-            checkpoint.metadata[file],
-        )
-        raw = (source / file).read_bytes()
+    for file, metadata in checkpoint.metadata.items():
+        stored = [t for t in checkpoint.tensors.values() if t.file == file]
+        base = stored[0].start
+        moved = [replace(t, start=t.start - base, end=t.end - base) for t in stored]
+        header, aligned = header_bytes(moved, metadata), header_bytes(moved, metadata, base)
+        raw = json.loads((source / file).read_bytes()[8:base])
+        assert json.loads(header[8:]) == json.loads(aligned[8:]) == raw
         assert len(header) % 8 == 0
-        aligned = header_bytes(mine, checkpoint.metadata[file], base)
         assert (len(aligned) - base) % 4096 == 0
-        assert json.loads(aligned[8:]).keys() == json.loads(raw[8:base]).keys()
-        assert json.loads(header[8:]) == json.loads(raw[8:base])
 
 
 # The hub, played by a server of our own
@@ -484,8 +440,7 @@ def test_from_the_hub_only_what_stays_is_fetched(hub, source, tmp_path):
     there = prune_checkpoint("me/model", REMOVED, tmp_path / "there")
     assert there.revision == SHA
     assert there.tensors == here.tensors
-    want = tensors(tmp_path / "here")
-    assert all(torch.equal(t, want[name]) for name, t in tensors(tmp_path / "there").items())
+    assert_same(tmp_path / "there", tmp_path / "here")
     listed = LocalFolder(source)
     rest = sum(listed.size(f) for f in listed.files() if not f.endswith((".safetensors", ".bin")))
     headers = read_checkpoint(listed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from collections import namedtuple
+from functools import partial
 
 import pytest
 import torch
@@ -32,26 +33,26 @@ def pruner(llama, tokenizer):
     return SmartPruner(llama, tokenizer)
 
 
+def assert_same_logits(model, other):
+    with torch.inference_mode():
+        assert torch.equal(model(IDS).logits, other(IDS).logits)
+
+
 def tree(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def test_the_output_is_a_complete_plain_checkpoint(pruner, tokenizer, tmp_path):
-    pruned, same = pruner.prune_and_save([2, 5], tmp_path / "out", "some/model")
+    out = tmp_path / "out"
+    pruned, same = pruner.prune_and_save([2, 5], out, "some/model")
     assert same is tokenizer
-    names = set(tree(tmp_path / "out"))
-    assert {"config.json", "generation_config.json", "model.safetensors"} <= names
-    assert {"tokenizer.json", "tokenizer_config.json", PLAN_FILE} <= names
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    with torch.inference_mode():
-        assert torch.equal(reloaded(IDS).logits, pruned(IDS).logits)
-    text = "the cat sat"
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text) == tokenizer(text)
-    plan = PruningPlan.load(tmp_path / "out" / PLAN_FILE)
-    assert plan.remove == (2, 5)
-    assert plan.model_id == "some/model"
-    assert tree(tmp_path)[0] == "out", "no staging folder is left"
-    assert len(list(tmp_path.iterdir())) == 1
+    names = "config generation_config tokenizer tokenizer_config".split()
+    assert {*(f"{name}.json" for name in names), "model.safetensors", PLAN_FILE} <= {*tree(out)}
+    assert_same_logits(AutoModelForCausalLM.from_pretrained(out), pruned)
+    assert AutoTokenizer.from_pretrained(out)("the cat sat") == tokenizer("the cat sat")
+    plan = PruningPlan.load(out / PLAN_FILE)
+    assert (plan.remove, plan.model_id) == ((2, 5), "some/model")
+    assert list(tmp_path.iterdir()) == [out], "no staging folder is left"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -108,33 +109,33 @@ def test_room_on_the_disk_is_looked_at_before_anything_is_written(pruner, tmp_pa
     pruner.prune_and_save([2], tmp_path / "out", "m")
 
 
+WEIGHT = "model.layers.1.mlp.down_proj.weight"
+
+
 def damage_weights(folder, factor=1.01):
     tensors = load_file(folder / "model.safetensors")
-    weight = tensors.pop("model.layers.1.mlp.down_proj.weight")
+    weight = tensors.pop(WEIGHT)
     if factor:
-        tensors["model.layers.1.mlp.down_proj.weight"] = weight * factor
+        tensors[WEIGHT] = weight * factor
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def drop_tensor(folder):
-    damage_weights(folder, factor=None)
-
-
-def one_layer_less(folder):
+def set_in_config(folder, **values):
     config = json.loads((folder / "config.json").read_text())
-    config["num_hidden_layers"] -= 1
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config | values))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (damage_weights, "compute different logits"),
-        (drop_tensor, "1 missing_keys, such as model.layers.1.mlp.down_proj.weight"),
-        (one_layer_less, "unexpected_keys"),
+        (partial(damage_weights, factor=None), f"1 missing_keys, such as {WEIGHT}"),
+        (partial(set_in_config, num_hidden_layers=N_LAYERS - 1), "unexpected_keys"),
+        (partial(set_in_config, model_type="nothing-known"), "does not load: ValueError"),
     ],
 )
 def test_verification_finds_damage(llama, tmp_path, damage, message):
+    assert verify.TOLERANCE[torch.float32] <= 2e-5
     llama.save_pretrained(tmp_path)
     verify_checkpoint(tmp_path, llama)
     damage(tmp_path)
@@ -188,13 +189,9 @@ def test_nan_weights_do_not_pass(llama):
 def test_mergekit_recipe(llama, tmp_path, removed, ranges):
     path = tmp_path / "deep" / "recipe.yaml"
     write_mergekit_yaml(LayerStack(llama.half()), removed, path, "some/model")
-    recipe = yaml.safe_load(path.read_text())
-    found = [entry["sources"][0] for entry in recipe["slices"]]
-    assert [source["layer_range"] for source in found] == ranges
-    kept = [layer for start, end in ranges for layer in range(start, end)]
-    assert kept == [layer for layer in range(N_LAYERS) if layer not in removed]
-    assert {source["model"] for source in found} == {"some/model"}
-    assert (recipe["merge_method"], recipe["dtype"]) == ("passthrough", "float16")
+    slices = [{"sources": [{"model": "some/model", "layer_range": pair}]} for pair in ranges]
+    recipe = {"slices": slices, "merge_method": "passthrough", "dtype": "float16"}
+    assert yaml.safe_load(path.read_text()) == recipe
 
 
 def test_mergekit_refusals(llama, tmp_path):
@@ -203,10 +200,6 @@ def test_mergekit_refusals(llama, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match=r"Cannot write .*File exists"):
         write_mergekit_yaml(LayerStack(llama), [2], tmp_path / "file" / "r.yaml", "m")
-
-
-def test_tolerances_are_tight():
-    assert verify.TOLERANCE[torch.float32] <= 2e-5
 
 
 def test_a_wrapper_is_loaded_pruned_and_written_with_its_processor(tokenizer, tmp_path):
@@ -218,18 +211,15 @@ def test_a_wrapper_is_loaded_pruned_and_written_with_its_processor(tokenizer, tm
     loaded, own = load_model(str(tmp_path / "in"), device="cpu")
     pruned, _ = SmartPruner(loaded, own).prune_and_save([2, 3], tmp_path / "out", "m")
     assert (tmp_path / "out" / "preprocessor_config.json").read_text().endswith('"X"}')
-    reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
-    with torch.inference_mode():
-        assert torch.equal(reloaded(IDS).logits, pruned(IDS).logits)
+    assert_same_logits(AutoModelForImageTextToText.from_pretrained(tmp_path / "out"), pruned)
 
 
 def test_mergekit_users_are_warned_of_configs_it_does_not_adapt(tmp_path, caplog):
+    write_mergekit_yaml(LayerStack(zoo.build("llama")), [2], tmp_path / "r.yaml", "m")
+    assert not caplog.text
     write_mergekit_yaml(LayerStack(zoo.build("qwen3")), [2], tmp_path / "r.yaml", "m")
     assert "MergeKit will write a wrong config" in caplog.text
     assert "layer_types must change too" in caplog.text
-    caplog.clear()
-    write_mergekit_yaml(LayerStack(zoo.build("llama")), [2], tmp_path / "r.yaml", "m")
-    assert not caplog.text
 
 
 CUSTOM_CODE = {
@@ -256,11 +246,10 @@ def test_custom_code_travels_with_the_checkpoint(llama, tokenizer, tmp_path, mon
     tokenizer.save_pretrained(source)
     for name, code in CUSTOM_CODE.items():
         (source / name).write_text(code)
-    config = json.loads((source / "config.json").read_text())
     names = {"AutoConfig": "configuration_tiny.TinyConfig"}
     names["AutoModelForCausalLM"] = "modeling_tiny.TinyForCausalLM"
-    config |= {"model_type": "tinycustom", "auto_map": names, "architectures": ["TinyForCausalLM"]}
-    (source / "config.json").write_text(json.dumps(config))
+    architectures = ["TinyForCausalLM"]
+    set_in_config(source, model_type="tinycustom", auto_map=names, architectures=architectures)
 
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(LoadError, match=r"code of its own.*--trust-remote-code"):
@@ -272,8 +261,7 @@ def test_custom_code_travels_with_the_checkpoint(llama, tokenizer, tmp_path, mon
     again, _ = load_model(str(tmp_path / "out"), device="cpu", trust_remote_code=True)
     assert type(again).__name__ == "TinyForCausalLM"
     assert len(again.model.layers) == 6
-    with torch.inference_mode():
-        assert torch.equal(again(IDS).logits, pruned(IDS).logits)
+    assert_same_logits(again, pruned)
 
 
 def test_code_nobody_trusted_is_not_referred_to(pruner, tmp_path):
@@ -282,10 +270,3 @@ def test_code_nobody_trusted_is_not_referred_to(pruner, tmp_path):
     pruner.prune_and_save([3], tmp_path / "out", "m")
     assert not json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-
-
-def test_a_checkpoint_that_does_not_load_is_named(llama, tmp_path):
-    llama.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "nothing-known"}')
-    with pytest.raises(VerificationError, match="does not load: ValueError"):
-        verify_checkpoint(tmp_path, llama)

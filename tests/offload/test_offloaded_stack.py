@@ -75,6 +75,8 @@ def texts(n: int = 5) -> list[str]:
 
 
 def built(name: str) -> torch.nn.Module:
+    if name in WRAPPERS:
+        return zoo.build_wrapper(name)
     if name in zoo.VARIANTS:
         return zoo.build(zoo.VARIANTS[name].model_type, **zoo.VARIANTS[name].overrides)
     return zoo.build(name)
@@ -126,14 +128,9 @@ def assert_equal(folder: str) -> None:
         assert all(torch.equal(*both) for both in zip(states, others, strict=True))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ARCHITECTURES | WRAPPERS)
 def test_scores_are_those_in_memory(name, tmp_path):
     assert_equal(saved(built(name), tmp_path))
-
-
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_scores_of_a_wrapper_are_those_in_memory(name, tmp_path):
-    assert_equal(saved(zoo.build_wrapper(name), tmp_path))
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -174,14 +171,14 @@ def test_other_dtypes_than_stored(tmp_path):
     "objective", ["kl", "agreement", "accuracy", "nll=0.5,kl=0.2,accuracy=0.3"]
 )
 def test_every_objective_in_one_reading(objective, folder):
-    whole, offloaded, tokenizer = pair(folder)
+    *models, tokenizer = pair(folder)
     data = [
         {**item, "choices": [item["reference"], item["reference"] + " cat" if i % 3 else "the"]}
         for i, item in enumerate(items(20))
     ]
     qualities = [
         RemovalQuality(layers_of(model), tokenizer, data, objective=objective, batch_size=4)
-        for model in (whole, offloaded)
+        for model in models
     ]
     stack = qualities[1].stack
     stack.prepare()
@@ -241,12 +238,11 @@ def test_states_that_do_not_fit_wait_in_files(folder, monkeypatch, tmp_path):
     monkeypatch.setattr("llm_pruner.offload.activation_store.SMALL", 0)
     stores: list[ActivationStore] = []
 
-    class Watched(ActivationStore):
-        def __init__(self, budget):
-            super().__init__(budget)
-            stores.append(self)
+    def watched(budget):
+        stores.append(ActivationStore(budget))
+        return stores[-1]
 
-    monkeypatch.setattr("llm_pruner.offload.scheduler.ActivationStore", Watched)
+    monkeypatch.setattr("llm_pruner.offload.scheduler.ActivationStore", watched)
     for cls in STRATEGIES:
         pruner = cls(offloaded, tokenizer, protect=(0, 0), batch_size=2)
         pruner.layers.budget = 0
@@ -291,12 +287,8 @@ def test_a_full_disk_is_reported(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def alive() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "llm_pruner pass"]
-
-
 def assert_clean(stack: OffloadedStack) -> None:
-    assert not alive()
+    assert "llm_pruner pass" not in {thread.name for thread in threading.enumerate()}
     assert all(type(layer).__name__ == "LlamaDecoderLayer" for layer in stack)
     assert all(parameter.is_meta for parameter in stack.model.parameters())
     assert "forward" not in vars(stack.model.lm_head)
@@ -316,7 +308,7 @@ def test_the_error_of_a_call_is_raised(folder):
         with torch.no_grad(), pruner.layers.observe(look):
             offloaded(input_ids=torch.tensor([[3, 4, 5]]))
 
-    calls = [lambda: call(False), lambda: call(True), lambda: call(False)]
+    calls = [partial(call, fails) for fails in (False, True, False)]
     with pytest.raises(ZeroDivisionError, match="here"):
         list(pruner.layers.run_all(calls))
     assert seen == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
@@ -364,8 +356,7 @@ def test_a_state_changed_before_another_pass_has_it_is_computed_anew(folder):
 
 
 def test_a_shared_state_that_is_changed_later_is_refused(folder):
-    offloaded, _ = load_streamed(folder, device="cpu")
-    stack = layers_of(offloaded)
+    stack = layers_of(load_streamed(folder, device="cpu")[0])
 
     def run() -> torch.Tensor:
         kept = {}
@@ -376,7 +367,7 @@ def test_a_shared_state_that_is_changed_later_is_refused(folder):
                 kept[1].add_(1)
 
         with torch.no_grad(), stack.observe(meddle):
-            return offloaded(input_ids=torch.tensor([[3, 4]]), use_cache=False).logits
+            return stack.model(input_ids=torch.tensor([[3, 4]]), use_cache=False).logits
 
     with pytest.raises(UnsupportedModelError, match="changes states of earlier layers"):
         list(stack.run_all([run, run], alike=True))
@@ -425,8 +416,7 @@ def test_what_needs_the_weights_is_refused(folder, tmp_path):
 
 def test_the_pruned_skeleton_says_what_can_go(tmp_path):
     """A search asks the architecture, which needs no weights."""
-    offloaded, _ = load_streamed(saved(zoo.build("minimax"), tmp_path), device="cpu")
-    stack = layers_of(offloaded)
+    stack = layers_of(load_streamed(saved(zoo.build("minimax"), tmp_path), device="cpu")[0])
     assert len(LayerStack(stack.remove([0, 1]))) == zoo.N_LAYERS - 2
     with pytest.raises(UnsupportedModelError, match="must be full attention"):
         stack.remove([0])
@@ -481,15 +471,9 @@ def test_memory_decides(folder, monkeypatch):
     assert layers_of(model).budget == 0
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("4GiB", 2**32), ("500 MB", 5 * 10**8), ("1.5kib", 1536), ("123", 123), ("2B", 2)],
-)
-def test_sizes_are_parsed(text, size):
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "4 pies", "-1GiB", "0", "GiB", "1e9"])
-def test_anything_but_a_size_is_refused(text):
-    with pytest.raises(InvalidPlanError, match=r"must be a size of memory, e\.g\. 4GiB"):
-        parse_bytes(text)
+def test_sizes_are_parsed_and_anything_else_refused():
+    sizes = {"4GiB": 2**32, "500 MB": 5 * 10**8, "1.5kib": 1536, "123": 123, "2B": 2}
+    assert {text: parse_bytes(text) for text in sizes} == sizes
+    for text in ("", "4 pies", "-1GiB", "0", "GiB", "1e9"):
+        with pytest.raises(InvalidPlanError, match=r"must be a size of memory, e\.g\. 4GiB"):
+            parse_bytes(text)
