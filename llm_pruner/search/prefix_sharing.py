@@ -57,10 +57,9 @@ def replayed(
     for number, removed in enumerate(ordered):
         # Where the sets to come branch off this one: the falling minima of their forks.
         wanted = set(accumulate(forks[number:], min))
+        begin = stack.bypass(removed)
         if number:
             begin = stack.replay(forks[number - 1], states[forks[number - 1]], removed)
-        else:
-            begin = stack.bypass(removed)
         states = {index: state for index, state in states.items() if index in wanted}
         with begin as model, stack.observe_inputs(wanted - set(states), states.__setitem__):
             result = run(model)
