@@ -57,10 +57,7 @@ class LayerScores(dict[int, float]):
         self.strategy, self.unit, self.removes, self.blocks = strategy, unit, removes, blocks
 
     def ranked(self) -> list[int]:
-        """Layers in the order in which they should go, first to go first.
-
-        Of two equal scores the deeper layer goes first.
-        """
+        """Layers in the order of removal; of two equal scores the deeper layer goes first."""
         sign = 1.0 if self.removes == "lowest" else -1.0
         return sorted(self, key=lambda layer: (sign * self[layer], -layer))
 
@@ -89,15 +86,10 @@ class LayerScores(dict[int, float]):
 
 
 class _JsonFile:
-    """Saving and loading of the dataclasses below, with a format tag that is checked.
-
-    Attributes:
-        FORMAT: the tag that is written.
-        EARLIER: tags of earlier formats that are read too, see `_convert`.
-    """
+    """Saving and loading of the dataclasses below, with a format tag that is checked."""
 
     FORMAT: ClassVar[str]
-    EARLIER: ClassVar[tuple[str, ...]] = ()
+    EARLIER: ClassVar[tuple[str, ...]] = ()  # formats that are read too, see `_convert`
 
     def to_json(self) -> str:
         """The value as indented JSON text."""
@@ -135,11 +127,7 @@ class _JsonFile:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            InvalidPlanError: the file is missing or not of this kind.
-        """
+        """Read what `save` wrote; InvalidPlanError if it is missing or not of this kind."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -426,11 +414,7 @@ class PruningReport(_JsonFile):
             raise InvalidPlanError(f"Comparisons of the same name: {repeated}: name each once.")
 
     def __getitem__(self, name: str) -> Comparison:
-        """The comparison called `name`.
-
-        Raises:
-            UnknownNameError: there is none.
-        """
+        """The comparison called `name`; UnknownNameError if there is none."""
         for row in self.comparisons:
             if row.name == name:
                 return row
