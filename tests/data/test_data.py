@@ -62,51 +62,35 @@ ROWS = {
     "openbookqa": {"question_stem": "A kettle gives", "choices": LETTERS, "answerKey": "B"},
     "triviaqa": {
         "question": "Which river runs through Rome?",
-        "answer": {
-            "value": "Tiber",
-            "aliases": ["Tevere", "Tiber", " "],
-            "type": "WikipediaEntity",
-        },
+        "answer": {"value": "Tiber", "aliases": ["Tevere", "Tiber", " "], "type": "Entity"},
     },
 }
+PARTS = {  # prompt, reference, and the choices or aliases
+    "gsm8k": ("How many nails?", "1400", {}),
+    "arc_easy": ("Hot?", "steam", {"choices": ["ice", "steam", "fog"]}),
+    "arc_challenge": ("Which is even?", "4", {"choices": ["3", "4", "5", "7"]}),
+    "hellaswag": (
+        "Baking bread: How to bake. Mix the flour. The baker",
+        "kneads the dough.",
+        {"choices": ["kneads the dough.", "paints a wall. It dries.", "sings", "runs off"]},
+    ),
+    "sciq": ("What do bees make?", "honey", {"choices": ["honey", "milk", "salt", "silk"]}),
+    "truthfulqa": (
+        "Do fish sleep?",
+        "Yes, they rest",
+        {"choices": ["Never", "Only in May", "Yes, they rest"]},
+    ),
+    "truthfulqa_gen": (
+        "Do fish sleep?",
+        "Yes, they rest",
+        {"aliases": ["Yes, they rest", "Fish rest"]},
+    ),
+    "openbookqa": ("A kettle gives", "steam", {"choices": ["ice", "steam", "fog"]}),
+    "triviaqa": ("Which river runs through Rome?", "Tiber", {"aliases": ["Tiber", "Tevere"]}),
+}
 EXPECTED = {
-    "gsm8k": {"prompt": "How many nails?", "reference": "1400"},
-    "arc_easy": {"prompt": "Hot?", "reference": "steam", "choices": ["ice", "steam", "fog"]},
-    "arc_challenge": {
-        "prompt": "Which is even?",
-        "reference": "4",
-        "choices": ["3", "4", "5", "7"],
-    },
-    "hellaswag": {
-        "prompt": "Baking bread: How to bake. Mix the flour. The baker",
-        "reference": "kneads the dough.",
-        "choices": ["kneads the dough.", "paints a wall. It dries.", "sings", "runs off"],
-    },
-    "sciq": {
-        "prompt": "What do bees make?",
-        "reference": "honey",
-        "choices": ["honey", "milk", "salt", "silk"],
-    },
-    "truthfulqa": {
-        "prompt": "Do fish sleep?",
-        "reference": "Yes, they rest",
-        "choices": ["Never", "Only in May", "Yes, they rest"],
-    },
-    "truthfulqa_gen": {
-        "prompt": "Do fish sleep?",
-        "reference": "Yes, they rest",
-        "aliases": ["Yes, they rest", "Fish rest"],
-    },
-    "openbookqa": {
-        "prompt": "A kettle gives",
-        "reference": "steam",
-        "choices": ["ice", "steam", "fog"],
-    },
-    "triviaqa": {
-        "prompt": "Which river runs through Rome?",
-        "reference": "Tiber",
-        "aliases": ["Tiber", "Tevere"],
-    },
+    name: {"prompt": prompt, "reference": reference, **more}
+    for name, (prompt, reference, more) in PARTS.items()
 }
 SHUFFLED = ("sciq", "truthfulqa")  # their right answer always comes first in the dataset
 
@@ -127,10 +111,6 @@ def qa(n, start=0):
 # --- Rows ------------------------------------------------------------------------------------
 
 
-def test_every_benchmark_has_a_row_here():
-    assert set(ROWS) == set(EXPECTED) == set(DATASETS)
-
-
 @pytest.mark.parametrize("name", sorted(DATASETS))
 def test_a_hub_row_becomes_an_item(name):
     item = normalize_item(ROWS[name], name)
@@ -139,12 +119,9 @@ def test_a_hub_row_becomes_an_item(name):
         assert item == {"task": name, **EXPECTED[name]}
     check_items([item])
     assert item["reference"] in item.get("choices", [item["reference"]])
-
-
-@pytest.mark.parametrize("name", sorted(DATASETS))
-def test_the_fields_alone_are_enough(name):
-    item = normalize_item(ROWS[name], "somebody/copy")
-    assert in_any_order(item) == in_any_order({"task": "copy", **EXPECTED[name]})
+    assert normalize_item(item, "elsewhere") == item
+    by_fields_alone = normalize_item(ROWS[name], "somebody/copy")
+    assert by_fields_alone == {**item, "task": "copy"}
 
 
 @pytest.mark.parametrize(
@@ -187,12 +164,20 @@ def test_an_answer_outside_the_choices_is_refused(gold):
         normalize_item({"question": "q", "choices": ["a", "b", "c"], "gold": gold}, "mine")
 
 
-@pytest.mark.parametrize("label", ["", -1, "-1"])
-def test_a_row_without_label_is_refused(label):
-    with pytest.raises(InvalidDataError, match=r"hellaswag: the row has no answer"):
-        normalize_item({**HELLASWAG_ROW, "label": label}, "hellaswag")
-    with pytest.raises(InvalidDataError, match=r"value '<unk>'"):
-        normalize_item({"question": "q", "answer": {"value": "<unk>", "aliases": []}}, "triviaqa")
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("hellaswag", {"label": ""}, "the row has no answer"),
+        ("hellaswag", {"label": -1}, "the row has no answer"),
+        ("hellaswag", {"label": "-1"}, "the row has no answer"),
+        ("triviaqa", {"answer": {"value": "<unk>", "aliases": []}}, "no answer .value '<unk>'"),
+        ("gsm8k", {"answer": "many"}, "no number after '####'.*'many'"),
+        ("truthfulqa", {"mc1_targets": {"Never": 0, "No": 0}}, "marks 0 answers as true"),
+    ],
+)
+def test_a_row_without_answer_is_refused(name, changes, message):
+    with pytest.raises(InvalidDataError, match=f"{name}: .*{message}"):
+        normalize_item({**ROWS[name], **changes}, name)
 
 
 def test_truthfulqa_in_its_other_layouts():
@@ -200,9 +185,6 @@ def test_truthfulqa_in_its_other_layouts():
     item = normalize_item(row, "truthfulqa")
     assert item["reference"] == "Yes, they rest"
     assert sorted(item["choices"]) == ["Never", "Yes, they rest"]
-    row["mc1_targets"] = {"Never": 0, "No": 0}
-    with pytest.raises(InvalidDataError, match="marks 0 answers as true"):
-        normalize_item(row, "truthfulqa")
     table = {"Question": "Do fish sleep?", "Best Answer": "Yes", "Correct Answers": "Yes; They do"}
     assert normalize_item(table, "x")["aliases"] == ["Yes", "They do"]
 
@@ -232,9 +214,7 @@ def test_final_number_of_gsm8k(answer, reference):
         assert item["reference"] == reference
 
 
-def test_gsm8k_without_a_number_is_refused():
-    with pytest.raises(InvalidDataError, match=r"gsm8k: no number after '####'.*'many'"):
-        normalize_item({"question": "q", "answer": "many"}, "gsm8k")
+FEW_SHOT = "Question: 1?\nAnswer: one\n\nQuestion: 2?\nAnswer:"
 
 
 @pytest.mark.parametrize(
@@ -262,21 +242,11 @@ def test_gsm8k_without_a_number_is_refused():
             {"prompt": "q", "reference": "a", "choices": None, "aliases": [], "id": 7},
             {"prompt": "q", "reference": "a"},
         ),
+        ({"prompt": FEW_SHOT, "reference": "two"}, {"prompt": FEW_SHOT, "reference": "two"}),
     ],
-)  # fmt: skip
+)
 def test_open_questions(row, expected):
     assert normalize_item(row, "org/mine") == {"task": "mine", **expected}
-
-
-def test_an_item_stays_as_it_is():
-    for name in DATASETS:
-        item = normalize_item(ROWS[name], name)
-        assert normalize_item(item, "elsewhere") == item
-
-
-def test_a_few_shot_prompt_is_left_alone():
-    prompt = "Question: 1?\nAnswer: one\n\nQuestion: 2?\nAnswer:"
-    assert normalize_item({"prompt": prompt, "reference": "two"}, "x")["prompt"] == prompt
 
 
 def test_running_text():
@@ -345,12 +315,9 @@ def test_file_types_agree(tmp_path):
     write(tmp_path / "lines" / "mine.json", rows)
     table = 'prompt,reference,choices\r\n"a, b?",x,"[""x"", ""[y]""]"\r\nq0,a0,\r\nq1,a1,\r\n'
     (tmp_path / "mine.csv").write_bytes(b"\xef\xbb\xbf" + table.encode())
-    loaded = [
-        load_eval_dataset(3, tmp_path / name)
-        for name in ("mine.jsonl", "sub/mine.json", "lines/mine.json", "mine.csv")
-    ]
-    assert loaded[0] == [{"task": "mine", **row} for row in rows]
-    assert loaded.count(loaded[0]) == 4
+    for name in ("mine.jsonl", "sub/mine.json", "lines/mine.json", "mine.csv"):
+        loaded = load_eval_dataset(3, tmp_path / name)
+        assert loaded == [{"task": "mine", **row} for row in rows], name
 
 
 def test_text_file_has_an_item_per_paragraph(tmp_path):
@@ -543,22 +510,17 @@ def test_safe_sample_reports_and_goes_on(hub, caplog, failure):
         load_dataset_from_hub("gsm8k")
 
 
-def test_safe_sample_does_not_hide_an_interrupt(hub):
-    hub["openai/gsm8k", "main"] = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
-        safe_sample("gsm8k", "main", "test", 3)
-
-
-def test_safe_sample_of_a_file(tmp_path, caplog):
+def test_safe_sample(hub, tmp_path, caplog):
+    """Takes files too; a larger sample contains the smaller; an interrupt is not hidden."""
     path = write(tmp_path / "mine.jsonl", qa(9))
     assert len(safe_sample(path, None, None, 4)) == 4
     assert safe_sample(str(tmp_path / "gone.csv"), None, None, 4) == []
     assert "gone.csv: No such file" in caplog.text
-
-
-def test_larger_samples_contain_the_smaller(hub):
     fill(hub, ["gsm8k"])
     assert safe_sample("gsm8k", None, None, 9)[:4] == safe_sample("gsm8k", None, None, 4)
+    hub["openai/gsm8k", "main"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        safe_sample("gsm8k", "main", "test", 3)
 
 
 def test_subset_and_split_can_be_chosen(hub):
@@ -677,19 +639,14 @@ def server(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())  # nothing was left in the working directory
 
 
-def committed(server):
-    """The files of the commit that the server received."""
-    files = server.repos["datasets/me/items"].files
-    return {name: content.decode() for name, content in files.items() if name[0] != "."}
-
-
 def test_upload_and_read_back(server, tmp_path_factory, caplog):
     items = [normalize_item(ROWS[name], name) for name in DATASETS]
     items += ["running é text", {"task": "<b>|\n", "prompt": "q", "reference": "a"}]
     assert upload_dataset_to_hub(items, "me/items", f"{TOKEN}\n").endswith("/datasets/me/items")
     assert server.repos["datasets/me/items"].private
     assert TOKEN not in caplog.text
-    files = committed(server)
+    received = server.repos["datasets/me/items"].files
+    files = {name: content.decode() for name, content in received.items() if name[0] != "."}
     assert sorted(files) == ["README.md", "data.jsonl"]
     assert "| gsm8k | 1 |" in files["README.md"]
     assert "| _b___ | 1 |" in files["README.md"]
@@ -699,23 +656,27 @@ def test_upload_and_read_back(server, tmp_path_factory, caplog):
     cache = str(tmp_path_factory.mktemp("cache"))
     splits = datasets.load_dataset(str(folder), cache_dir=cache)
     assert list(splits) == ["test"]
-    assert [normalize_item(row, "x") for row in splits["test"]] == [
-        *items[:-1],
-        {"task": "<b>|\n", "prompt": "q", "reference": "a"},
-    ]
+    assert [normalize_item(row, "x") for row in splits["test"]] == items
 
 
-def test_bad_items_are_never_sent(server):
+def test_bad_items_and_names_are_never_sent(server):
     for bad in ([], [{"prompt": "q"}], [{"prompt": "q", "reference": "a", "extra": {1}}]):
         with pytest.raises(InvalidDataError, match=r"eval_data|data\[0\] cannot be written"):
             upload_dataset_to_hub(bad, "me/items", TOKEN)
+    with pytest.raises(OutputError, match=r"'a/b/c': HFValidationError.*organisation/name"):
+        upload_dataset_to_hub(qa(1), "a/b/c", TOKEN)
     assert not server.asked
+
+
+def test_an_upload_goes_on_if_the_repository_can_be_seen(server):
+    upload_dataset_to_hub(qa(2), "me/items", TOKEN)
+    server.fail("create", 401, body={"error": f"no ({TOKEN})"})
+    assert upload_dataset_to_hub(qa(1), "me/items", TOKEN)
 
 
 @pytest.mark.parametrize(
     ("place", "status", "advice"),
     [
-        ("create", 401, None),  # the client goes on if it can see the repository
         ("commit", 401, "hf auth login"),
         ("commit", 403, "hf auth login"),
         ("commit", 404, "organisation/name"),
@@ -725,22 +686,11 @@ def test_bad_items_are_never_sent(server):
     ],
 )
 def test_refused_uploads_say_what_to_do(server, place, status, advice):
-    if advice is None:
-        upload_dataset_to_hub(qa(2), "me/items", TOKEN)
     server.fail(place, status, body={"error": f"no ({TOKEN})"})
-    if advice is None:
-        assert upload_dataset_to_hub(qa(1), "me/items", TOKEN)
-        return
     with pytest.raises(OutputError, match=advice) as caught:
         upload_dataset_to_hub(qa(1), "me/items", TOKEN)
     assert "'me/items'" in str(caught.value)
     assert TOKEN not in f"{caught.value}{caught.value.__cause__}"
-
-
-def test_upload_to_an_impossible_name(server):
-    with pytest.raises(OutputError, match=r"'a/b/c': HFValidationError.*organisation/name"):
-        upload_dataset_to_hub(qa(1), "a/b/c", TOKEN)
-    assert not server.asked
 
 
 def test_upload_without_a_network(tmp_path, monkeypatch):
