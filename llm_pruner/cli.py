@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with redirect_stdout(StringIO()) if rank() > 0 else nullcontext():
             request = parse_request(sys.argv[1:] if argv is None else argv)
-        _run(request)
+            _run(request)
     except LLMPrunerError as error:
         if os.environ.get("LLM_PRUNER_DEBUG"):
             raise

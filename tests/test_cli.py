@@ -26,7 +26,6 @@ from llm_pruner.healing import lora
 from llm_pruner.model.layer_stack import LayerStack
 from llm_pruner.offload import offloaded_stack
 from llm_pruner.results import DepthCurve, PruningPlan, PruningReport
-from llm_pruner.search.journal import Journal
 from llm_pruner.search.removal_quality import RemovalQuality
 
 pytestmark = pytest.mark.slow
@@ -430,24 +429,18 @@ def test_a_plan_for_another_depth_is_refused(run, tmp_path):
 
 @pytest.fixture
 def readings(monkeypatch):
-    """Counts (mask, chunk) measurements; the one after `stop` of them is interrupted."""
+    """Counts measurements of a set on a chunk; the one after `stop` of them is interrupted."""
     count = {"n": 0, "stop": math.inf}
-    keep = RemovalQuality._keep
+    read = RemovalQuality._read
 
-    def counted(self, mask, chunk, values):
-        count["n"] += 1
-        if count["n"] > count["stop"]:
-            raise KeyboardInterrupt
-        keep(self, mask, chunk, values)
+    def counted(self, chunk, layer_sets):
+        for reading in read(self, chunk, layer_sets):
+            count["n"] += 1
+            if count["n"] > count["stop"]:
+                raise KeyboardInterrupt
+            yield reading
 
-    def known(self, key):
-        found = list(read(self, key))
-        count["n"] -= len(found)  # they are kept, but not measured
-        return found
-
-    read = Journal.read
-    monkeypatch.setattr(Journal, "read", known)
-    monkeypatch.setattr(RemovalQuality, "_keep", counted)
+    monkeypatch.setattr(RemovalQuality, "_read", counted)
     return count
 
 
