@@ -36,10 +36,8 @@ class RunningVariance:
     def update(self, values: torch.Tensor) -> None:
         """Add every element of `values`, of any shape."""
         for part in _parts(values.flatten()):
-            count = part.numel()
             mean = part.mean().item()
-            deviation = (part - mean).square().sum().item()
-            self._join(count, mean, deviation)
+            self._join(part.numel(), mean, (part - mean).square().sum().item())
 
     def merge(self, other: RunningVariance) -> None:
         """Add everything `other` has collected."""
@@ -122,7 +120,6 @@ class CosineSimilarities(_PairMean):
     With all samples laid end to end, the sum of the cosines of two states is one scalar product,
     and that of all pairs is one matrix product: 2 (n_states)^2 hidden operations per token. A zero
     vector has cosine 0 with every other.
-
     """
 
     def _summed(self, unit: torch.Tensor) -> torch.Tensor:
@@ -136,7 +133,6 @@ class AngularDistances(_PairMean):
     d(a, b) = arccos(cos(a, b)) / pi, in [0, 1], averaged as an angle over vectors
     (Gromov et al., arXiv:2403.17887, equation 3). All pairs come from one batched product
     of the normalised vectors.
-
     """
 
     def _summed(self, unit: torch.Tensor) -> torch.Tensor:

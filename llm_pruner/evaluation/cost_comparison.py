@@ -83,17 +83,16 @@ def compare_cost(
 
 
 def _sizes(models: Sequence[Any], token: int, layers_path: str | None) -> list[Comparison]:
-    values: list[tuple[str, str, Sequence[float], bool | None]] = [
+    values: list[tuple[str, str, list[float], bool | None]] = [
         ("layers", "", [len(LayerStack(model, layers_path)) for model in models], None),
         ("parameters", "", [count_parameters(model) for model in models], False),
         ("weights", "MB", [count_bytes(model) / 1e6 for model in models], False),
+        ("cache per token", "bytes", [cache_bytes(model, token) for model in models], False),
     ]
-    cache = [cache_bytes(model, token) for model in models]
-    if all(cache):
-        values.append(("cache per token", "bytes", cache, False))
     return [
         Comparison(name, "size", unit, before, after, better)
         for name, unit, (before, after), better in values
+        if before and after  # where there is no cache to grow
     ]
 
 

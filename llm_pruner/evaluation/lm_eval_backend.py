@@ -322,7 +322,11 @@ def _result(name: str, found: Mapping[str, Any], shared: Mapping[str, Any]) -> T
         shown = metric if kind == "none" else f"{metric} ({kind})"
         scores[shown] = list(map(float, values))
         if output_type == "multiple_choice" and metric in CHOICE_METRICS:
-            floors[shown] = statistics.fmean(map(_chance, by_filter[kind]))
+            targets = [(sample["target"], len(sample["resps"])) for sample in by_filter[kind]]
+            floors[shown] = statistics.fmean(
+                (len(right) if isinstance(right, list) else 1) / choices
+                for right, choices in targets
+            )
     if not scores:
         raise InvalidDataError(
             f"Task {name!r} has no score in [0, 1] per item (its metrics: "
@@ -332,12 +336,6 @@ def _result(name: str, found: Mapping[str, Any], shared: Mapping[str, Any]) -> T
     items = [str(sample["doc_hash"]) for sample in next(iter(by_filter.values()))]
     settings = {"num_fewshot": found["n-shot"][name], **shared}
     return TaskResult(name, scores, items, floors, str(found["versions"][name]), settings)
-
-
-def _chance(sample: Mapping[str, Any]) -> float:
-    """How often a blind choice is the target, or one of them."""
-    target = sample["target"]
-    return (len(target) if isinstance(target, list) else 1) / len(sample["resps"])
 
 
 def _check_finite(name: str, samples: Sequence[Mapping[str, Any]]) -> None:

@@ -243,10 +243,8 @@ def _tasks(
     by_task: dict[str, list[torch.Tensor]] = {}
     for (task, metric), values in before.items():
         pair = torch.tensor([values, after[task, metric]], dtype=torch.float64)
-        name, floor = f"{task} ({metric})", floors.get((task, metric))
-        rows.append(
-            _compared(name, "tasks", list(pair), seed, better=True, floor=floor, note=NOTES[metric])
-        )
+        row = partial(_compared, better=True, floor=floors.get((task, metric)), note=NOTES[metric])
+        rows.append(row(f"{task} ({metric})", "tasks", list(pair), seed))
         if metric != "acc_norm":
             by_task.setdefault(task, []).append(pair)
     return [*rows, _task_mean([torch.cat(pairs, dim=1) for pairs in by_task.values()], seed)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -312,7 +312,12 @@ class RemovalQuality:
 
     def _measure(self, chunk: int, layer_sets: list[LayerSet]) -> None:
         """Measure sets of layers on a chunk; each is recorded as soon as its values are there."""
-        for removed, values in self._read(self._chunks[chunk], layer_sets):
+        readings: Iterable[Iterable[tuple[LayerSet, torch.Tensor]]]
+        readings = [measure.read(self._chunks[chunk], layer_sets) for measure in self._measures]
+        if self.stack.offloaded:  # in step, so that every weight is read once for all measures
+            readings = self.stack.run_all([partial(list, one) for one in readings])
+        for parts in zip(*readings, strict=True):
+            removed, values = parts[0][0], torch.cat([values for _, values in parts])
             bad = (~values.isfinite()).any(0).nonzero().flatten().tolist()
             if bad:
                 items = sorted({self._items[self._chunks[chunk][index]] for index in bad})
@@ -325,17 +330,6 @@ class RemovalQuality:
             self._values[removed, chunk] = values
             if self._journal:
                 self._journal.append(self._key, removed, chunk, values.tolist())
-
-    def _read(
-        self, chunk: range, layer_sets: list[LayerSet]
-    ) -> Iterator[tuple[LayerSet, torch.Tensor]]:
-        """The values of all measures: (measures, len(chunk)) for each set, in the given order."""
-        readings: Iterable[Iterable[tuple[LayerSet, torch.Tensor]]]
-        readings = [measure.read(chunk, layer_sets) for measure in self._measures]
-        if self.stack.offloaded:  # in step, so that every weight is read once for all measures
-            readings = self.stack.run_all([partial(list, one) for one in readings])
-        for parts in zip(*readings, strict=True):
-            yield parts[0][0], torch.cat([values for _, values in parts])
 
     def full(self) -> dict[str, float]:
         """The quality of the model with all its layers, by measure.

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from conftest import N_LAYERS, WORDS, items, tiny_gpt2, tiny_llama, word_tokenizer
+from conftest import WORDS, items, tiny_gpt2, tiny_llama, word_tokenizer
 
 from llm_pruner.data.tokens import encode_pair
 from llm_pruner.errors import (
@@ -18,7 +18,6 @@ from llm_pruner.errors import (
     UnsupportedModelError,
 )
 from llm_pruner.evaluation import generation
-from llm_pruner.evaluation.generation import ModelEvaluator
 from llm_pruner.model.layer_stack import LayerStack
 from llm_pruner.offload.offloaded_stack import layers_of, load_streamed
 from llm_pruner.search.objectives import OBJECTIVES, parse_objective
@@ -251,47 +250,6 @@ def test_the_full_model_is_as_good_as_itself(stack, tokenizer, name):
     assert quality.change((2, 5)) == pytest.approx(quality((2, 5)) - 1)
 
 
-def test_kl_is_not_that_of_the_other_direction(llama_stack, tokenizer):
-    pruned, full = llama_stack.remove((2, 5)), llama_stack.model
-    forwards, backwards = (
-        [kl for item in DATA["kl"] for kl in slow_tokens(*pair, tokenizer, item, "kl")]
-        for pair in ((pruned, full), (full, pruned))
-    )
-    found = -math.log(measured(llama_stack, tokenizer, "kl")((2, 5)))
-    assert found == pytest.approx(math.fsum(forwards) / len(forwards), rel=1e-4)
-    assert found != pytest.approx(math.fsum(backwards) / len(backwards), rel=0.01)
-
-
-def test_similarity_is_measured_on_a_model_that_lacks_the_layers(
-    llama_stack, tokenizer, eval_data, monkeypatch
-):
-    """Generation addresses the cache by layer number: a bypassed model will not do."""
-    seen = []
-
-    def evaluate_items(self, asked):
-        layers = LayerStack(self.model)
-        slots = [layer.self_attn.layer_idx for layer in layers]
-        assert slots == list(range(len(layers)))
-        assert self.model.config.num_hidden_layers == len(layers)
-        assert self.batch_size == 3
-        seen.append((self.model, len(layers), [item["prompt"] for item in asked]))
-        return [0.9 - 0.1 * (N_LAYERS - len(layers))] * len(asked)
-
-    monkeypatch.setattr(ModelEvaluator, "evaluate_items", evaluate_items)
-    quality = RemovalQuality(
-        llama_stack, tokenizer, eval_data, objective="similarity", batch_size=3
-    )
-    assert "similarity" in quality.unit
-    assert quality.change([2, 5]) == pytest.approx(-0.2 / 0.9)
-    for number in (N_LAYERS, N_LAYERS - 2):
-        asked = [prompt for _, count, prompts in seen if count == number for prompt in prompts]
-        assert sorted(asked) == sorted(item["prompt"] for item in eval_data)
-    shared = {id(parameter) for parameter in llama_stack.model.parameters()}
-    for model, number, _ in seen:
-        assert (model is llama_stack.model) == (number == N_LAYERS)
-        assert all(id(parameter) in shared for parameter in model.parameters())
-
-
 @pytest.mark.parametrize("objective", ["accuracy", "nll=1,accuracy=1"])
 @pytest.mark.parametrize("data", [items(2), [LONG], [{**items(1)[0], "choices": []}]], ids=len)
 def test_accuracy_without_choices_is_refused(llama_stack, tokenizer, objective, data):
@@ -346,9 +304,6 @@ def test_a_mixture_is_the_weighted_mean_of_relative_changes(
 @pytest.mark.parametrize("objective", ["nll", "nll=7", {"nll": 0.1}, " nll "], ids=str)
 def test_one_measure_has_all_of_the_weight(objective):
     assert parse_objective(objective) == {"nll": 1.0}
-
-
-def test_a_parsed_mixture_is_a_mixture():
     mixture = parse_objective("nll,kl")
     assert parse_objective(mixture) == mixture == {"nll": 0.5, "kl": 0.5}
 
