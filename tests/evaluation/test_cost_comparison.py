@@ -43,9 +43,8 @@ def test_sizes_are_counted(models, tokenizer):
     per_layer = 2 * 2 * 8 * 4  # keys and values, two heads of 8 numbers, float32
     cache = rows["cache per token"]
     assert (cache.before, cache.after) == (3 * per_layer, 2 * per_layer)
-    assert all(
-        row.low is None and row.count is None for row in rows.values() if row.group == "size"
-    )
+    sizes = [row for row in rows.values() if row.group == "size"]
+    assert all(row.low is None and row.count is None for row in sizes)
 
 
 def test_caches_of_other_kinds(models):
@@ -130,9 +129,7 @@ def test_values_are_medians_and_the_interval_is_the_range_of_pairs(models, token
 
 def test_the_range_of_six_pairs_holds_the_median_at_least_95_times_of_100():
     torch.manual_seed(0)
-    changes = torch.rand(4000, cost_comparison.ENOUGH).pow(
-        3
-    )  # a skewed distribution with median 1/8
+    changes = torch.rand(4000, cost_comparison.ENOUGH) ** 3  # skewed, with median 1/8
     held = (changes.min(1).values <= 1 / 8) & (changes.max(1).values >= 1 / 8)
     assert held.float().mean() == pytest.approx(1 - 2 ** (1 - cost_comparison.ENOUGH), abs=0.01)
     assert 1 - 2 ** (1 - cost_comparison.ENOUGH) > 0.95 > 1 - 2 ** (2 - cost_comparison.ENOUGH)
@@ -140,11 +137,8 @@ def test_the_range_of_six_pairs_holds_the_median_at_least_95_times_of_100():
 
 def test_speed_stays_within_the_models_positions_and_modes(tokenizer):
     model = build("gpt2").train()
-    rows = by_name(
-        compare_cost(
-            model, model, tokenizer, batch=2, prompt_tokens=5000, new_tokens=5000, repeats=1
-        )
-    )
+    options = {"batch": 2, "prompt_tokens": 5000, "new_tokens": 5000, "repeats": 1}
+    rows = by_name(compare_cost(model, model, tokenizer, **options))
     assert "80 prompt and 80 new tokens" in rows["decode, batch 2"].note
     assert model.training
 

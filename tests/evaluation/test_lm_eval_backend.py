@@ -119,36 +119,26 @@ def answering(tmp_path, output_type="generate_until", **more):
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         "filter_list": [
             {"name": "all", "filter": [{"function": "take_first"}]},
-            {
-                "name": "word",
-                "filter": [
-                    {"function": "regex", "regex_pattern": r"(\w+)"},
-                    {"function": "take_first"},
-                ],
-            },
+            {"name": "word", "filter": [
+                {"function": "regex", "regex_pattern": r"(\w+)"}, {"function": "take_first"},
+            ]},
         ],
         **more,
-    }
-
-
-def slow_losses(model, tokenizer, item):
-    """Loss of every choice, one forward pass each; the beginning of a long prompt is cut off."""
-    losses = []
-    prompt = tokenizer(format_prompt(item["prompt"]))["input_ids"]
-    for choice in item["choices"]:
-        answer = tokenizer(choice)["input_ids"]
-        ids = torch.tensor([(prompt + answer)[-(POSITIONS + 1) :]])
-        with torch.no_grad():
-            logits = model(ids[:, :-1]).logits[0, -len(answer) :]
-        loss = torch.nn.functional.cross_entropy(logits, ids[0, -len(answer) :], reduction="sum")
-        losses.append(float(loss))
-    return losses
+    }  # fmt: skip
 
 
 def slow_scores(model, tokenizer, items):
+    """Of every choice one forward pass; the beginning of a long prompt is cut off."""
     plain, norm = [], []
     for item in items:
-        losses = slow_losses(model, tokenizer, item)
+        losses = []
+        prompt = tokenizer(format_prompt(item["prompt"]))["input_ids"]
+        for choice in item["choices"]:
+            answer = tokenizer(choice)["input_ids"]
+            ids = torch.tensor([(prompt + answer)[-(POSITIONS + 1) :]])
+            with torch.no_grad():
+                logits = model(ids[:, :-1]).logits[0, -len(answer) :].log_softmax(-1)
+            losses.append(-float(logits.gather(1, ids[0, -len(answer) :, None]).sum()))
         rates = [loss / len(choice) for loss, choice in zip(losses, item["choices"], strict=True)]
         gold = item["choices"].index(item["reference"])
         plain.append(float(losses.index(min(losses)) == gold))
@@ -181,15 +171,20 @@ def test_norm_scores_are_of_items_with_choices_alone(llama, tokenizer, items):
     assert evaluator.norm_scores["pick"] == slow_scores(llama, tokenizer, items[:4])[1]
 
 
+def lm_eval_alone(model, tokenizer, definition, **options):
+    """What lm-eval finds without the adapter."""
+    return simple_evaluate(
+        HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer)),
+        tasks=[copy.deepcopy(definition)],
+        task_manager=TaskManager(include_defaults=False),
+        **options,
+    )
+
+
 def test_the_likelihoods_are_those_of_lm_eval(llama, tokenizer, items, definition):
     """What a score hides; of truncated prompts, too."""
     ours = choice_losses(llama, tokenizer, items, 5)
-    found = simple_evaluate(
-        HFLM(pretrained=llama, tokenizer=copy.deepcopy(tokenizer)),
-        tasks=[copy.deepcopy(definition)],
-        task_manager=TaskManager(include_defaults=False),
-        bootstrap_iters=0,
-    )
+    found = lm_eval_alone(llama, tokenizer, definition, bootstrap_iters=0)
     theirs = [[-one[0][0] for one in sample["resps"]] for sample in found["samples"]["pick"]]
     assert [len(losses) for losses in theirs] == [len(item["choices"]) for item in items]
     for mine, other in zip(ours, theirs, strict=True):
@@ -199,19 +194,12 @@ def test_the_likelihoods_are_those_of_lm_eval(llama, tokenizer, items, definitio
 def test_means_errors_and_settings_are_those_that_lm_eval_reports(llama, tokenizer, definition):
     """The shape of its results, as the adapter reads them."""
     limit = 9
-    found = simple_evaluate(
-        HFLM(pretrained=llama, tokenizer=copy.deepcopy(tokenizer)),
-        tasks=[copy.deepcopy(definition)],
-        task_manager=TaskManager(include_defaults=False),
-        limit=limit,
-        bootstrap_iters=10,
-    )
+    found = lm_eval_alone(llama, tokenizer, definition, limit=limit, bootstrap_iters=10)
     result = run_tasks(llama, tokenizer, [definition], limit=limit)["pick"]
     for metric in ("acc", "acc_norm"):
-        assert result.means[metric] == pytest.approx(found["results"]["pick"][f"{metric},none"])
-        assert result.stderr[metric] == pytest.approx(
-            found["results"]["pick"][f"{metric}_stderr,none"]
-        )
+        theirs = found["results"]["pick"]
+        assert result.means[metric] == pytest.approx(theirs[f"{metric},none"])
+        assert result.stderr[metric] == pytest.approx(theirs[f"{metric}_stderr,none"])
         assert found["higher_is_better"]["pick"][metric] is True
         assert all(type(score) is float for score in result.scores[metric])
     assert found["n-samples"]["pick"] == {"original": 24, "effective": limit}
@@ -341,15 +329,14 @@ def test_generated_answers_and_filters(llama, tokenizer, tmp_path):
 def test_model_tokenizer_and_random_numbers_are_as_before(tokenizer, definition):
     model, own = tiny_llama().train(), copy.deepcopy(tokenizer)
     own.pad_token = None
-    torch.manual_seed(3)
-    random.seed(3)
-    numpy.random.seed(3)
+    seeds = torch.manual_seed, random.seed, numpy.random.seed
+    for seed in seeds:
+        seed(3)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     run_tasks(model, own, [definition], limit=2)
     drawn = torch.rand(1).item(), random.random(), numpy.random.rand()
-    torch.manual_seed(3)
-    random.seed(3)
-    numpy.random.seed(3)
+    for seed in seeds:
+        seed(3)
     assert drawn == (torch.rand(1).item(), random.random(), numpy.random.rand())
     assert own.pad_token is None
     assert all(module.training for module in model.modules())

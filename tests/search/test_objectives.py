@@ -96,15 +96,13 @@ def slow_tokens(pruned, full, tokenizer, item, name) -> list[float]:
     values = []
     pairs = zip(scored(pruned, tokenizer, item), scored(full, tokenizer, item), strict=True)
     for (log_q, ids), (log_p, _) in pairs:
-        for place, label in enumerate(ids):
-            p, q = log_p[place].exp(), log_q[place].exp()
-            values.append(
-                {
-                    "nll": -float(log_q[place, label]),
-                    "kl": float((p * (p / q).log()).sum()),
-                    "agreement": float(p.argmax() == q.argmax()),
-                }[name]
-            )
+        p, q = log_p.exp(), log_q.exp()
+        measures = {
+            "nll": -log_q[range(len(ids)), ids],
+            "kl": (p * (p / q).log()).sum(-1),
+            "agreement": (p.argmax(-1) == q.argmax(-1)).double(),
+        }
+        values += measures[name].tolist()
     return values
 
 
