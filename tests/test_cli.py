@@ -26,7 +26,7 @@ from llm_pruner.healing import lora
 from llm_pruner.model.layer_stack import LayerStack
 from llm_pruner.offload import offloaded_stack
 from llm_pruner.results import DepthCurve, PruningPlan, PruningReport
-from llm_pruner.search.removal_quality import RemovalQuality
+from llm_pruner.search.objectives import TokenMeasures
 
 pytestmark = pytest.mark.slow
 TEXTS = [" ".join(WORDS[(i * step) % len(WORDS)] for i in range(12)) for step in range(1, 17)]
@@ -431,7 +431,7 @@ def test_a_plan_for_another_depth_is_refused(run, tmp_path):
 def readings(monkeypatch):
     """Counts measurements of a set on a chunk; the one after `stop` of them is interrupted."""
     count = {"n": 0, "stop": math.inf}
-    read = RemovalQuality._read
+    read = TokenMeasures.read
 
     def counted(self, chunk, layer_sets):
         for reading in read(self, chunk, layer_sets):
@@ -440,7 +440,7 @@ def readings(monkeypatch):
                 raise KeyboardInterrupt
             yield reading
 
-    monkeypatch.setattr(RemovalQuality, "_read", counted)
+    monkeypatch.setattr(TokenMeasures, "read", counted)
     return count
 
 
