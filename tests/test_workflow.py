@@ -68,6 +68,11 @@ def test_items_that_a_plan_rests_on_are_left_out(source):
     assert len(data.held_out) == 30
 
 
+def test_held_out_items_are_read_by_their_former_name_too(source):
+    data = load_data(source, 10)
+    assert data.judging is data.held_out
+
+
 def test_the_same_seed_gives_the_same_split(source):
     assert load_data(source, 10, seed=3) == load_data(source, 10, seed=3)
     assert load_data(source, 10, seed=3) != load_data(source, 10, seed=4)

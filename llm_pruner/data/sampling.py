@@ -155,6 +155,11 @@ class DataSplit:
     healing: list[EvalItem]
     held_out: list[EvalItem]
 
+    @property
+    def judging(self) -> list[EvalItem]:
+        """The former name of `held_out`."""
+        return self.held_out
+
 
 def load_data(
     source: str | None,
