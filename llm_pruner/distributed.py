@@ -175,13 +175,18 @@ def on_first(work: Callable[[], T]) -> T:
         try:
             outcome = work(), None
         except LLMPrunerError as error:
-            outcome = None, error
+            fault, outcome = error, (None, error)
         except Exception as error:
             fault = error
             outcome = None, ProcessGroupError(f"Rank 0: {type(error).__name__}: {error}")
         finally:
             _group.alone = False
-    result, failure = gather(outcome)[0]
+    try:
+        result, failure = gather(outcome)[0]
+    except ProcessGroupError as error:
+        if fault is not None:  # what happened here says more than that the others have ended
+            raise fault from error
+        raise
     if failure is not None:
         raise fault or failure
     done: T = result

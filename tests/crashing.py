@@ -3,9 +3,9 @@
     python tests/crashing.py FOLDER {fresh,over,over-in-two-steps,file}
 
 A step is what Python audits (open, rename, remove, mkdir, ...), an fsync, or a lookup of the
-system call that exchanges two folders. Every run is a fork that ends at once (`os._exit`, as after
+system call that swaps two folders. Every run is a fork that ends at once (`os._exit`, as after
 SIGKILL) when it comes to its step; what it leaves is judged, and the next run must succeed. Prints
-JSON: one list per step, [step, what was found]. `test_output.py` reads it.
+JSON: one list per step, [step, what was found]. `test_atomic_output.py` reads it.
 """
 
 from __future__ import annotations

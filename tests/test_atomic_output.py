@@ -130,7 +130,7 @@ def test_an_earlier_output_is_replaced_when_asked(tmp_path, way):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_folders_are_swapd_in_one_step_where_the_system_can(tmp_path):
+def test_folders_are_swapped_in_one_step_where_the_system_can(tmp_path):
     (tmp_path / "left").mkdir()
     (tmp_path / "right").mkdir()
     (tmp_path / "left" / "file").write_text("x")
@@ -160,15 +160,15 @@ def test_a_file_system_that_cannot_swap_is_told_from_a_failure(tmp_path, monkeyp
             atomic_output.ctypes.set_errno(self.code)
             return -1 if self.code else 0
 
-    def exchange(code):
+    def swap(code):
         monkeypatch.setattr(atomic_output.ctypes, "CDLL", lambda name, use_errno: Libc(code))
         return atomic_output._swap(tmp_path, tmp_path)
 
     monkeypatch.setattr("sys.platform", platform)
-    assert exchange(0)
-    assert not any(map(exchange, atomic_output.CANNOT_SWAP))
+    assert swap(0)
+    assert not any(map(swap, atomic_output.CANNOT_SWAP))
     with pytest.raises(PermissionError):
-        exchange(atomic_output.errno.EACCES)
+        swap(atomic_output.errno.EACCES)
 
 
 def test_the_old_output_is_put_back_if_the_new_one_cannot_be_put_there(tmp_path, monkeypatch):

@@ -270,6 +270,23 @@ def test_a_lost_process_is_our_own_error(monkeypatch, error, is_lost):
     assert is_lost == ("--resume" in str(raised.value))
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError("mine"), NonFiniteError("mine")], ids=repr)
+def test_an_error_of_the_first_process_is_told_though_the_others_have_ended(monkeypatch, error):
+    def lost(value):
+        raise ProcessGroupError("the others have ended")
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(distributed, "_group", distributed._Group(None, 1.0))
+    monkeypatch.setattr(distributed, "gather", lost)
+    with pytest.raises(type(error), match="mine") as raised:
+        distributed.on_first(fail)
+    assert isinstance(raised.value.__cause__, ProcessGroupError)
+    with pytest.raises(ProcessGroupError, match="the others have ended"):
+        distributed.on_first(lambda: 1)
+
+
 def launch(monkeypatch, **more: int) -> None:
     for name, value in {"WORLD_SIZE": 3, "RANK": 1, "LOCAL_RANK": 1, **more}.items():
         monkeypatch.setenv(name, str(value))
