@@ -17,15 +17,16 @@ PACKAGE = Path(llm_pruner.__file__).parent
 GROUND = "lazy_names errors distributed utils atomic_output results stats hub".split()
 # What a room may import besides the ground. Nothing below a line imports anything above it.
 ROOMS = {
-    "model": "",
-    "offload": "model",
+    "config": "",
+    "model": "config",
+    "offload": "config model",
     "data": "",
     "evaluation": "model data",
     "search": "model data evaluation",
     "healing": "model data evaluation",
     "visualization": "model data evaluation",
     "report": "visualization",
-    "checkpoint": "model report",
+    "checkpoint": "config model report",
     "pruners": "model offload data evaluation search healing checkpoint",
     "workflow": "model data evaluation healing visualization report checkpoint pruners",
     "cli_arguments": "pruners",

@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 
 from ..atomic_output import write_atomically
+from ..config.rules import COUNT_FIELDS, text_config
 from ..errors import InvalidPlanError
-from ..model.config_rules import COUNT_FIELDS, text_config
 from ..model.layer_stack import LayerStack
 from ..results import check_layers
 from ..utils import logger

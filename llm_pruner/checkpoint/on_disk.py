@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_output import PLAN_FILE, check_output, staged_output
+from ..config.layer_names import LayerNames
 from ..errors import InvalidPlanError, LoadError, VerificationError
-from ..model.layer_names import LayerNames
 from ..report.model_card import CARD_FILE, card_text
 from ..results import Manifest, PruningPlan, check_layers
 from ..utils import logger, package_versions, progress

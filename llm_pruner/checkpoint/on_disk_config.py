@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config.layer_names import LayerNames
+from ..config.rules import OTHER_TOWERS, layer_counts_in_file, prune_config_file
 from ..errors import LoadError, UnsupportedModelError
-from ..model.config_rules import OTHER_TOWERS, layer_counts_in_file, prune_config_file
-from ..model.layer_names import LayerNames
 from ..results import PruningPlan
 from ..utils import logger
 from .safetensors_files import Checkpoint, read_checkpoint

@@ -15,12 +15,12 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
+from ..config.layer_names import LayerNames
+from ..config.rules import OTHER_TOWERS, layer_counts, prune_config, text_config
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..results import check_layers
 from .bypass import Bypass, ReturnForm, hidden_in, hidden_out, learn_forms, with_hidden
-from .config_rules import OTHER_TOWERS, layer_counts, prune_config, text_config
 from .forward import evaluating
-from .layer_names import LayerNames
 from .loading import model_fingerprint
 from .removal import remove_layers, skeleton
 

@@ -12,10 +12,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from ..config.layer_names import LayerNames
+from ..config.rules import COUNT_FIELDS, prune_config, text_config
 from ..errors import UnsupportedModelError
 from .architecture_rules import COMPENSATIONS
-from .config_rules import COUNT_FIELDS, prune_config, text_config
-from .layer_names import LayerNames
 
 # Where a layer stores its index, to address its slot of the KV cache, and the layer count, which
 # only initialisation reads. Verification shows whether that is all they do.

@@ -18,9 +18,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from ..config.layer_names import LayerNames
+from ..config.rules import OTHER_TOWERS
 from ..errors import LoadError, UnsupportedModelError
-from ..model.config_rules import OTHER_TOWERS
-from ..model.layer_names import LayerNames
 
 EMBEDDING = -1  # the station before layer 0; the head's is the number of layers
 TOWERS = -2  # the station of weights for inputs other than text, where no pass stops

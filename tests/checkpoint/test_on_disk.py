@@ -27,6 +27,7 @@ from llm_pruner.checkpoint.on_disk_config import NeedsMemoryError
 from llm_pruner.checkpoint.safetensors_files import header_bytes, read_checkpoint
 from llm_pruner.checkpoint.save import write_model
 from llm_pruner.checkpoint.sources import INDEX_FILE, LocalFolder
+from llm_pruner.config.rules import SPELLED_OUT, prune_config_file
 from llm_pruner.errors import (
     InvalidPlanError,
     LoadError,
@@ -34,7 +35,6 @@ from llm_pruner.errors import (
     UnsupportedModelError,
     VerificationError,
 )
-from llm_pruner.model.config_rules import SPELLED_OUT, prune_config_file
 from llm_pruner.results import Manifest
 
 REMOVED = (1, 3)

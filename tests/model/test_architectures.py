@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from llm_pruner.config import rules
 from llm_pruner.errors import UnsupportedModelError
-from llm_pruner.model import config_rules, layer_stack, removal
+from llm_pruner.model import layer_stack, removal
 from llm_pruner.model.layer_stack import LayerStack
 
 # Name -> the rule that it stands for.
@@ -102,7 +103,7 @@ def test_without_renumbering_the_matrix_turns_red(monkeypatch):
 
 
 def test_without_slicing_the_matrix_turns_red(monkeypatch):
-    monkeypatch.setattr(config_rules, "_is_per_layer", lambda *args: False)
+    monkeypatch.setattr(rules, "_is_per_layer", lambda *args: False)
     for name in ("qwen3", "smollm3"):
         assert "PASS" not in outcomes("causal", name)
 
@@ -118,7 +119,7 @@ TABLES = {
 
 @pytest.mark.parametrize(("table", "name"), [(t, name) for t in TABLES for name in TABLES[t]])
 def test_without_its_rule_the_matrix_turns_red(monkeypatch, table, name):
-    monkeypatch.setattr(removal if table == "COMPENSATIONS" else config_rules, table, {})
+    monkeypatch.setattr(removal if table == "COMPENSATIONS" else rules, table, {})
     assert outcomes("causal", name) != {"PASS"}
 
 

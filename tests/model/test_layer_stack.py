@@ -11,8 +11,8 @@ from conftest import N_LAYERS
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig, T5Config, T5ForConditionalGeneration
 
+from llm_pruner.config.rules import prune_config
 from llm_pruner.errors import InvalidPlanError, UnsupportedModelError
-from llm_pruner.model.config_rules import prune_config
 from llm_pruner.model.layer_stack import LayerStack
 
 IDS = torch.arange(3, 15).reshape(1, 12)
