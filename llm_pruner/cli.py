@@ -127,7 +127,7 @@ def _push(request: Request, repo_id: str) -> None:
 
 def _prune_on_disk(request: Request) -> None:
     """Remove layers that are given; the model is loaded only if bytes alone do not do it."""
-    from .checkpoint.on_disk_config import NeedsMemoryError
+    from .config.config_file import NeedsMemoryError
 
     plan = _given_plan(request)
     try:

@@ -9,7 +9,6 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "on_disk": "check_manifest prune_checkpoint",
-        "on_disk_config": "NeedsMemoryError",
         "mergekit": "write_mergekit_yaml",
         "verify": "verify_checkpoint verify_removal",
     },

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_output import PLAN_FILE, check_output, staged_output
+from ..config.config_file import find_layers
 from ..config.layer_names import LayerNames
 from ..errors import InvalidPlanError, LoadError, VerificationError
 from ..report.model_card import CARD_FILE, card_text
 from ..results import Manifest, PruningPlan, check_layers
 from ..utils import logger, package_versions, progress
-from .on_disk_config import find_layers, pruned_config
+from .pruned_config import pruned_config
 from .safetensors_files import (
     Checkpoint,
     Pair,
@@ -108,7 +109,7 @@ def prune_on_disk(
             f"Checkpoint {source.name!r} holds an adapter, whose weights belong to single layers: "
             "merge it into the model first (peft: merge_and_unload, then save_pretrained)."
         )
-    names = find_layers(checkpoint)
+    names = find_layers(checkpoint.tensors, checkpoint.config, source.name)
     plan = _checked_plan(checkpoint, names, layers, str(model_id))
     config = pruned_config(
         checkpoint, names, plan, trust_remote_code=trust_remote_code, verify=verify

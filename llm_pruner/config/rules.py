@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from types import SimpleNamespace
 from typing import Any
 
 from ..errors import UnsupportedModelError
@@ -26,23 +25,17 @@ DECODER_PARTS = {"blt": "global_config"}
 OTHER_TOWERS = ("vision", "visual", "audio", "image", "speech")
 # Lists that are not per layer, even if they happen to have as many entries as there are layers.
 NOT_PER_LAYER = ("architectures", "token_id", "token_ids", "factor", "factors", "multipliers")
-# Model types whose config.json says everything about the layers, provided it has these lists: it
-# can be rewritten without the class of transformers (`prune_config_file`). All others need theirs.
-SPELLED_OUT: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(
-        "apertus arcee bloom codegen cohere ernie4_5 falcon gemma glm glm4 gpt_bigcode gpt_neox "
-        "gptj granite granitemoe helium hunyuan_v1_dense llama mistral mixtral mpt nemotron olmo "
-        "olmo2 olmoe opt persimmon phi phi3 phimoe seed_oss stablelm starcoder2".split(),
-        (),
-    ),
-    **dict.fromkeys(
-        "cohere2 exaone4 gemma2 gemma3_text gpt_oss ministral olmo3 qwen2 qwen3".split(),
-        ("layer_types",),
-    ),
-    "smollm3": ("layer_types", "no_rope_layers"),
-}
-# If this is off, all layers are alike, and the lists of `SPELLED_OUT` may be missing.
-KINDS_BY = {"qwen2": "use_sliding_window", "qwen3": "use_sliding_window"}
+# Fields that count blocks for multi-token prediction, which may follow the last layer.
+MTP_COUNTS = (
+    "num_nextn_predict_layers",
+    "num_mtp_layers",
+    "mtp_num_hidden_layers",
+    "num_mtp_modules",
+)
+# Texts with one letter per layer.
+PER_LAYER_TEXTS = ("hybrid_override_pattern",)
+# Parts of a config that say nothing of single layers of the decoder.
+NOT_OF_LAYERS = ("rope", "quantization", "compression_config", "id2label", "label2id")
 
 
 @dataclass(frozen=True)
@@ -90,9 +83,12 @@ FIELD_RULES: dict[str, Rule] = {
         "hybrid_layer_ids rope_scaling_layers local_layer_ids".split(),
         Removal.renumber,
     ),
-    "ple_layer_ids": partial(Removal.renumber, first=1),
     **dict.fromkeys(
-        ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), Removal.prefix
+        ("ple_layer_ids", "full_attn_layers", "kda_layers"), partial(Removal.renumber, first=1)
+    ),
+    **dict.fromkeys(
+        ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "num_hash_layers"),
+        Removal.prefix,
     ),
     "kv_source_layers": Removal.follow,
     "num_kv_shared_layers": Removal.suffix,
@@ -199,11 +195,14 @@ def layer_counts(config: Any) -> set[int]:
     return counts or ({derived} if isinstance(derived, int) else set())
 
 
-def prune_config(config: Any, kept: Sequence[int], num_layers: int) -> None:
+def prune_config(
+    config: Any, kept: Sequence[int], num_layers: int, *, guess_count: bool = True
+) -> None:
     """Rewrite `config` in place for the layers `kept` out of `num_layers`.
 
     Layer counts become ``len(kept)``, except those with another value (an encoder's). Lists with
-    one entry per layer are sliced, `FIELD_RULES` applied, and `PATTERNS` get another setting.
+    one entry per layer are sliced, `FIELD_RULES` applied, and `PATTERNS` get another setting. With
+    `guess_count` the count may have a name that is not among the known ones.
 
     Raises:
         UnsupportedModelError: the kept layers cannot work without the removed ones.
@@ -220,21 +219,18 @@ def prune_config(config: Any, kept: Sequence[int], num_layers: int) -> None:
     for pattern in patterns:
         settings |= _refit(config, pattern, removal)
     counts = {name for name in COUNT_FIELDS if vars(config).get(name) == num_layers}
-    counts = counts or _only_count(config, num_layers)
+    if guess_count and not counts:
+        counts = _only_count(config, num_layers)
     spec = vars(config).get("_heterogeneity_spec")  # overrides of single layers, by index
     overrides = {} if spec is None else dict(spec.per_layer_overrides)
     if overrides:
         config.per_layer_config = None  # checked against the layer count, so restored at the end
     for name, value in list(vars(config).items()):
-        rule = SCALED_FIELDS.get((model_type, name)) or FIELD_RULES.get(name)
-        if value is None or name in in_patterns or name.startswith("_"):
-            continue
-        if rule is not None:
-            setattr(config, name, rule(removal, value))
-        elif name in counts:
+        if name in counts:
             setattr(config, name, len(kept))
-        elif _is_per_layer(name, value, num_layers):
-            setattr(config, name, type(value)(value[index] for index in kept))
+        elif name not in in_patterns and not name.startswith("_"):
+            rule = SCALED_FIELDS.get((model_type, name)) or FIELD_RULES.get(name)
+            setattr(config, name, _follow(name, value, removal, rule, extra_layers(config)))
     for name, value in settings.items():
         setattr(config, name, value)
     if overrides:
@@ -256,6 +252,8 @@ def _refit(config: Any, pattern: Pattern, removal: Removal) -> dict[str, int]:
 
     If there are none, the fields stay, and `model.removal` refuses the removal.
     """
+    if not all(hasattr(config, name) for name in pattern.fields):
+        return {}  # a file that leaves them to the class
     now = tuple(getattr(config, name) for name in pattern.fields)
     wanted = [pattern.is_special(index, now) for index in removal.kept]
     for values in pattern.values(len(wanted)):
@@ -264,36 +262,35 @@ def _refit(config: Any, pattern: Pattern, removal: Removal) -> dict[str, int]:
     return {}
 
 
-def _is_per_layer(name: str, value: Any, num_layers: int) -> bool:
-    per_layer = isinstance(value, list | tuple) and len(value) == num_layers
+def extra_layers(config: Any) -> set[int]:
+    """How many blocks for multi-token prediction may follow the last layer, by any count."""
+    counts = {vars(config).get(name) for name in MTP_COUNTS}
+    return {0} | {count for count in counts if type(count) is int and count > 0}
+
+
+def _follow(name: str, value: Any, removal: Removal, rule: Rule | None, extra: set[int]) -> Any:
+    """The value of a field without the removed layers; that of other fields stays."""
+    counts = rule in (Removal.prefix, Removal.suffix)
+    if value is None or isinstance(value, bool):
+        return value
+    if rule is not None and isinstance(value, list | tuple) != counts:
+        return rule(removal, value)
+    if isinstance(value, dict) and not any(
+        word in name for word in (*NOT_OF_LAYERS, *OTHER_TOWERS)
+    ):
+        return {
+            key: _follow(str(key), entry, removal, FIELD_RULES.get(str(key)), extra)
+            for key, entry in value.items()
+        }
+    if name in PER_LAYER_TEXTS and isinstance(value, str) and len(value) == removal.num_layers:
+        return "".join(value[index] for index in removal.kept)
+    if _is_per_layer(name, value, removal.num_layers, extra):
+        kept = [value[index] for index in removal.kept]
+        return type(value)([*kept, *value[removal.num_layers :]])
+    return value
+
+
+def _is_per_layer(name: str, value: Any, num_layers: int, extra: set[int]) -> bool:
+    """Whether `value` has one entry per layer, and perhaps more for what follows the last one."""
+    per_layer = isinstance(value, list | tuple) and len(value) - num_layers in extra
     return per_layer and not name.endswith(NOT_PER_LAYER)
-
-
-def layer_counts_in_file(values: dict[str, Any]) -> set[int]:
-    """The `layer_counts` of a config.json and of the configs inside it."""
-    parts = [SimpleNamespace(**x) for x in (values, *values.values()) if isinstance(x, dict)]
-    return set().union(*map(layer_counts, parts))
-
-
-def prune_config_file(
-    values: dict[str, Any], kept: Sequence[int], num_layers: int
-) -> dict[str, Any] | None:
-    """The contents of a config.json for the layers `kept`; see `prune_config`.
-
-    Every other field stays. None if only the model's class can tell (`SPELLED_OUT`).
-    """
-    model_type = str(values.get("model_type"))
-    if model_type not in SPELLED_OUT:
-        return None
-    alike = model_type in KINDS_BY and not values.get(KINDS_BY[model_type])
-    for name in SPELLED_OUT[model_type]:
-        there = values.get(name)
-        if len(there or ()) != num_layers and not (alike and there is None):
-            return None
-    if values.get("per_layer_config") or values.get("is_encoder_decoder"):
-        return None
-    config = SimpleNamespace(**values)
-    if num_layers not in layer_counts(config):
-        return None
-    prune_config(config, kept, num_layers)
-    return vars(config)

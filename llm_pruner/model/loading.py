@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..distributed import launched_here
-from ..errors import LoadError
+from ..errors import LoadError, UnsupportedModelError
 from ..utils import explain_load_failure, get_device, resolve_model_id
 
 if TYPE_CHECKING:
@@ -122,22 +122,65 @@ def read_model(
 def model_class(model_id: str, **options: Any) -> tuple[str, Any, Any]:
     """Where a model is, the ``Auto`` class that builds it, and its config.
 
-    The class is the one for causal language models, or for image-text models if only that one
-    knows the config. The `options` are ``trust_remote_code`` and ``revision``.
+    The class is the one that knows the class named by ``architectures`` in the config: a wrapper
+    keeps its vision part, a reward model its head. The `options` are ``trust_remote_code`` and
+    ``revision``.
 
     Raises:
         LoadError: the config cannot be found or read.
+        UnsupportedModelError: it is not the config of a decoder-only language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    import transformers
 
     source = resolve_model_id(model_id)
     try:
-        config = AutoConfig.from_pretrained(source, **options)
+        config = transformers.AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise LoadError(explain_load_failure("model", model_id, error)) from error
-    wraps = type(config) in AutoModelForImageTextToText._model_mapping
-    causal = type(config) in AutoModelForCausalLM._model_mapping or not wraps
-    return source, AutoModelForCausalLM if causal else AutoModelForImageTextToText, config
+    auto = _auto_class(config, bool(options.get("trust_remote_code")))
+    if auto is None or getattr(config, "is_encoder_decoder", False):
+        kind = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "no such"
+        built = ", ".join(config.architectures or ()) or config.model_type
+        raise UnsupportedModelError(
+            f"Model {model_id!r} ({built}) is {kind} model: only decoder-only language models, and "
+            "image, audio or video models around one, are supported."
+        )
+    return source, auto, config
+
+
+def _auto_class(config: Any, trusted: bool) -> Any:
+    """The ``Auto`` class for what ``architectures`` names, or for any language model; or None."""
+    import transformers
+
+    code = getattr(config, "auto_map", None) or {}
+    if trusted and code:
+        names = [name for name in code if name.startswith("AutoModel")]
+        names.sort(key=lambda name: name != "AutoModelForCausalLM")
+        known = [getattr(transformers, name, None) for name in names]
+        if any(known):
+            return next(filter(None, known))
+    for name in config.architectures or ():
+        cls = getattr(transformers, name, None)
+        auto = cls and find_auto_class(type(config), cls)
+        if auto is not None:
+            return auto
+    wrappers = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+    autos = [getattr(transformers, name) for name in wrappers if hasattr(transformers, name)]
+    return next((auto for auto in autos if type(config) in auto._model_mapping), None)
+
+
+def find_auto_class(config_class: type, cls: type) -> Any:
+    """The ``Auto`` class of transformers that builds `cls` from its config; None without any."""
+    import transformers
+
+    first = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+    names = sorted(name for name in dir(transformers) if name.startswith("AutoModelFor"))
+    for name in dict.fromkeys((*first, *names, "AutoModel")):
+        mapping = getattr(getattr(transformers, name, None), "_model_mapping", None)
+        known = None if mapping is None else mapping.get(config_class, None)
+        if known is not None and cls in (known if isinstance(known, tuple) else (known,)):
+            return getattr(transformers, name)
+    return None
 
 
 def empty_model(

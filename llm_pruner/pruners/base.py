@@ -13,7 +13,7 @@ import torch
 
 from ..atomic_output import check_output
 from ..checkpoint.mergekit import write_mergekit_yaml
-from ..checkpoint.on_disk_config import model_identity
+from ..checkpoint.origin import model_identity
 from ..checkpoint.save import save_checkpoint
 from ..checkpoint.verify import verify_removal
 from ..data.items import EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap

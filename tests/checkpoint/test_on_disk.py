@@ -23,11 +23,15 @@ from transformers import AutoModelForCausalLM
 
 from llm_pruner import LayerStack, PruningPlan, SmartPruner
 from llm_pruner.checkpoint.on_disk import check_manifest, prune_checkpoint
-from llm_pruner.checkpoint.on_disk_config import NeedsMemoryError
 from llm_pruner.checkpoint.safetensors_files import header_bytes, read_checkpoint
 from llm_pruner.checkpoint.save import write_model
 from llm_pruner.checkpoint.sources import INDEX_FILE, LocalFolder
-from llm_pruner.config.rules import SPELLED_OUT, prune_config_file
+from llm_pruner.config.config_file import (
+    SPELLED_OUT,
+    NeedsMemoryError,
+    is_spelled_out,
+    prune_config_file,
+)
 from llm_pruner.errors import (
     InvalidPlanError,
     LoadError,
@@ -96,7 +100,7 @@ def test_the_result_is_that_of_pruning_in_memory(model_type, tmp_path):
     assert config(tmp_path / "memory") == config(tmp_path / "disk")
 
 
-@pytest.mark.parametrize("model_type", ["beam", "zamba2", "inkling2_text", "nemotron_h"])
+@pytest.mark.parametrize("model_type", ["beam", "zamba2", "inkling2_text"])
 def test_what_needs_other_weights_is_left_to_memory(model_type, tmp_path):
     write_model(zoo.build(model_type), tmp_path / "source")
     with pytest.raises(NeedsMemoryError, match=r"prune_and_save, which loads the model"):
@@ -118,8 +122,8 @@ def test_a_config_without_its_class_is_that_of_its_class(model_type, removed, tm
     model.config.save_pretrained(tmp_path)
     values = LocalFolder(tmp_path).read_json("config.json")
     kept = [index for index in range(zoo.N_LAYERS) if index not in removed]
+    assert is_spelled_out(values, zoo.N_LAYERS)
     got = prune_config_file(values, kept, zoo.N_LAYERS)
-    assert got is not None
     want = LayerStack(model).remove(removed).config
     found, wanted = type(want).from_dict(got).to_dict(), want.to_dict()
     differing = {name for name in wanted if wanted[name] != found.get(name)}
@@ -142,11 +146,12 @@ def test_the_card_is_ours_with_the_metadata_of_the_sources(source, tmp_path):
 
 def test_lists_that_a_class_makes_up_are_left_to_the_class():
     values = {"model_type": "qwen3", "num_hidden_layers": 4, "use_sliding_window": True}
-    assert prune_config_file(values, [0, 1], 4) is None
+    assert not is_spelled_out(values, 4)
     for more, left in [
         ({"use_sliding_window": False}, {"use_sliding_window": False}),
         ({"layer_types": ["a", "b", "c", "d"]}, {"layer_types": ["a", "d"]}),
     ]:
+        assert is_spelled_out({**values, **more}, 4)
         pruned = prune_config_file({**values, **more}, [0, 3], 4)
         assert pruned == {**values, **left, "num_hidden_layers": 2}
 

@@ -1,0 +1,48 @@
+"""The checkpoint that a model in memory was loaded from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..config.config_file import find_layers
+from ..errors import LLMPrunerError
+from ..utils import logger
+from .safetensors_files import Checkpoint, read_checkpoint
+from .sources import LocalFolder, Source, cached_source
+
+
+def loaded_from(model: Any) -> Source | None:
+    """The folder or the hub's cache that a model was loaded from; None if that is not known."""
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", "")
+    commit = getattr(config, "_commit_hash", None)
+    if name and (Path(name) / "config.json").is_file():
+        return LocalFolder(name)
+    return cached_source(name, commit) if name and commit else None
+
+
+def original_checkpoint(model: Any, num_layers: int) -> Checkpoint | None:
+    """The checkpoint that a model of `num_layers` layers was loaded from, if it can be read.
+
+    A model of another depth than the checkpoint's was not loaded from it, or has been changed.
+    """
+    source = loaded_from(model)
+    if source is None:
+        return None
+    try:
+        checkpoint = read_checkpoint(source)
+        depth = find_layers(checkpoint.tensors, checkpoint.config, source.name).num_layers
+    except LLMPrunerError as error:  # pickled weights, say
+        logger.info("The original checkpoint is not used: %s", error)
+        return None
+    return checkpoint if depth == num_layers else None
+
+
+def model_identity(model: Any, num_layers: int) -> dict[str, str]:
+    """`Checkpoint.identity` of what a model was loaded from; empty if that is not known."""
+    checkpoint = original_checkpoint(model, num_layers)
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    if checkpoint is not None:
+        return checkpoint.identity()
+    return {"revision": commit} if commit and loaded_from(model) is None else {}

@@ -1,0 +1,199 @@
+"""The config.json of a pruned checkpoint: the source's own, with only what the removal changes.
+
+torch is imported only where the model's class has to say what a file leaves to it
+(`config.config_file.SPELLED_OUT` lists the others), and no weight is loaded even then.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..config.config_file import NeedsMemoryError, is_spelled_out, prune_config_file
+from ..config.layer_names import LayerNames
+from ..errors import UnsupportedModelError
+from ..results import PruningPlan
+from .safetensors_files import Checkpoint
+
+# What a config says of the program and the moment rather than of the model.
+NOT_OF_MODEL = frozenset(
+    "transformers_version _name_or_path architectures dtype torch_dtype use_cache auto_map "
+    "quantization_config compression_config".split()
+)
+ROUNDS = 3  # a field that is written out may change what a class derives from it
+
+
+def pruned_config(
+    checkpoint: Checkpoint,
+    layers: LayerNames,
+    plan: PruningPlan,
+    *,
+    trust_remote_code: bool,
+    verify: bool,
+    drop_mtp: bool = False,
+) -> dict[str, Any]:
+    """The contents of the pruned config.json, checked by the model's class to `verify` it.
+
+    Raises:
+        LoadError: the model's class is needed, and cannot be loaded.
+        UnsupportedModelError: the architecture's config cannot express the pruned model.
+    """
+    values = checkpoint.config
+    config = prune_config_file(values, plan.keep, layers.num_layers, drop_mtp=drop_mtp)
+    one_list = len(layers.prefixes) == 1
+    if verify or not one_list or not is_spelled_out(values, layers.num_layers):
+        config = as_read(config, _by_class(checkpoint, layers, plan, trust_remote_code))
+    return config
+
+
+def as_read(values: dict[str, Any], wanted: Any) -> dict[str, Any]:
+    """`values` of a config.json with those fields added that its class needs to read `wanted`.
+
+    What the class derives from an index, a period or the number of layers is written out; whatever
+    stands there already stays beside it.
+
+    Raises:
+        UnsupportedModelError: no such fields make the class read `wanted`.
+    """
+    values = copy.deepcopy(values)
+    want = _plain(wanted)
+    for _ in range(ROUNDS):
+        differing = list(_differences(_plain(_read(values, type(wanted))), want))
+        if not differing:
+            return values
+        for path in differing:
+            _put(values, path, want, wanted)
+    named = ", ".join(".".join(path) for path in differing)
+    raise UnsupportedModelError(
+        f"config.json cannot express the pruned model: {type(wanted).__name__} would read other "
+        f"values of {named}."
+    )
+
+
+def _read(values: dict[str, Any], cls: Any) -> Any:
+    """What transformers reads from a config.json of these values."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.json")
+        path.write_text(json.dumps(values), encoding="utf-8")
+        return cls.from_pretrained(folder)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A config of transformers as JSON values, all fields written out."""
+    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return found
+
+
+def _differences(
+    found: dict[str, Any], wanted: dict[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[str, ...]]:
+    """The paths of fields that differ; inside nested configs, those of their fields."""
+    for name in [*wanted, *(name for name in found if name not in wanted)]:
+        old, new = found.get(name), wanted.get(name)
+        if name in NOT_OF_MODEL or old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict) and name.endswith("_config"):
+            yield from _differences(old, new, (*path, name))
+        else:
+            yield (*path, name)
+
+
+def _put(values: dict[str, Any], path: tuple[str, ...], want: dict[str, Any], config: Any) -> None:
+    """Write one field of `want` into `values`, under the name that stands there already."""
+    for name in path[:-1]:
+        values = values.setdefault(name, {})
+        want, config = want[name], getattr(config, name, None)
+    name = path[-1]
+    others = [old for old, new in getattr(config, "attribute_map", {}).items() if new == name]
+    spelled = next((other for other in others if name not in values and other in values), name)
+    if name in want:
+        values[spelled] = want[name]
+    else:
+        values.pop(spelled, None)
+
+
+def _by_class(
+    checkpoint: Checkpoint, layers: LayerNames, plan: PruningPlan, trust_remote_code: bool
+) -> Any:
+    """The pruned config from `LayerStack.remove`, which may not change a weight."""
+    from ..model.layer_stack import LayerStack
+    from ..model.loading import empty_model
+
+    source = checkpoint.source
+    revision = None if source.folder else source.revision
+    name = str(source.folder or source.name)
+    model = empty_model(name, trust_remote_code=trust_remote_code, revision=revision)
+    stack = LayerStack(model)
+    _refuse_other_layers(checkpoint, layers, stack)
+    pruned = stack.remove(plan.remove)
+    changed = _changed_weights(stack, pruned, plan)
+    if changed:
+        raise NeedsMemoryError(
+            f"Without these layers {type(model).__name__} needs other weights than the checkpoint "
+            f"holds ({changed[0]} and {len(changed) - 1} more): use BasePruner.prune_and_save, "
+            "which loads the model."
+        )
+    return pruned.config
+
+
+def _refuse_other_layers(checkpoint: Checkpoint, layers: LayerNames, stack: Any) -> None:
+    """Raise NeedsMemoryError unless transformers puts the tensors of each layer into that layer."""
+    model, misplaced = stack.model, []
+    if len(stack) == layers.num_layers:
+        for tensor, loaded in _loaded_as(model, checkpoint.tensors).items():
+            if stack.names.index(loaded) != layers.index(tensor):
+                misplaced.append(f"{tensor} -> {loaded}")
+    if misplaced or len(stack) != layers.num_layers:
+        raise NeedsMemoryError(
+            f"{type(model).__name__} has {len(stack)} layers at {list(stack.paths)}, and the "
+            f"checkpoint's tensors are numbered to {layers.num_layers} at "
+            f"{list(layers.prefixes)} ({', '.join(misplaced[:2]) or 'no more'}): use "
+            "BasePruner.prune_and_save, which loads the model."
+        )
+
+
+def _loaded_as(model: Any, tensors: Any) -> dict[str, str]:
+    """Names of tensors in a checkpoint -> where transformers loads them, if it does.
+
+    Of tensors that differ in a number after that of the layer, such as experts, one is looked up.
+    """
+    from transformers import core_model_loading as loading
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    alike = {re.sub(r"(\.\d+\..*?)\.\d+\.", r"\1.0.", name): name for name in reversed(tensors)}
+    transforms = get_model_conversion_mapping(model)
+    converters = [entry for entry in transforms if isinstance(entry, loading.WeightConverter)]
+    renamings = [entry for entry in transforms if isinstance(entry, loading.WeightRenaming)]
+    there = model.state_dict()
+    found = {}
+    for name in alike.values():
+        renamed, _ = loading.rename_source_key(
+            name, renamings, converters, model.base_model_prefix, there
+        )
+        if renamed not in there and name in there:
+            renamed = name
+        if renamed in there:
+            found[name] = renamed
+    return found
+
+
+def _changed_weights(stack: Any, pruned: Any, plan: PruningPlan) -> list[str]:
+    """Names of weights for which byte ranges of the checkpoint are not enough.
+
+    The removal replaces them, drops them outside the layers or takes them from a removed layer.
+    """
+    model, names = stack.model, stack.names
+    before, after = (dict(one.named_parameters()) for one in (model, pruned))
+    known = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    removed = {
+        id(tensor)
+        for name, tensor in model.named_parameters(remove_duplicate=False)
+        if names.rename(name, plan.keep) is None
+    }
+    changed = [n for n, tensor in after.items() if id(tensor) not in known or id(tensor) in removed]
+    return changed + [n for n in before if n not in after and names.index(n) is None]

@@ -1,0 +1,192 @@
+"""config.json without some layers, in its own spelling: only what a removal changes is changed.
+
+The decoder is described by the file as a whole, or by a part of it (`decoder_path`). Nothing here
+imports torch or transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from ..errors import LoadError, UnsupportedModelError
+from .layer_names import LayerNames
+from .rules import COUNT_FIELDS, MTP_COUNTS, OTHER_TOWERS, extra_layers, prune_config
+
+MOST_LAYERS = 10_000  # a config that claims more is damaged
+# Parts of a config that describe the decoder of a composite model, the likeliest first.
+PART_NAMES = (
+    "text_config",
+    "llm_config",
+    "language_config",
+    "thinker_config",
+    "decoder",
+    "decoder_config",
+    "global_config",
+)
+# Words in the names of tensors that tell a wrapper's decoder from its other stacks.
+DECODER_WORDS = ("language_model", "text_model", "llm", "thinker", "decoder")
+# Model types whose config.json says everything about the layers, provided it has these lists: it
+# can be rewritten without the class of transformers. All others need theirs.
+SPELLED_OUT: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        "apertus arcee bloom codegen cohere ernie4_5 falcon gemma glm glm4 gpt_bigcode gpt_neox "
+        "gptj granite granitemoe helium hunyuan_v1_dense llama mistral mixtral mpt nemotron olmo "
+        "olmo2 olmoe opt persimmon phi phi3 phimoe seed_oss stablelm starcoder2".split(),
+        (),
+    ),
+    **dict.fromkeys(
+        "cohere2 exaone4 gemma2 gemma3_text gpt_oss ministral olmo3 qwen2 qwen3".split(),
+        ("layer_types",),
+    ),
+    "smollm3": ("layer_types", "no_rope_layers"),
+}
+# If this is off, all layers are alike, and the lists of `SPELLED_OUT` may be missing.
+KINDS_BY = {"qwen2": "use_sliding_window", "qwen3": "use_sliding_window"}
+# Fields that say how many blocks for multi-token prediction come with the weights, and whether.
+MTP_SWITCHES = ("use_mtp",)
+MTP_TENSORS = re.compile(r"(?:^|.*\.)(?:mtp|mtp_\w+|nextn)\.")
+
+
+class NeedsMemoryError(UnsupportedModelError):
+    """The removal changes weights, so that byte ranges alone do not make the pruned model."""
+
+
+def decoder_path(values: dict[str, Any]) -> tuple[str, ...]:
+    """The names that lead to the part of a config.json that describes the decoder; () for all."""
+    for name in PART_NAMES:
+        part = values.get(name)
+        if isinstance(part, dict):
+            return (name, *decoder_path(part))
+    return ()
+
+
+def decoder_part(values: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that describes the decoder."""
+    for name in decoder_path(values):
+        values = values[name]
+    return values
+
+
+def layer_count(values: dict[str, Any]) -> int | None:
+    """How many layers a config.json says its decoder has; None where it leaves it to a class."""
+    part = decoder_part(values)
+    for name in COUNT_FIELDS:
+        count = part.get(name)
+        if isinstance(count, int) and not isinstance(count, bool):
+            return count
+    kinds = [part.get(name) for name in ("layer_types", "layers_block_type")]
+    return next((len(kind) for kind in kinds if isinstance(kind, list) and kind), None)
+
+
+def find_layers(tensors: Iterable[str], values: dict[str, Any], name: str) -> LayerNames:
+    """The decoder layers of a checkpoint, by the names of its tensors and its config.json.
+
+    Blocks for multi-token prediction may follow the last layer.
+
+    Args:
+        tensors: names of all tensors.
+        values: the contents of config.json.
+        name: the checkpoint, for messages.
+
+    Raises:
+        LoadError: tensors and config contradict each other.
+        NeedsMemoryError: no tensors are numbered as layers are.
+    """
+    indices: dict[str, set[int]] = {}
+    for tensor in tensors:
+        match = re.match(r"((?:[^.]*\.)*?)(\d+)\.", tensor)
+        if match and not any(tower in match[1] for tower in OTHER_TOWERS):
+            indices.setdefault(match[1], set()).add(int(match[2]))
+    stacks = {  # complete from 0 on, and not heads beside the decoder
+        prefix: found
+        for prefix, found in indices.items()
+        if 0 in found and not MTP_TENSORS.match(prefix)
+    }
+    count = layer_count(values)
+    if not stacks or (count is not None and not 0 < count <= MOST_LAYERS):
+        raise NeedsMemoryError(
+            f"No layers were found in checkpoint {name!r}: its config counts {count or 'none'}, "
+            "and no tensors are numbered so. Use BasePruner.prune_and_save, which loads the model."
+        )
+    named = {
+        prefix: found
+        for prefix, found in stacks.items()
+        if set(DECODER_WORDS) & set(prefix.split("."))
+    }
+    if decoder_path(values) and named:
+        stacks = named
+    extra = extra_layers(SimpleNamespace(**values))
+    extra |= extra_layers(SimpleNamespace(**decoder_part(values)))
+    length = {prefix: _length(found) for prefix, found in stacks.items()}
+    count = max(length.values()) if count is None else count
+    fitting = tuple(prefix for prefix, found in length.items() if found - count in extra)
+    if not fitting:
+        prefix = max(length, key=length.__getitem__)
+        raise LoadError(
+            f"Checkpoint {name!r} contradicts itself: its config counts {count} layers, and "
+            f"{length[prefix]} are numbered, {prefix}0 to {prefix}{length[prefix] - 1}. Correct "
+            "config.json, or fetch the checkpoint again."
+        )
+    return LayerNames(fitting, count)
+
+
+def _length(indices: set[int]) -> int:
+    """How many of the indices follow one another from 0 on."""
+    return next(index for index in range(len(indices) + 1) if index not in indices)
+
+
+def is_spelled_out(values: dict[str, Any], num_layers: int) -> bool:
+    """Whether `prune_config_file` alone gives a config that every reader understands."""
+    model_type = str(values.get("model_type"))
+    if model_type not in SPELLED_OUT or layer_count(values) != num_layers:
+        return False
+    alike = model_type in KINDS_BY and not values.get(KINDS_BY[model_type])
+    for name in SPELLED_OUT[model_type]:
+        there = values.get(name)
+        if len(there or ()) != num_layers and not (alike and there is None):
+            return False
+    return not (values.get("per_layer_config") or values.get("is_encoder_decoder"))
+
+
+def prune_config_file(
+    values: dict[str, Any], kept: Sequence[int], num_layers: int, *, drop_mtp: bool = False
+) -> dict[str, Any]:
+    """The contents of a config.json for the layers `kept`; see `prune_config`.
+
+    Every other field stays as it is, and so do the order and the spelling of all. With `drop_mtp`
+    it announces no blocks for multi-token prediction.
+
+    Raises:
+        UnsupportedModelError: the kept layers cannot work without the removed ones.
+    """
+    pruned = copy.deepcopy(values)
+    whole, outer = pruned, []
+    for name in decoder_path(pruned):
+        outer.append(whole)
+        whole = whole[name]
+    part = SimpleNamespace(**whole)
+    prune_config(part, kept, num_layers, guess_count=False)
+    whole.update(vars(part))
+    for name in whole.keys() - vars(part).keys():
+        del whole[name]
+    for config in outer:  # some repeat the decoder's depth
+        for name in COUNT_FIELDS:
+            if config.get(name) == num_layers:
+                config[name] = len(kept)
+    if drop_mtp:
+        for config in (*outer, whole):
+            _announce_no_mtp(config)
+    return pruned
+
+
+def _announce_no_mtp(config: dict[str, Any]) -> None:
+    for name in MTP_COUNTS:
+        if config.get(name):
+            config[name] = 0
+    for name in MTP_SWITCHES:
+        if config.get(name):
+            config[name] = False
