@@ -137,6 +137,7 @@ def _prune_on_disk(request: Request) -> None:
         logger.info("%s\nLoading the model instead.", error)
     pruner = _make_pruner(request)
     plan = plan or pruner.manual_plan(request.layers or (), request.model)
+    plan = replace(plan, drop_mtp=plan.drop_mtp or request.drop_mtp)
     _, saved = pruner.save_pruned(plan, request.output, overwrite=request.overwrite)
     print(saved.to_json() if request.json else saved_text(saved, request.output), end="")
 
@@ -154,6 +155,7 @@ def _copy_on_disk(request: Request, plan: PruningPlan | Sequence[int]) -> None:
             request.output,
             overwrite=request.overwrite,
             link=request.link,
+            drop_mtp=request.drop_mtp,
             verify=request.verify,
             trust_remote_code=request.trust_remote_code,
         )
@@ -234,6 +236,10 @@ def _run_in_memory(request: Request) -> None:
     if request.heal != "none" or request.visualize:
         purpose = "healing" if request.heal != "none" else "drawing figures"
         pruner.layers.require_weights(purpose)
+    if request.writes_model and not pruner.layers.offloaded:
+        from .checkpoint.save import check_saveable
+
+        check_saveable(pruner.model, pruner.num_layers, heals=request.heal != "none")
     given = _given_plan(request)
     data = on_first(lambda: _load_data(request, given))
     if not request.resume and not request.dry_run:
@@ -245,6 +251,7 @@ def _run_in_memory(request: Request) -> None:
         _sweep(request, request.sweep, pruner, data)
         return
     plan = _make_plan(request, pruner, data, given)
+    plan = replace(plan, drop_mtp=plan.drop_mtp or request.drop_mtp)
     if request.dry_run:
         print(plan.to_json() if request.json else plan_text(plan), end="")
     elif pruner.layers.offloaded:

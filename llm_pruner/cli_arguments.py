@@ -186,6 +186,11 @@ def _add_output(group: Any) -> None:
     add(
         "--link", action="store_true", help="pruning on disk: hard-link files that stay as they are"
     )
+    add(
+        "--drop-mtp",
+        action="store_true",
+        help="leave out the blocks for multi-token prediction, which are kept otherwise",
+    )
     add("--dry-run", action="store_true", help="print scores and plan; write nothing")
     add("--json", action="store_true", help="print the result as JSON")
     add("--quiet", action="store_true", help="no progress, no notes")
@@ -296,6 +301,7 @@ class Request:
     visualize: bool
     verify: bool
     link: bool
+    drop_mtp: bool
     dry_run: bool
     json: bool
     quiet: bool

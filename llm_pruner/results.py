@@ -180,6 +180,7 @@ class PruningPlan(_JsonFile):
             model that was not loaded from one.
         healing: how the weights were healed when the plan was carried out, as `heal_model`
             records it; empty before that.
+        drop_mtp: leave out the blocks for multi-token prediction, which are kept otherwise.
 
     Raises:
         InvalidPlanError: indices out of range, repeated, or nothing left.
@@ -200,6 +201,7 @@ class PruningPlan(_JsonFile):
     versions: dict[str, str] = field(default_factory=dict)
     model: dict[str, str] = field(default_factory=dict)
     healing: dict[str, Any] = field(default_factory=dict)
+    drop_mtp: bool = False
 
     def __post_init__(self) -> None:
         if type(self.num_layers) is not int or self.num_layers < 1:

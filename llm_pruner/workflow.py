@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .atomic_output import FIGURES, PAGE_FILE, REPORT_FILE, check_output
-from .checkpoint.save import new_checkpoint
+from .checkpoint.save import check_saveable, new_checkpoint
 from .data.items import EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap
 from .distributed import on_first
 from .evaluation.cost_comparison import compare_cost, machine
@@ -76,6 +76,7 @@ def carry_out(
     start = time.monotonic()
     pruner.layers.require_weights("carrying a plan out")
     plan.check_model(pruner.num_layers, pruner.identity)
+    check_saveable(pruner.model, pruner.num_layers, heals=heal != "none")
     check_items(held_out)
     refuse_overlap(held_out, plan.data.get("prompts", ()), "held out", "layers were chosen on")
     if heal != "none" and heal_data:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from ..atomic_output import PLAN_FILE, check_output, staged_output
-from ..config.config_file import find_layers
+from ..config.config_file import find_layers, is_mtp
 from ..config.layer_names import LayerNames
+from ..config.module_patterns import (
+    QUANTIZATION_FILES,
+    follow_config,
+    follow_removal,
+    module_names,
+)
 from ..errors import InvalidPlanError, LoadError, VerificationError
 from ..report.model_card import CARD_FILE, card_text
 from ..results import Manifest, PruningPlan, check_layers
@@ -21,6 +28,7 @@ from ..utils import logger, package_versions, progress
 from .pruned_config import pruned_config
 from .safetensors_files import (
     Checkpoint,
+    Kept,
     Pair,
     byte_ranges,
     header_bytes,
@@ -28,13 +36,10 @@ from .safetensors_files import (
     read_checkpoint,
     tensor_hash,
 )
-from .sources import INDEX_FILE, PICKLES, SINGLE_FILE, LocalFolder, Source, open_source
+from .side_files import side_files
+from .sources import INDEX_FILE, SINGLE_FILE, LocalFolder, Source, open_source, with_all_files
 
 MANIFEST_FILE = "pruning_manifest.json"
-# Files that hold weights in other formats: not carried along.
-WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
-REPORTS = ("pruning_report.json", "report.html")  # of the source, if that was pruned itself
-WRITTEN_ANEW = (INDEX_FILE, "config.json", PLAN_FILE, MANIFEST_FILE, CARD_FILE, *REPORTS)
 THREADS = 4  # files written at a time
 
 
@@ -46,6 +51,7 @@ def prune_checkpoint(
     revision: str | None = None,
     overwrite: bool = False,
     link: bool = False,
+    drop_mtp: bool = False,
     verify: bool = False,
     trust_remote_code: bool = False,
 ) -> Manifest:
@@ -63,6 +69,8 @@ def prune_checkpoint(
         revision: branch, tag or commit of a hub repository.
         overwrite: replace an earlier output.
         link: hard-link unchanged files instead of copying them.
+        drop_mtp: leave out the blocks for multi-token prediction. They are kept otherwise, and
+            follow the new last layer.
         verify: also hash every kept tensor on both sides (the manifest records the hashes), check
             the config against a freshly built model, and reload the output with transformers,
             which takes the memory of the pruned model.
@@ -83,6 +91,7 @@ def prune_checkpoint(
         revision=revision,
         overwrite=overwrite,
         link=link,
+        drop_mtp=drop_mtp,
         verify=verify,
         trust_remote_code=trust_remote_code,
     )
@@ -97,6 +106,7 @@ def prune_on_disk(
     revision: str | None = None,
     overwrite: bool = False,
     link: bool = False,
+    drop_mtp: bool = False,
     verify: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[PruningPlan, Manifest]:
@@ -111,39 +121,93 @@ def prune_on_disk(
         )
     names = find_layers(checkpoint.tensors, checkpoint.config, source.name)
     plan = _checked_plan(checkpoint, names, layers, str(model_id))
+    plan = replace(plan, drop_mtp=plan.drop_mtp or drop_mtp)
     config = pruned_config(
         checkpoint, names, plan, trust_remote_code=trust_remote_code, verify=verify
     )
-    shards = new_shards(
-        (tensor, new_name)
-        for tensor in checkpoint.tensors.values()
-        if (new_name := names.rename(tensor.name, plan.keep)) is not None
-    )
-    manifest = _manifest(checkpoint, plan, shards, hashed=verify)
-    side_files = _side_files(source)
-    need = 0 if link else manifest.bytes_after + sum(map(source.size, side_files))
+    kept = kept_tensors(checkpoint, names, plan)
+    files = with_all_files(source)
+    carried, _ = side_files(files)
+    need = 0 if link else sum(tensor.size for tensor, _, _ in kept) + sum(map(files.size, carried))
     with staged_output(output_dir, overwrite=overwrite, need=need) as stage:
-        _write_shards(checkpoint, stage, shards, link=link)
-        for file in side_files:
-            (stage / file).parent.mkdir(parents=True, exist_ok=True)
-            with (stage / file).open("wb") as target:
-                source.copy(file, 0, source.size(file), target)
-        if list(shards) != [SINGLE_FILE]:
-            weight_map = {name: entry["file"] for name, entry in sorted(manifest.tensors.items())}
-            total = {"total_size": manifest.bytes_after}
-            _write_json(stage / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
-        _write_json(stage / "config.json", config)
+        manifest = write_checkpoint(
+            stage, checkpoint, names, plan, kept, config, files, link=link, hashed=verify
+        )
         (stage / CARD_FILE).write_text(_card(source, plan), encoding="utf-8")
-        plan.save(stage / PLAN_FILE)
-        manifest.save(stage / MANIFEST_FILE)
-        check_manifest(stage)
         if verify:
-            from ..model.loading import model_class
-            from .verify import load_cleanly
+            from .verify import verify_loading
 
-            _, auto, _ = model_class(str(stage), trust_remote_code=trust_remote_code)
-            load_cleanly(stage, auto, trust_remote_code=trust_remote_code)
+            verify_loading(stage, checkpoint, names, plan, trust_remote_code=trust_remote_code)
     return plan, manifest
+
+
+def kept_tensors(checkpoint: Checkpoint, names: LayerNames, plan: PruningPlan) -> Kept:
+    """The tensors that stay, in their order, with their new names.
+
+    Blocks for multi-token prediction stay, and follow the last layer as before, unless the plan
+    says otherwise.
+    """
+    kept = []
+    for tensor in checkpoint.tensors.values():
+        name = names.rename(tensor.name, plan.keep)
+        if name is not None and not (plan.drop_mtp and is_mtp(tensor.name, names)):
+            kept.append((tensor, name, tensor.file))
+    return kept
+
+
+def write_checkpoint(
+    stage: Path,
+    checkpoint: Checkpoint,
+    names: LayerNames,
+    plan: PruningPlan,
+    kept: Kept,
+    config: dict[str, Any],
+    files: Source,
+    *,
+    link: bool = False,
+    hashed: bool = False,
+) -> Manifest:
+    """Write a pruned checkpoint with all that is carried along, but for its card, and check it.
+
+    Args:
+        stage: an empty folder.
+        checkpoint: the original.
+        names: its layers.
+        plan: which of them are removed.
+        kept: tensors to write, with their new names.
+        config: the contents of config.json.
+        files: where the files beside the weights are copied from.
+        link: hard-link files that stay as they are.
+        hashed: record a hash of every tensor.
+    """
+    shards = new_shards(kept)
+    manifest = _manifest(checkpoint, plan, shards, hashed=hashed)
+    _write_shards(checkpoint, stage, shards, link=link)
+    if list(shards) != [SINGLE_FILE]:
+        weight_map = {name: entry["file"] for name, entry in sorted(manifest.tensors.items())}
+        total = {"total_size": manifest.bytes_after}
+        write_json(stage / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
+    modules = module_names(checkpoint.tensors)
+    carry_along(files, stage, names, plan.keep, modules)
+    write_json(stage / "config.json", follow_config(config, names, plan.keep, modules))
+    plan.save(stage / PLAN_FILE)
+    manifest.save(stage / MANIFEST_FILE)
+    check_manifest(stage)
+    return manifest
+
+
+def carry_along(
+    source: Source, stage: Path, names: LayerNames, kept: Sequence[int], modules: Collection[str]
+) -> None:
+    """Copy every file beside the weights; names of layers in quantisation settings follow."""
+    for file in side_files(source)[0]:
+        target = stage / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file in QUANTIZATION_FILES:
+            write_json(target, follow_removal(source.read_json(file), names, kept, modules))
+            continue
+        with target.open("wb") as opened:
+            source.copy(file, 0, source.size(file), opened)
 
 
 def _checked_plan(
@@ -160,17 +224,6 @@ def _checked_plan(
     if not plan.remove:
         raise InvalidPlanError("layers=[]: there is nothing to remove. Name at least one layer.")
     return replace(plan, model=identity)
-
-
-def _side_files(source: Source) -> list[str]:
-    """Files to carry along: all but weights, what is written anew, and hidden files."""
-    return [
-        file
-        for file in source.files()
-        if file not in WRITTEN_ANEW
-        and not file.endswith((*WEIGHTS, ".index.json"))
-        and not any(part.startswith(".") for part in file.split("/"))
-    ]
 
 
 def _card(source: Source, plan: PruningPlan) -> str:
@@ -236,13 +289,14 @@ def _write_shard(checkpoint: Checkpoint, path: Path, pairs: Sequence[Pair], link
     first = pairs[0][0].start
     with path.open("wb") as target:
         target.write(header_bytes([new for _, new in pairs], checkpoint.metadata[file], first))
-        for start, end in byte_ranges(old for old, _ in pairs):
-            checkpoint.source.copy(file, start, end, target)
+        for origin, part in groupby(pairs, key=lambda pair: pair[0].file):
+            for start, end in byte_ranges(old for old, _ in part):
+                checkpoint.source.copy(origin, start, end, target)
         target.flush()
         os.fsync(target.fileno())
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from ..config.config_file import NeedsMemoryError, is_spelled_out, prune_config_file
 from ..config.layer_names import LayerNames
+from ..config.rules import MTP_COUNTS
 from ..errors import UnsupportedModelError
 from ..results import PruningPlan
 from .safetensors_files import Checkpoint
@@ -24,7 +24,7 @@ from .safetensors_files import Checkpoint
 NOT_OF_MODEL = frozenset(
     "transformers_version _name_or_path architectures dtype torch_dtype use_cache auto_map "
     "quantization_config compression_config".split()
-)
+) | {*MTP_COUNTS}
 ROUNDS = 3  # a field that is written out may change what a class derives from it
 
 
@@ -35,7 +35,6 @@ def pruned_config(
     *,
     trust_remote_code: bool,
     verify: bool,
-    drop_mtp: bool = False,
 ) -> dict[str, Any]:
     """The contents of the pruned config.json, checked by the model's class to `verify` it.
 
@@ -44,7 +43,7 @@ def pruned_config(
         UnsupportedModelError: the architecture's config cannot express the pruned model.
     """
     values = checkpoint.config
-    config = prune_config_file(values, plan.keep, layers.num_layers, drop_mtp=drop_mtp)
+    config = prune_config_file(values, plan.keep, layers.num_layers, drop_mtp=plan.drop_mtp)
     one_list = len(layers.prefixes) == 1
     if verify or not one_list or not is_spelled_out(values, layers.num_layers):
         config = as_read(config, _by_class(checkpoint, layers, plan, trust_remote_code))
@@ -143,11 +142,15 @@ def _by_class(
 
 def _refuse_other_layers(checkpoint: Checkpoint, layers: LayerNames, stack: Any) -> None:
     """Raise NeedsMemoryError unless transformers puts the tensors of each layer into that layer."""
+    from ..model.loading import stored_tensors
+    from ..model.stored_names import loading_keys, one_of_each
+
     model, misplaced = stack.model, []
     if len(stack) == layers.num_layers:
-        for tensor, loaded in _loaded_as(model, checkpoint.tensors).items():
-            if stack.names.index(loaded) != layers.index(tensor):
-                misplaced.append(f"{tensor} -> {loaded}")
+        there = stored_tensors(model)
+        for tensor, key in loading_keys(model, one_of_each(checkpoint.tensors)).items():
+            if key in there and stack.names.index(key) != layers.index(tensor):
+                misplaced.append(f"{tensor} -> {key}")
     if misplaced or len(stack) != layers.num_layers:
         raise NeedsMemoryError(
             f"{type(model).__name__} has {len(stack)} layers at {list(stack.paths)}, and the "
@@ -155,31 +158,6 @@ def _refuse_other_layers(checkpoint: Checkpoint, layers: LayerNames, stack: Any)
             f"{list(layers.prefixes)} ({', '.join(misplaced[:2]) or 'no more'}): use "
             "BasePruner.prune_and_save, which loads the model."
         )
-
-
-def _loaded_as(model: Any, tensors: Any) -> dict[str, str]:
-    """Names of tensors in a checkpoint -> where transformers loads them, if it does.
-
-    Of tensors that differ in a number after that of the layer, such as experts, one is looked up.
-    """
-    from transformers import core_model_loading as loading
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    alike = {re.sub(r"(\.\d+\..*?)\.\d+\.", r"\1.0.", name): name for name in reversed(tensors)}
-    transforms = get_model_conversion_mapping(model)
-    converters = [entry for entry in transforms if isinstance(entry, loading.WeightConverter)]
-    renamings = [entry for entry in transforms if isinstance(entry, loading.WeightRenaming)]
-    there = model.state_dict()
-    found = {}
-    for name in alike.values():
-        renamed, _ = loading.rename_source_key(
-            name, renamings, converters, model.base_model_prefix, there
-        )
-        if renamed not in there and name in there:
-            renamed = name
-        if renamed in there:
-            found[name] = renamed
-    return found
 
 
 def _changed_weights(stack: Any, pruned: Any, plan: PruningPlan) -> list[str]:

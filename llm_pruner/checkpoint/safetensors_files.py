@@ -55,6 +55,8 @@ class StoredTensor:
 
 
 Pair = tuple[StoredTensor, StoredTensor]  # a tensor as it is, and as it will be
+# Tensors that stay, each with its new name and the file of the original that it goes with.
+Kept = list[tuple[StoredTensor, str, str]]
 
 
 @dataclass(frozen=True)
@@ -165,22 +167,19 @@ def _entry(source: Source, file: str, name: str, entry: Any, base: int) -> Store
     return StoredTensor(name, file, dtype, shape, base + start, base + end)
 
 
-def new_shards(kept: Iterable[tuple[StoredTensor, str]]) -> dict[str, list[Pair]]:
+def new_shards(kept: Kept) -> dict[str, list[Pair]]:
     """The files to write, by name: for each the kept tensors, as they are and as they will be.
 
     A new file holds what is kept of one old file, in the same order. Its byte ranges count from
     the end of the header, whose length is not known yet.
-
-    Args:
-        kept: tensors with their new names, in the order of `Checkpoint.tensors`.
     """
-    groups = [list(group) for _, group in groupby(kept, key=lambda entry: entry[0].file)]
+    groups = [list(group) for _, group in groupby(kept, key=lambda entry: entry[2])]
     shards: dict[str, list[Pair]] = {}
     for number, group in enumerate(groups, 1):
         several = len(groups) > 1
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if several else SINGLE_FILE
         end = 0
-        for tensor, name in group:
+        for tensor, name, _ in group:
             start, end = end, end + tensor.size
             new = replace(tensor, name=name, file=file, start=start, end=end)
             shards.setdefault(file, []).append((tensor, new))

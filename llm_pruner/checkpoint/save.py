@@ -1,26 +1,45 @@
-"""Pruned checkpoints in memory, written, verified by reloading and published in one step."""
+"""Pruned checkpoints from memory: written, verified by reloading and published in one step.
+
+What was loaded from a checkpoint is written as that checkpoint without the layers (`overlay`);
+only a model that was built in Python is written by ``save_pretrained``.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
+import os
+import tempfile
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atomic_output import PLAN_FILE, staged_output
+from ..config.config_file import (
+    decoder_part,
+    find_layers,
+    layer_count,
+    prune_config_file,
+    stored_quantization,
+)
+from ..errors import UnsupportedModelError
 from ..model.architecture_rules import as_stored, loadable_config
+from ..model.layer_stack import LayerStack
+from ..model.loading import quantization_method, stored_tensors
 from ..report.model_card import CARD_FILE, card_text, original_card
 from ..results import PruningPlan
-from ..utils import count_bytes
+from ..utils import count_bytes, logger
+from .on_disk import carry_along, kept_tensors, write_checkpoint, write_json
+from .origin import loaded_from, original_checkpoint
+from .overlay import put_over, stored_dtype
+from .pruned_config import as_read
+from .safetensors_files import Checkpoint, Kept
+from .sources import with_all_files
 from .verify import verify_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-SIDE_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 @contextmanager
@@ -38,15 +57,22 @@ def new_checkpoint(
         The folder that becomes `output_dir`; it holds everything but the model card.
 
     Raises:
+        UnsupportedModelError: see `check_saveable`.
         OutputError: it cannot be written.
         VerificationError: it does not load cleanly, or computes something else than `pruned`.
     """
-    with staged_output(output_dir, overwrite=overwrite, need=count_bytes(pruned)) as stage:
-        write_model(pruned, stage)
-        tokenizer.save_pretrained(stage)
-        _carry_along(pruned, stage)
-        plan.save(stage / PLAN_FILE)
-        verify_checkpoint(stage, pruned)
+    original = check_saveable(pruned, plan.num_layers)
+    with staged_output(output_dir, overwrite=overwrite, need=2 * count_bytes(pruned)) as stage:
+        unused: set[str] = set()
+        if original is not None:
+            unused = _write_pruned(original, pruned, plan, stage)
+        else:
+            write_model(pruned, stage)
+            _surround(pruned, plan, stage)
+            plan.save(stage / PLAN_FILE)
+        if _is_another(tokenizer, stage):
+            tokenizer.save_pretrained(stage)
+        verify_checkpoint(stage, pruned, unused=unused)
         yield stage
 
 
@@ -64,22 +90,114 @@ def save_checkpoint(
         (stage / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def _carry_along(model: Any, stage: Path) -> None:
-    """Copy the original checkpoint's processor settings."""
-    from transformers.utils.hub import cached_file
+def check_saveable(model: Any, num_layers: int, *, heals: bool = False) -> Checkpoint | None:
+    """The checkpoint that a model of `num_layers` layers was loaded from; None without any.
 
-    source = getattr(model.config, "_name_or_path", "")
-    for name in SIDE_FILES if source else ():
-        found = cached_file(
-            source,
-            name,
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
+    Args:
+        model: the model, whole or pruned.
+        num_layers: the depth of the whole model.
+        heals: whether its weights are to be healed.
+
+    Raises:
+        UnsupportedModelError: the model is quantised, and is to be healed, or there is no such
+            checkpoint, from whose bytes alone it can be written.
+    """
+    original = original_checkpoint(model, num_layers)
+    if original is not None and not _names_class(original.config, model):
+        logger.info("%s is not the class that its checkpoint names", type(model).__name__)
+        original = None
+    method = quantization_method(model) or (original and stored_quantization(original.config))
+    if method is not None and heals:
+        raise UnsupportedModelError(
+            f"A model quantised with {method} cannot be healed: heal the original model and "
+            "quantise the result, or leave healing out."
         )
-        if found and not (stage / name).exists():
-            shutil.copyfile(found, stage / name)
+    if original is None and method is not None:
+        raise UnsupportedModelError(
+            f"A model quantised with {method} is written from the bytes of its checkpoint, and "
+            f"{getattr(model.config, '_name_or_path', '') or 'this model'!r} holds none in "
+            "safetensors format that fit it. Prune the original model, and quantise the result."
+        )
+    return original
+
+
+def _write_pruned(original: Checkpoint, pruned: Any, plan: PruningPlan, stage: Path) -> set[str]:
+    """Write the original without the layers; returns the tensors that transformers leaves alone."""
+    names = find_layers(original.tensors, original.config, original.source.name)
+    values = prune_config_file(original.config, plan.keep, names.num_layers, drop_mtp=plan.drop_mtp)
+    config = as_read(values, pruned.config)
+    kept, files = kept_tensors(original, names, plan), with_all_files(original.source)
+    if files.revision is not None:
+        config = without_missing_code(config, files.files())
+    if quantization_method(pruned) or stored_quantization(original.config):
+        write_checkpoint(stage, original, names, plan, kept, config, files)
+        return {name for _, name, _ in kept}
+    dtype = stored_dtype(original, original.config)
+    with tempfile.TemporaryDirectory(dir=stage, prefix=".memory-") as folder:
+        write_model(pruned, Path(folder))
+        both, chosen = put_over(original, kept, pruned, Path(folder), dtype)
+        if str(pruned.dtype).removeprefix("torch.") != dtype:
+            _name_dtype(config, str(pruned.dtype).removeprefix("torch."))
+        write_checkpoint(stage, both, names, plan, chosen, config, files)
+    return _not_loaded(pruned, chosen)
+
+
+def _surround(pruned: Any, plan: PruningPlan, stage: Path) -> None:
+    """Put the files around pickled weights, and their config.json, around those from memory."""
+    source = loaded_from(pruned)
+    values = source.read_json("config.json") if source else {}
+    if source and layer_count(values) == plan.num_layers and _names_class(values, pruned):
+        names = replace(LayerStack(pruned).names, num_layers=plan.num_layers)
+        config = as_read(
+            prune_config_file(values, plan.keep, plan.num_layers, drop_mtp=plan.drop_mtp),
+            pruned.config,
+        )
+        dtype = str(pruned.dtype).removeprefix("torch.")
+        if any("torch_dtype" in part or "dtype" in part for part in (config, decoder_part(config))):
+            _name_dtype(config, dtype)
+        carry_along(source, stage, names, plan.keep, ())
+        write_json(stage / "config.json", config)
+
+
+def _names_class(values: dict[str, Any], model: Any) -> bool:
+    """Whether a config.json is that of the model's class."""
+    name = type(model).__name__
+    return name in (values.get("architectures") or [name])
+
+
+def _not_loaded(model: Any, kept: Kept) -> set[str]:
+    from ..model.stored_names import loading_keys
+
+    keys = loading_keys(model, [name for _, name, _ in kept])
+    state = stored_tensors(model)
+    return {key for key in keys.values() if key not in state}
+
+
+def _name_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Write the dtype of the weights wherever the config names one, or at its root."""
+    named = [
+        (part, key)
+        for part in (config, decoder_part(config))
+        for key in ("torch_dtype", "dtype")
+        if key in part
+    ]
+    for part, key in named or [(config, "torch_dtype")]:
+        part[key] = dtype
+
+
+def _is_another(tokenizer: Any, folder: Path) -> bool:
+    """Whether a tokenizer is not the one that lies in the folder."""
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer_config.json").exists():
+        return True
+    try:
+        beside = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        logger.info("The tokenizer is written anew: %s", error)
+        return True
+    same_words = beside.get_vocab() == tokenizer.get_vocab()
+    return not same_words or beside.chat_template != tokenizer.chat_template
 
 
 def write_model(model: PreTrainedModel, folder: Path) -> None:
@@ -89,23 +207,23 @@ def write_model(model: PreTrainedModel, folder: Path) -> None:
     config = loadable_config(model)
     if config is not model.config:
         config.save_pretrained(folder)
-    _drop_missing_code(folder / "config.json")
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    runnable = without_missing_code(values, os.listdir(folder))
+    if runnable != values:
+        write_json(folder / "config.json", runnable)
 
 
-def _drop_missing_code(path: Path) -> None:
-    """Leave no reference to code that was not written: such a checkpoint would not load.
+def without_missing_code(config: dict[str, Any], files: Collection[str]) -> dict[str, Any]:
+    """A config that refers to no code which is not among the `files`: it would not load.
 
     Nobody trusted that code, or it belongs to classes for other tasks.
     """
-    config = json.loads(path.read_text(encoding="utf-8"))
     code = config.get("auto_map") or {}
     there = {
         name: reference
         for name, reference in code.items()
         if not isinstance(reference, str)  # a tokenizer's, which is written by itself
         or "--" in reference  # in another repository
-        or (path.parent / f"{reference.rpartition('.')[0]}.py").exists()
+        or f"{reference.rpartition('.')[0]}.py" in files
     }
-    if there != code:
-        config["auto_map"] = there
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return {**config, "auto_map": there} if there != code else config

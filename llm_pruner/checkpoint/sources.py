@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import LoadError
-from ..utils import explain_load_failure, resolve_model_id
+from ..utils import explain_load_failure, logger, resolve_model_id
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -53,6 +53,22 @@ def cached_source(repo_id: str, revision: str | None = None) -> LocalFolder | No
     except LoadError:  # not all of them are here
         return None
     return source
+
+
+def with_all_files(source: Source) -> Source:
+    """The repository itself instead of a copy in the cache, which may lack files beside weights.
+
+    Where the hub cannot be reached it is the copy.
+    """
+    if source.folder is None or source.revision is None:
+        return source
+    try:
+        return HubRepository(source.name, source.revision)
+    except LoadError as error:
+        logger.warning(
+            "Only the files of %s in the cache are carried along: %s", source.name, error
+        )
+        return source
 
 
 class Source(ABC):

@@ -134,6 +134,21 @@ def find_layers(tensors: Iterable[str], values: dict[str, Any], name: str) -> La
     return LayerNames(fitting, count)
 
 
+def stored_quantization(values: dict[str, Any]) -> str | None:
+    """How a config.json says that the weights are quantised; None if they are not."""
+    for part in (values, decoder_part(values)):
+        for name in ("quantization_config", "compression_config", "quantization"):
+            if isinstance(part.get(name), dict):
+                return str(part[name].get("quant_method", name))
+    return None
+
+
+def is_mtp(tensor: str, names: LayerNames) -> bool:
+    """Whether a tensor belongs to a block for multi-token prediction."""
+    index = names.index(tensor)
+    return index >= names.num_layers if index is not None else bool(MTP_TENSORS.match(tensor))
+
+
 def _length(indices: set[int]) -> int:
     """How many of the indices follow one another from 0 on."""
     return next(index for index in range(len(indices) + 1) if index not in indices)

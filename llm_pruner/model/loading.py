@@ -29,9 +29,22 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def stored_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What ``model.state_dict()`` holds of a plain model, under the same names.
+
+    That call itself changes models which bitsandbytes has quantised on a CPU.
+    """
+    found: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules(remove_duplicate=False):
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and leaf not in module._non_persistent_buffers_set:
+                found[f"{path}.{leaf}".lstrip(".")] = buffer
+    return found
+
+
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The entries of the state dict; those that accelerate keeps on disk are read from there."""
-    state = model.state_dict()
+    """The tensors that are stored; those that accelerate keeps on disk are read from there."""
+    state = stored_tensors(model)
     yield from ((name, tensor) for name, tensor in state.items() if not tensor.is_meta)
     away = {name for name, tensor in state.items() if tensor.is_meta}
     for owner in sorted({name.rpartition(".")[0] for name in away}):
@@ -119,6 +132,13 @@ def read_model(
     return model, tokenizer
 
 
+def quantization_method(model: Any) -> str | None:
+    """How the weights in memory are quantised; None if they are not."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    method = getattr(config, "quant_method", None)
+    return None if config is None else str(getattr(method, "value", method))
+
+
 def model_class(model_id: str, **options: Any) -> tuple[str, Any, Any]:
     """Where a model is, the ``Auto`` class that builds it, and its config.
 
@@ -139,11 +159,12 @@ def model_class(model_id: str, **options: Any) -> tuple[str, Any, Any]:
         raise LoadError(explain_load_failure("model", model_id, error)) from error
     auto = _auto_class(config, bool(options.get("trust_remote_code")))
     if auto is None or getattr(config, "is_encoder_decoder", False):
-        kind = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "no such"
+        two = getattr(config, "is_encoder_decoder", False)
+        kind = "an encoder-decoder model" if two else f"a {config.model_type} model"
         built = ", ".join(config.architectures or ()) or config.model_type
         raise UnsupportedModelError(
-            f"Model {model_id!r} ({built}) is {kind} model: only decoder-only language models, and "
-            "image, audio or video models around one, are supported."
+            f"Model {model_id!r} ({built}) is {kind}: only decoder-only language models, and image, "
+            "audio or video models around one, are supported."
         )
     return source, auto, config
 

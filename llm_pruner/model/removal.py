@@ -16,6 +16,7 @@ from ..config.layer_names import LayerNames
 from ..config.rules import COUNT_FIELDS, prune_config, text_config
 from ..errors import UnsupportedModelError
 from .architecture_rules import COMPENSATIONS
+from .loading import stored_tensors
 
 # Where a layer stores its index, to address its slot of the KV cache, and the layer count, which
 # only initialisation reads. Verification shows whether that is all they do.
@@ -57,7 +58,7 @@ def remove_layers(
     settled = compensate(pruned, first_list, list(kept)) if compensate else ()
     after = skeleton(pruned)
     _slice_tensors(pruned, reference, after, names, kept)
-    _compare_tensors(pruned, after)
+    _compare_tensors(pruned, after, _differing(model, reference), names, kept)
     _copy_attributes(pruned, reference, after, names, kept, settled)
     return pruned
 
@@ -117,18 +118,43 @@ def _slice_tensors(
                 setattr(pruned.get_submodule(owner), leaf, sliced)
 
 
-def _compare_tensors(pruned: nn.Module, after: nn.Module) -> None:
+def _differing(model: nn.Module, skeleton: nn.Module) -> set[str]:
+    """Names of tensors whose shapes differ, or that only one of the two has."""
     have, want = (
-        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        for model in (pruned, after)
+        {name: tuple(tensor.shape) for name, tensor in stored_tensors(one).items()}
+        for one in (model, skeleton)
     )
-    differing = {name for name, _ in have.items() ^ want.items()}
+    return {name for name, _ in have.items() ^ want.items()}
+
+
+def _compare_tensors(
+    pruned: nn.Module,
+    after: nn.Module,
+    differed: set[str],
+    names: LayerNames,
+    kept: Sequence[int],
+) -> None:
+    """Refuse tensors that the config does not describe, unless it never did (quantised ones).
+
+    Args:
+        pruned: the pruned model.
+        after: a model built from its config.
+        differed: the `_differing` tensors of the original, by their old names.
+        names: the layers of the original.
+        kept: which of them are kept.
+    """
+    differing = _differing(pruned, after)
+    differing -= {names.rename(name, kept) for name in differed}
     if differing:
         name = min(differing)
+        here, there = (
+            tuple(state[name].shape) if name in state else None
+            for state in (stored_tensors(pruned), stored_tensors(after))
+        )
         raise UnsupportedModelError(
             f"{type(pruned).__name__} without these layers cannot be reloaded: "
             f"{len(differing)} tensors differ from what its config describes, first {name!r} "
-            f"(here {have.get(name)}, in the config's model {want.get(name)})."
+            f"(here {here}, in the config's model {there})."
         )
 
 

@@ -228,12 +228,21 @@ def test_names_of_modules_in_a_quantization_follow(source, tmp_path):
     }
 
 
-def test_layers_past_the_last_go(source, tmp_path):
-    """Heads that predict further tokens are stored behind the last layer; nobody loads them."""
+def test_blocks_past_the_last_layer_follow_it(source, tmp_path):
+    """Blocks that predict further tokens are stored behind the last layer."""
+    values = json.loads((source / "config.json").read_text())
+    values["num_nextn_predict_layers"] = 1
     with last_file(source) as stored:
         stored["model.layers.8.shared_head.weight"] = torch.ones(3)
+    with pytest.raises(LoadError, match=r"its config counts 8 layers, and 9 are numbered"):
+        prune_checkpoint(source, REMOVED, tmp_path / "out")
+    (source / "config.json").write_text(json.dumps(values))
     prune_checkpoint(source, REMOVED, tmp_path / "out", verify=True)
-    assert not any("shared_head" in name for name in tensors(tmp_path / "out"))
+    assert "model.layers.6.shared_head.weight" in tensors(tmp_path / "out")
+    assert config(tmp_path / "out")["num_nextn_predict_layers"] == 1
+    prune_checkpoint(source, REMOVED, tmp_path / "none", drop_mtp=True, verify=True)
+    assert not any("shared_head" in name for name in tensors(tmp_path / "none"))
+    assert config(tmp_path / "none")["num_nextn_predict_layers"] == 0
 
 
 # Plans

@@ -1,0 +1,158 @@
+"""Weights of a model in memory, put over those of the checkpoint that it was loaded from.
+
+A tensor that memory still holds as the checkpoint does is taken from the checkpoint, byte for byte.
+One that has changed since (by healing, by training, to another dtype) comes from memory; so does
+one that the checkpoint lacks. What transformers does not load, such as blocks for multi-token
+prediction, comes from the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from safetensors import safe_open
+
+from ..model.loading import stored_tensors
+from ..model.stored_names import loading_keys
+from .safetensors_files import Checkpoint, Kept, StoredTensor, read_checkpoint
+from .sources import LocalFolder, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FROM_MEMORY = "memory/"  # begins the names of files that hold what was in memory
+
+
+class Overlay(Source):
+    """A checkpoint's files; under names that begin with `FROM_MEMORY`, those of another folder."""
+
+    def __init__(self, below: Source, above: Source) -> None:
+        self.below, self.above = below, above
+        self.name, self.revision, self.folder = below.name, below.revision, below.folder
+
+    def _of(self, file: str) -> tuple[Source, str]:
+        if file.startswith(FROM_MEMORY):
+            return self.above, file.removeprefix(FROM_MEMORY)
+        return self.below, file
+
+    def files(self) -> list[str]:
+        return self.below.files()
+
+    def size(self, file: str) -> int:
+        source, name = self._of(file)
+        return source.size(name)
+
+    def read(self, file: str, start: int, end: int) -> bytes:
+        source, name = self._of(file)
+        return source.read(name, start, end)
+
+    def copy(self, file: str, start: int, end: int, target: BinaryIO) -> None:
+        source, name = self._of(file)
+        source.copy(name, start, end, target)
+
+
+def stored_dtype(checkpoint: Checkpoint, config: dict[str, Any]) -> str:
+    """The dtype that transformers gives a model of this checkpoint, such as ``bfloat16``."""
+    for part in (config, *(part for part in config.values() if isinstance(part, dict))):
+        named = part.get("torch_dtype") or part.get("dtype")
+        if isinstance(named, str):
+            return named.removeprefix("torch.")
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    counts = Counter(tensor.dtype for tensor in checkpoint.tensors.values())
+    return next((names[dtype] for dtype, _ in counts.most_common() if dtype in names), "")
+
+
+@dataclass
+class _Comparison:
+    """The same tensors in a checkpoint and as a model in memory would be written."""
+
+    checkpoint: Checkpoint
+    memory: Checkpoint
+    same_dtype: bool  # whether the model was loaded in the checkpoint's dtype
+
+    def still_held(self, old: StoredTensor, new: StoredTensor) -> bool:
+        """Whether the model in memory holds what the checkpoint holds."""
+        if old.shape != new.shape:
+            return False
+        if old.dtype == new.dtype:
+            pairs = zip(self._blocks(old), self._blocks(new), strict=True)
+            return all(before == after for before, after in pairs)
+        if not self.same_dtype:
+            return False
+        before, after = self._tensor(self.checkpoint, old), self._tensor(self.memory, new)
+        return bool(torch.equal(before.to(after.dtype), after))
+
+    def _blocks(self, tensor: StoredTensor) -> Iterable[bytes]:
+        of_memory = self.memory.tensors.get(tensor.name) is tensor
+        source = self.memory.source if of_memory else self.checkpoint.source
+        return source.blocks(tensor.file, tensor.start, tensor.end)
+
+    def _tensor(self, checkpoint: Checkpoint, tensor: StoredTensor) -> torch.Tensor:
+        assert checkpoint.source.folder is not None
+        with safe_open(checkpoint.source.folder / tensor.file, "pt") as opened:
+            found: torch.Tensor = opened.get_tensor(tensor.name)
+        return found
+
+
+def put_over(
+    checkpoint: Checkpoint, kept: Kept, model: PreTrainedModel, folder: Path, dtype: str
+) -> tuple[Checkpoint, Kept]:
+    """The tensors of a pruned checkpoint, from the original or from memory.
+
+    Args:
+        checkpoint: what the model was loaded from.
+        kept: its tensors that stay, with their new names.
+        model: the pruned model.
+        folder: what ``save_pretrained`` has written of `model`.
+        dtype: the `stored_dtype` of the checkpoint.
+
+    Returns:
+        A checkpoint that holds both, and its tensors with their new names.
+    """
+    memory = read_checkpoint(LocalFolder(folder))
+    same_dtype = str(model.dtype).removeprefix("torch.") == dtype
+    comparison = _Comparison(checkpoint, memory, same_dtype)
+    left = dict(memory.tensors)
+    new_names = {name for _, name, _ in kept}
+    keys = loading_keys(model, [name for name in new_names if name not in left])
+    of_memory = loading_keys(model, [name for name in left if name not in new_names])
+    elsewhere = _paired(keys, of_memory)
+    served, state = set(of_memory.values()), stored_tensors(model)
+    chosen: Kept = []
+    for old, name, file in kept:
+        new = left.pop(elsewhere.get(name, name), None)
+        if new is not None:
+            held = comparison.still_held(old, new)
+            chosen.append((old if held else _moved(new), name, file))
+        elif keys.get(name) not in state or (
+            keys[name] not in served and _equals(comparison, old, state[keys[name]])
+        ):
+            chosen.append((old, name, file))
+    last = kept[-1][2]
+    chosen += [(_moved(tensor), tensor.name, last) for tensor in left.values()]
+    files = {FROM_MEMORY + file: entry for file, entry in memory.metadata.items()}
+    both = {tensor.name: tensor for tensor, _, _ in chosen}
+    source = Overlay(checkpoint.source, memory.source)
+    return Checkpoint(source, both, {**checkpoint.metadata, **files}), chosen
+
+
+def _moved(tensor: StoredTensor) -> StoredTensor:
+    return replace(tensor, file=FROM_MEMORY + tensor.file)
+
+
+def _paired(keys: dict[str, str], of_memory: dict[str, str]) -> dict[str, str]:
+    """Names that differ in checkpoint and memory, though the model loads both to one place."""
+    once = {key: name for name, key in of_memory.items()}
+    many = Counter([*keys.values(), *of_memory.values()])
+    return {name: once[key] for name, key in keys.items() if key in once and many[key] == 2}
+
+
+def _equals(comparison: _Comparison, old: StoredTensor, tensor: torch.Tensor) -> bool:
+    """Whether a tensor that memory does not write twice (tied weights) is still the stored one."""
+    stored = comparison._tensor(comparison.checkpoint, old)
+    return bool(torch.equal(stored.to(tensor.dtype), tensor.cpu()))
