@@ -29,24 +29,34 @@ class LayerNames:
         prefix = "|".join(map(re.escape, self.prefixes))
         return re.compile(rf"({prefix})(\d+)((?:\..*)?)", re.DOTALL)
 
+    def split(self, name: str) -> tuple[str, int, str] | None:
+        """What comes before the layer's index, the index, and the rest; None outside the layers."""
+        match = self._layer.fullmatch(name)
+        return (match[1], int(match[2]), match[3]) if match else None
+
     def index(self, name: str) -> int | None:
         """The layer that `name` belongs to; None outside the layers."""
-        match = self._layer.fullmatch(name)
-        return int(match[2]) if match else None
+        parts = self.split(name)
+        return parts[1] if parts else None
 
     def rename(self, name: str, kept: Sequence[int]) -> str | None:
         """The name in a model that has only the layers `kept`; None for what is removed.
 
-        Anything past the last layer (heads for multi-token prediction) is removed too:
-        transformers does not load it.
+        Blocks past the last layer (for multi-token prediction) stay past the last layer.
         """
-        match = self._layer.fullmatch(name)
-        if match is None:
+        parts = self.split(name)
+        if parts is None:
             return name
-        index = int(match[2])
-        return f"{match[1]}{kept.index(index)}{match[3]}" if index in kept else None
+        prefix, index, rest = parts
+        if index >= self.num_layers:
+            return f"{prefix}{len(kept) + index - self.num_layers}{rest}"
+        return f"{prefix}{kept.index(index)}{rest}" if index in kept else None
 
     def original(self, name: str, kept: Sequence[int]) -> str:
         """The name in the full model of what the model with the layers `kept` calls `name`."""
-        match = self._layer.fullmatch(name)
-        return f"{match[1]}{kept[int(match[2])]}{match[3]}" if match else name
+        parts = self.split(name)
+        if parts is None:
+            return name
+        prefix, index, rest = parts
+        past = index - len(kept)
+        return f"{prefix}{kept[index] if past < 0 else self.num_layers + past}{rest}"
