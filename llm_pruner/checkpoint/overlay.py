@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -20,40 +20,12 @@ from safetensors import safe_open
 from ..model.loading import stored_tensors
 from ..model.stored_names import loading_keys
 from .safetensors_files import Checkpoint, Kept, StoredTensor, read_checkpoint
-from .sources import LocalFolder, Source
+from .sources import Joined, LocalFolder, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FROM_MEMORY = "memory/"  # begins the names of files that hold what was in memory
-
-
-class Overlay(Source):
-    """A checkpoint's files; under names that begin with `FROM_MEMORY`, those of another folder."""
-
-    def __init__(self, below: Source, above: Source) -> None:
-        self.below, self.above = below, above
-        self.name, self.revision, self.folder = below.name, below.revision, below.folder
-
-    def _of(self, file: str) -> tuple[Source, str]:
-        if file.startswith(FROM_MEMORY):
-            return self.above, file.removeprefix(FROM_MEMORY)
-        return self.below, file
-
-    def files(self) -> list[str]:
-        return self.below.files()
-
-    def size(self, file: str) -> int:
-        source, name = self._of(file)
-        return source.size(name)
-
-    def read(self, file: str, start: int, end: int) -> bytes:
-        source, name = self._of(file)
-        return source.read(name, start, end)
-
-    def copy(self, file: str, start: int, end: int, target: BinaryIO) -> None:
-        source, name = self._of(file)
-        source.copy(name, start, end, target)
 
 
 def stored_dtype(checkpoint: Checkpoint, config: dict[str, Any]) -> str:
@@ -137,8 +109,14 @@ def put_over(
     chosen += [(_moved(tensor), tensor.name, last) for tensor in left.values()]
     files = {FROM_MEMORY + file: entry for file, entry in memory.metadata.items()}
     both = {tensor.name: tensor for tensor, _, _ in chosen}
-    source = Overlay(checkpoint.source, memory.source)
-    return Checkpoint(source, both, {**checkpoint.metadata, **files}), chosen
+
+    def find(file: str) -> tuple[Source, str]:
+        above = file.startswith(FROM_MEMORY)
+        source = memory.source if above else checkpoint.source
+        return source, file.removeprefix(FROM_MEMORY)
+
+    joined = Joined(checkpoint.source, find)
+    return Checkpoint(joined, both, {**checkpoint.metadata, **files}), chosen
 
 
 def _moved(tensor: StoredTensor) -> StoredTensor:

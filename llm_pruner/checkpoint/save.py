@@ -62,7 +62,8 @@ def new_checkpoint(
         VerificationError: it does not load cleanly, or computes something else than `pruned`.
     """
     original = check_saveable(pruned, plan.num_layers)
-    with staged_output(output_dir, overwrite=overwrite, need=2 * count_bytes(pruned)) as stage:
+    need = count_bytes(pruned) * (1 if original is None else 2)  # as it is compared
+    with staged_output(output_dir, overwrite=overwrite, need=need) as stage:
         unused: set[str] = set()
         if original is not None:
             unused = _write_pruned(original, pruned, plan, stage)

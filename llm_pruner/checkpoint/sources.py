@@ -55,22 +55,6 @@ def cached_source(repo_id: str, revision: str | None = None) -> LocalFolder | No
     return source
 
 
-def with_all_files(source: Source) -> Source:
-    """The repository itself instead of a copy in the cache, which may lack files beside weights.
-
-    Where the hub cannot be reached it is the copy.
-    """
-    if source.folder is None or source.revision is None:
-        return source
-    try:
-        return HubRepository(source.name, source.revision)
-    except LoadError as error:
-        logger.warning(
-            "Only the files of %s in the cache are carried along: %s", source.name, error
-        )
-        return source
-
-
 class Source(ABC):
     """Files of a checkpoint, by their names relative to its root.
 
@@ -286,3 +270,49 @@ class HubRepository(Source):
             yield
         except (OSError, ValueError) as error:
             raise LoadError(explain_load_failure("model", self.name, error)) from error
+
+
+class Joined(Source):
+    """Files of one source under their names, though some of them are read from another.
+
+    Args:
+        listed: says which files there are, and where the source is.
+        find: the source that a file is read from, and its name there.
+    """
+
+    def __init__(self, listed: Source, find: Callable[[str], tuple[Source, str]]) -> None:
+        self.name, self.revision, self.folder = listed.name, listed.revision, listed.folder
+        self._listed, self._find = listed, find
+
+    def files(self) -> list[str]:
+        return self._listed.files()
+
+    def size(self, file: str) -> int:
+        source, name = self._find(file)
+        return source.size(name)
+
+    def read(self, file: str, start: int, end: int) -> bytes:
+        source, name = self._find(file)
+        return source.read(name, start, end)
+
+    def copy(self, file: str, start: int, end: int, target: BinaryIO) -> None:
+        source, name = self._find(file)
+        source.copy(name, start, end, target)
+
+
+def with_all_files(source: Source) -> Source:
+    """A source with the files that its copy in the cache may lack beside the weights.
+
+    Where the hub cannot be reached it is the copy.
+    """
+    if source.folder is None or source.revision is None:
+        return source
+    folder = source.folder
+    try:
+        hub = HubRepository(source.name, source.revision)
+    except LoadError as error:
+        logger.warning(
+            "Only the files of %s in the cache are carried along: %s", source.name, error
+        )
+        return source
+    return Joined(hub, lambda file: (source if (folder / file).is_file() else hub, file))
