@@ -92,8 +92,8 @@ def _differences(
     found: dict[str, Any], wanted: dict[str, Any], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, ...]]:
     """The paths of fields that differ; inside nested configs, those of their fields."""
-    for name in [*wanted, *(name for name in found if name not in wanted)]:
-        old, new = found.get(name), wanted.get(name)
+    for name, new in wanted.items():
+        old = found.get(name)
         if name in NOT_OF_MODEL or old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict) and name.endswith("_config"):
@@ -110,10 +110,7 @@ def _put(values: dict[str, Any], path: tuple[str, ...], want: dict[str, Any], co
     name = path[-1]
     others = [old for old, new in getattr(config, "attribute_map", {}).items() if new == name]
     spelled = next((other for other in others if name not in values and other in values), name)
-    if name in want:
-        values[spelled] = want[name]
-    else:
-        values.pop(spelled, None)
+    values[spelled] = want[name]
 
 
 def _by_class(
