@@ -223,12 +223,16 @@ def test_names_of_modules_in_a_quantization_follow(source, tmp_path):
     }
 
 
-def test_layers_past_the_last_go(source, tmp_path):
-    """Heads that predict further tokens are stored behind the last layer; nobody loads them."""
+def test_blocks_past_the_last_layer_stay_past_it(source, tmp_path):
+    """Those that predict further tokens are looked for right behind the last layer."""
     with last_file(source) as stored:
         stored["model.layers.8.shared_head.weight"] = torch.ones(3)
-    prune_checkpoint(source, REMOVED, tmp_path / "out", verify=True)
-    assert not any("shared_head" in name for name in tensors(tmp_path / "out"))
+    prune_checkpoint(source, REMOVED, tmp_path / "out")
+    found = tensors(tmp_path / "out")
+    assert [name for name in found if "shared_head" in name] == [
+        "model.layers.6.shared_head.weight"
+    ]
+    assert torch.equal(found["model.layers.6.shared_head.weight"], torch.ones(3))
 
 
 # Plans
