@@ -31,8 +31,8 @@ import time
 from pathlib import Path
 
 from llm_pruner.checkpoint.on_disk import prune_checkpoint
-from llm_pruner.checkpoint.safetensors_files import read_checkpoint, tensor_hash
-from llm_pruner.checkpoint.sources import LocalFolder
+from llm_pruner.storage.safetensors_files import read_checkpoint, tensor_hash
+from llm_pruner.storage.sources import LocalFolder
 
 SIZES = {
     "small": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 8},

@@ -264,6 +264,8 @@ class Manifest(_JsonFile):
         bytes_before, bytes_after: size of all tensors.
         tensors: by name: ``file``, ``dtype`` and ``shape``, as they are in the file; ``from`` and
             ``from_file``, name and file in the source; ``sha256`` of the bytes, or None.
+        left_behind: files of the source that were not carried along: weights in other formats,
+            and what describes them.
     """
 
     FORMAT = "llm_pruner.manifest/1"
@@ -275,6 +277,7 @@ class Manifest(_JsonFile):
     bytes_before: int
     bytes_after: int
     tensors: dict[str, dict[str, Any]]
+    left_behind: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "remove", check_layers(self.remove, self.num_layers))

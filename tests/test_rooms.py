@@ -18,6 +18,7 @@ GROUND = "lazy_names errors distributed utils atomic_output results stats hub".s
 # What a room may import besides the ground. Nothing below a line imports anything above it.
 ROOMS = {
     "config": "",
+    "storage": "config",
     "model": "config",
     "offload": "config model",
     "data": "",
@@ -26,11 +27,11 @@ ROOMS = {
     "healing": "model data evaluation",
     "visualization": "model data evaluation",
     "report": "visualization",
-    "checkpoint": "config model report",
-    "pruners": "model offload data evaluation search healing checkpoint",
+    "checkpoint": "config storage model report",
+    "pruners": "storage model offload data evaluation search healing checkpoint",
     "workflow": "model data evaluation healing visualization report checkpoint pruners",
     "cli_arguments": "pruners",
-    "cli": "model offload data healing visualization report checkpoint pruners workflow "
+    "cli": "config model offload data healing visualization report checkpoint pruners workflow "
     "cli_arguments",
 }
 MODULES = {

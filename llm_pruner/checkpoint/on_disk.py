@@ -24,9 +24,7 @@ from ..config.module_patterns import (
 from ..errors import InvalidPlanError, LoadError, VerificationError
 from ..report.model_card import CARD_FILE, card_text
 from ..results import Manifest, PruningPlan, check_layers
-from ..utils import logger, package_versions, progress
-from .pruned_config import pruned_config
-from .safetensors_files import (
+from ..storage.safetensors_files import (
     Checkpoint,
     Kept,
     Pair,
@@ -36,8 +34,17 @@ from .safetensors_files import (
     read_checkpoint,
     tensor_hash,
 )
+from ..storage.sources import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    LocalFolder,
+    Source,
+    open_source,
+    with_all_files,
+)
+from ..utils import logger, package_versions, progress
+from .pruned_config import pruned_config
 from .side_files import side_files
-from .sources import INDEX_FILE, SINGLE_FILE, LocalFolder, Source, open_source, with_all_files
 
 MANIFEST_FILE = "pruning_manifest.json"
 THREADS = 4  # files written at a time
@@ -127,7 +134,7 @@ def prune_on_disk(
     )
     kept = kept_tensors(checkpoint, names, plan)
     files = with_all_files(source)
-    carried, _ = side_files(files)
+    carried, _ = side_files(files, checkpoint.metadata)
     need = 0 if link else sum(tensor.size for tensor, _, _ in kept) + sum(map(files.size, carried))
     with staged_output(output_dir, overwrite=overwrite, need=need) as stage:
         manifest = write_checkpoint(
@@ -188,8 +195,9 @@ def write_checkpoint(
         total = {"total_size": manifest.bytes_after}
         write_json(stage / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
     modules = module_names(checkpoint.tensors)
-    carry_along(files, stage, names, plan.keep, modules)
     write_json(stage / "config.json", follow_config(config, names, plan.keep, modules))
+    left = carry_along(files, stage, names, plan.keep, checkpoint.tensors, checkpoint.metadata)
+    manifest = replace(manifest, left_behind=left)
     plan.save(stage / PLAN_FILE)
     manifest.save(stage / MANIFEST_FILE)
     check_manifest(stage)
@@ -197,10 +205,29 @@ def write_checkpoint(
 
 
 def carry_along(
-    source: Source, stage: Path, names: LayerNames, kept: Sequence[int], modules: Collection[str]
-) -> None:
-    """Copy every file beside the weights; names of layers in quantisation settings follow."""
-    for file in side_files(source)[0]:
+    source: Source,
+    stage: Path,
+    names: LayerNames,
+    kept: Sequence[int],
+    tensors: Collection[str] = (),
+    weights: Collection[str] = (),
+) -> list[str]:
+    """Copy every file beside the weights; names of layers in quantisation settings follow.
+
+    Args:
+        source: where the files are.
+        stage: the folder to write to.
+        names: the layers.
+        kept: indices of those that stay.
+        tensors: names of all tensors of the source.
+        weights: its files that hold them.
+
+    Returns:
+        The files that were left behind.
+    """
+    carried, left = side_files(source, weights)
+    modules = module_names(tensors)
+    for file in carried:
         target = stage / file
         target.parent.mkdir(parents=True, exist_ok=True)
         if file in QUANTIZATION_FILES:
@@ -208,6 +235,7 @@ def carry_along(
             continue
         with target.open("wb") as opened:
             source.copy(file, 0, source.size(file), opened)
+    return left
 
 
 def _checked_plan(
@@ -297,7 +325,8 @@ def _write_shard(checkpoint: Checkpoint, path: Path, pairs: Sequence[Pair], link
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    """Write a JSON object as publishers write theirs."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_manifest(folder: str | Path) -> Manifest:

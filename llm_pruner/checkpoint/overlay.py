@@ -19,8 +19,8 @@ from safetensors import safe_open
 
 from ..model.loading import stored_tensors
 from ..model.stored_names import loading_keys
-from .safetensors_files import Checkpoint, Kept, StoredTensor, read_checkpoint
-from .sources import Joined, LocalFolder, Source
+from ..storage.safetensors_files import Checkpoint, Kept, StoredTensor, read_checkpoint
+from ..storage.sources import Joined, LocalFolder, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,7 +18,7 @@ from ..config.layer_names import LayerNames
 from ..config.rules import MTP_COUNTS
 from ..errors import UnsupportedModelError
 from ..results import PruningPlan
-from .safetensors_files import Checkpoint
+from ..storage.safetensors_files import Checkpoint
 
 # What a config says of the program and the moment rather than of the model.
 NOT_OF_MODEL = frozenset(

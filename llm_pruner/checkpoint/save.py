@@ -29,13 +29,13 @@ from ..model.layer_stack import LayerStack
 from ..model.loading import quantization_method, stored_tensors
 from ..report.model_card import CARD_FILE, card_text, original_card
 from ..results import PruningPlan
+from ..storage.origin import loaded_from, original_checkpoint
+from ..storage.safetensors_files import Checkpoint, Kept
+from ..storage.sources import with_all_files
 from ..utils import count_bytes, logger
 from .on_disk import carry_along, kept_tensors, write_checkpoint, write_json
-from .origin import loaded_from, original_checkpoint
 from .overlay import put_over, stored_dtype
 from .pruned_config import as_read
-from .safetensors_files import Checkpoint, Kept
-from .sources import with_all_files
 from .verify import verify_checkpoint
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from ..atomic_output import PLAN_FILE
 from ..report.model_card import CARD_FILE
-from .sources import INDEX_FILE, PICKLES, SINGLE_FILE, Source
+from ..storage.sources import INDEX_FILE, PICKLES, Source
 
 MODULES_FILE = "modules.json"  # of sentence-transformers: the folders of what follows the model
 # What a pruned checkpoint has of its own.
@@ -60,19 +60,21 @@ EXPORTS = re.compile(
 )
 
 
-def side_files(source: Source) -> tuple[list[str], list[str]]:
+def side_files(source: Source, pruned: Collection[str]) -> tuple[list[str], list[str]]:
     """The files to carry along byte for byte, and those to leave behind; both sorted.
 
-    Neither list has the weights that are pruned, what is written anew, or hidden files. A folder
-    with weights in it stays behind as a whole, unless `MODULES_FILE` names it.
+    Neither list has what is written anew, or hidden files. A folder with weights in it stays
+    behind as a whole, unless `MODULES_FILE` names it.
+
+    Args:
+        source: the checkpoint.
+        pruned: its files of weights that are pruned: in neither list.
     """
     files = [
         file
         for file in source.files()
         if file not in WRITTEN_ANEW and not any(part.startswith(".") for part in file.split("/"))
     ]
-    there = set(source.files())
-    pruned = set(source.weight_files() if {INDEX_FILE, SINGLE_FILE} & there else ())
     others = [file for file in files if file not in pruned]
     modules = _module_folders(source) if MODULES_FILE in others else ()
     folders = {
@@ -117,11 +119,10 @@ def _module_folders(source: Source) -> tuple[str, ...]:
         found = json.loads(source.read(MODULES_FILE, 0, source.size(MODULES_FILE)))
     except ValueError as error:
         raise source.broken(MODULES_FILE, f"not valid JSON: {error}") from error
-    if not isinstance(found, Sequence) or not all(isinstance(entry, dict) for entry in found):
-        raise source.broken(MODULES_FILE, "it holds no list of modules")
+    modules = [entry for entry in found if isinstance(entry, dict)] if type(found) is list else []
     paths = [
         str(entry.get("path") or "").strip("/")
-        for entry in found
+        for entry in modules
         if not str(entry.get("type")).endswith(".Transformer")
     ]
     return tuple(f"{path}/" for path in paths if path)

@@ -17,9 +17,9 @@ from ..model.layer_stack import LayerStack
 from ..model.loading import empty_model, model_class, quantization_method, stored_tensors
 from ..model.stored_names import alike_name, loading_keys, one_of_each
 from ..results import PruningPlan
+from ..storage.safetensors_files import Checkpoint
+from ..storage.sources import LocalFolder
 from ..utils import logger
-from .safetensors_files import Checkpoint
-from .sources import LocalFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

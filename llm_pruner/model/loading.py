@@ -163,8 +163,8 @@ def model_class(model_id: str, **options: Any) -> tuple[str, Any, Any]:
         kind = "an encoder-decoder model" if two else f"a {config.model_type} model"
         built = ", ".join(config.architectures or ()) or config.model_type
         raise UnsupportedModelError(
-            f"Model {model_id!r} ({built}) is {kind}: only decoder-only language models, and image, "
-            "audio or video models around one, are supported."
+            f"Model {model_id!r} ({built}) is {kind}: only decoder-only language models, and "
+            "image, audio or video models around one, are supported."
         )
     return source, auto, config
 

@@ -13,7 +13,6 @@ import torch
 
 from ..atomic_output import check_output
 from ..checkpoint.mergekit import write_mergekit_yaml
-from ..checkpoint.origin import model_identity
 from ..checkpoint.save import save_checkpoint
 from ..checkpoint.verify import verify_removal
 from ..data.items import EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap
@@ -26,6 +25,7 @@ from ..model.removal import share_copy
 from ..offload.offloaded_stack import layers_of
 from ..results import DepthCurve, LayerScores, PruningPlan, Removes, check_layers
 from ..search.removal_quality import RemovalQuality
+from ..storage.origin import model_identity
 from ..utils import package_versions
 from .budget import Budget, Removable
 from .residual_stream import read_stream

@@ -52,8 +52,15 @@ def manifest_text(manifest: Manifest, plan: PruningPlan, output_dir: str) -> str
         f"{_headline('Removed', plan)}\n\n"
         f"{manifest.bytes_after / 1e6:,.2f} of {manifest.bytes_before / 1e6:,.2f} MB kept, "
         f"{len(manifest.tensors)} tensors, bit for bit ({how}).\n"
-        f"Checkpoint: {output_dir}\n{_cost(plan)}\n"
+        f"{_left_behind(manifest)}Checkpoint: {output_dir}\n{_cost(plan)}\n"
     )
+
+
+def _left_behind(manifest: Manifest) -> str:
+    """The first files of the source that did not come along, in one line; nothing without any."""
+    left = manifest.left_behind
+    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+    return f"Not carried along: {', '.join(left[:3])}{more}.\n" if left else ""
 
 
 def saved_text(plan: PruningPlan, output_dir: str) -> str:

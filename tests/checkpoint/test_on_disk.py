@@ -23,9 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_pruner import LayerStack, PruningPlan, SmartPruner
 from llm_pruner.checkpoint.on_disk import check_manifest, prune_checkpoint
-from llm_pruner.checkpoint.safetensors_files import header_bytes, read_checkpoint
 from llm_pruner.checkpoint.save import write_model
-from llm_pruner.checkpoint.sources import INDEX_FILE, LocalFolder
 from llm_pruner.config.config_file import (
     SPELLED_OUT,
     NeedsMemoryError,
@@ -40,6 +38,8 @@ from llm_pruner.errors import (
     VerificationError,
 )
 from llm_pruner.results import Manifest
+from llm_pruner.storage.safetensors_files import header_bytes, read_checkpoint
+from llm_pruner.storage.sources import INDEX_FILE, LocalFolder
 
 REMOVED = (1, 3)
 

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from llm_pruner.checkpoint import on_disk
 from llm_pruner.checkpoint.side_files import LARGE, WRITTEN_ANEW, side_files
-from llm_pruner.checkpoint.sources import LocalFolder
 from llm_pruner.errors import LoadError
+from llm_pruner.storage.sources import LocalFolder
 
+WEIGHTS = ("model.safetensors",)
 CARRIED = """
 tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt
 tokenizer.model tokenizer.model.v3 spiece.model tekken.json qwen.tiktoken sentencepiece.bpe.model
@@ -57,23 +57,21 @@ def test_every_file_is_carried_or_named(tmp_path):
     source = folder_with(
         tmp_path, *CARRIED, *LEFT, *WRITTEN_ANEW[1:], ".gitattributes", ".git/HEAD"
     )
-    carried, left = side_files(source)
+    carried, left = side_files(source, WEIGHTS)
     assert carried == sorted(CARRIED)
     assert left == sorted(LEFT)
 
 
 def test_the_shards_that_are_pruned_are_in_neither_list(tmp_path):
     source = folder_with(tmp_path, "a-1.safetensors", "a-2.safetensors", "b.safetensors", "x.txt")
-    weight_map = {"w": "a-1.safetensors", "v": "a-2.safetensors"}
-    (tmp_path / on_disk.INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
-    # The single file is not what the index names.
-    assert side_files(source) == (["x.txt"], ["b.safetensors", "model.safetensors"])
+    shards = ["a-1.safetensors", "a-2.safetensors"]
+    assert side_files(source, shards) == (["x.txt"], ["b.safetensors", "model.safetensors"])
 
 
 def test_without_safetensors_nothing_is_pruned_on_disk_and_the_lists_stand(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     (tmp_path / "vocab.txt").write_bytes(b"")
-    assert side_files(LocalFolder(tmp_path)) == (["vocab.txt"], ["pytorch_model.bin"])
+    assert side_files(LocalFolder(tmp_path), ()) == (["vocab.txt"], ["pytorch_model.bin"])
 
 
 def test_modules_of_sentence_transformers_keep_their_weights(tmp_path):
@@ -90,23 +88,28 @@ def test_modules_of_sentence_transformers_keep_their_weights(tmp_path):
         {"idx": 4, "name": "4", "path": "0_Transformer", "type": f"{kinds}Transformer"},
     ]
     (tmp_path / "modules.json").write_text(json.dumps(entries))
-    assert side_files(source) == (sorted([*modules, "modules.json"]), sorted(other))
+    assert side_files(source, WEIGHTS) == (sorted([*modules, "modules.json"]), sorted(other))
 
 
-@pytest.mark.parametrize("text", ["{", '{"a": 1}', "[1]", '"abc"', "3"])
-def test_modules_that_cannot_be_read_are_an_error(tmp_path, text):
+def test_modules_that_cannot_be_read_are_an_error(tmp_path):
     source = folder_with(tmp_path, "modules.json")
-    (tmp_path / "modules.json").write_text(text)
+    (tmp_path / "modules.json").write_text("{")
     with pytest.raises(LoadError, match=r"'modules.json' of checkpoint .* cannot be used"):
-        side_files(source)
+        side_files(source, WEIGHTS)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', "[1]", '"abc"', "3", "null"])
+def test_another_file_of_that_name_names_no_modules(tmp_path, text):
+    source = folder_with(tmp_path, "modules.json", "2_Dense/model.safetensors")
+    (tmp_path / "modules.json").write_text(text)
+    assert side_files(source, WEIGHTS) == (["modules.json"], ["2_Dense/model.safetensors"])
 
 
 def test_a_folder_with_a_large_file_of_no_known_kind_stays_behind(tmp_path):
     source = folder_with(tmp_path, "new/model.xyz", "new/config.json", "old/a.xyz", "old/b.json")
     with (tmp_path / "new/model.xyz").open("wb") as file:
         file.truncate(LARGE + 1)
-    assert side_files(source) == (["old/b.json"], ["new/config.json", "new/model.xyz", "old/a.xyz"])
-
-
-def test_what_is_written_anew_is_what_the_writer_writes():
-    assert WRITTEN_ANEW == on_disk.WRITTEN_ANEW
+    assert side_files(source, WEIGHTS) == (
+        ["old/b.json"],
+        ["new/config.json", "new/model.xyz", "old/a.xyz"],
+    )
