@@ -270,14 +270,12 @@ def extra_layers(config: Any) -> set[int]:
 
 def _follow(name: str, value: Any, removal: Removal, rule: Rule | None, extra: set[int]) -> Any:
     """The value of a field without the removed layers; that of other fields stays."""
-    counts = rule in (Removal.prefix, Removal.suffix)
     if value is None or isinstance(value, bool):
         return value
-    if rule is not None and isinstance(value, list | tuple) != counts:
+    counts = rule in (Removal.prefix, Removal.suffix)
+    if rule is not None and not (counts and isinstance(value, list | tuple)):
         return rule(removal, value)
-    if isinstance(value, dict) and not any(
-        word in name for word in (*NOT_OF_LAYERS, *OTHER_TOWERS)
-    ):
+    if isinstance(value, dict) and not any(map(name.__contains__, (*NOT_OF_LAYERS, *OTHER_TOWERS))):
         return {
             key: _follow(str(key), entry, removal, FIELD_RULES.get(str(key)), extra)
             for key, entry in value.items()
