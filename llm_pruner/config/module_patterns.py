@@ -15,7 +15,18 @@ from typing import Any
 
 from ..errors import UnsupportedModelError
 from .layer_names import LayerNames
-from .pattern_dialects import AUTO_ROUND, DYNAMIC, GLOB, PART, PLAIN, REGEX, SKIP, Dialect, Roots
+from .pattern_dialects import (
+    AUTO_ROUND,
+    DYNAMIC,
+    GLOB,
+    PART,
+    PLAIN,
+    REGEX,
+    SKIP,
+    Dialect,
+    Roots,
+    with_parents,
+)
 
 # Where config.json, or a config inside it, keeps such settings.
 QUANTIZATION_PARTS = ("quantization_config", "compression_config", "quantization")
@@ -122,22 +133,17 @@ class _Renamed:
     @cached_property
     def _counts(self) -> Counter[str]:
         """How many names there are below each name, itself included."""
-        return Counter(above for name in self.after.all for above in _with_parents(name))
+        return Counter(above for name in self.after.all for above in with_parents(name))
 
     def roots(self, selected: set[str]) -> Roots:
         """The names `selected`, in short: one for all that are below it, where all are there."""
-        there = Counter(above for name in selected for above in _with_parents(name))
+        there = Counter(above for name in selected for above in with_parents(name))
         found = set()
         for name in selected:
-            whole = [above for above in _with_parents(name) if there[above] == self._counts[above]]
+            whole = [above for above in with_parents(name) if there[above] == self._counts[above]]
             root = min(whole, key=len, default=name)
             found.add((root, bool(whole) and self._counts[root] > (root in selected)))
         return sorted(found)
-
-
-def _with_parents(name: str) -> list[str]:
-    ends = [place for place, character in enumerate(name) if character == "."]
-    return [name, *(name[:end] for end in ends)]
 
 
 @dataclass(frozen=True)
@@ -237,7 +243,9 @@ class _Follower:
         selected = renamed.before.selected(dialect, text)
         if not selected and numbered and numbered.head not in self.names.prefixes:
             other = self._from_root(numbered.head)
-            return other._patterns(text, dialect, numbered) if other else numbered.following
+            patterns = other._patterns(text, dialect, numbered) if other else numbered.following
+            if patterns is not None and not _selected(renamed.after, dialect, patterns):
+                return patterns
         wanted = {new for old in selected if (new := renamed.new_name[old]) is not None}
         candidates = [*([numbered.following] if numbered else []), [text]]
         for patterns in candidates:

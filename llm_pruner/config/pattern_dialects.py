@@ -42,6 +42,12 @@ class Dialect:
     signs: tuple[str, ...] = ()
 
 
+def with_parents(name: str) -> list[str]:
+    """A name, and those of all modules that contain it."""
+    ends = [place for place, character in enumerate(name) if character == "."]
+    return [name, *(name[:end] for end in ends)]
+
+
 def _always(text: str) -> bool:
     return True
 
@@ -73,7 +79,7 @@ def _skip_matcher(pattern: str) -> Callable[[str], object]:
         beginning = re.compile(f"(?:{pattern}){END}").match
     except re.error:  # then it can only be meant as it stands
         return ending
-    return lambda name: beginning(name) or ending(name)
+    return lambda name: any(map(beginning, with_parents(name))) or ending(name)
 
 
 def _skip_required(pattern: str) -> str:

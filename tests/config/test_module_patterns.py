@@ -135,7 +135,8 @@ def test_lists_of_modules_to_skip_follow_one_by_one(depth, removed, tower, rule)
     tensors, kept = checkpoint(depth, past=1, tower=tower), without(depth, *removed)
     entries = (
         "layers.1.mlp model.layers.2. layers.2 model.layers.1 gate lm_head model.layers.1.mlp.gate "
-        "vision_tower vision_tower.encoder.layers.1 layers.2.mlp.experts.1.up_proj self_attn"
+        "vision_tower vision_tower.encoder.layers.1 layers.2.mlp.experts.1.up_proj self_attn "
+        "model.layers.*.self_attn model.layers.[1-3]..*gate$ model.layers.(0|2|10).mlp"
     ).split()
     method = "awq" if rule is by_part else "fp8"
     for entry in entries:
