@@ -1,8 +1,8 @@
 """The dialects in which quantisation settings select modules by name.
 
-A dialect knows what a pattern matches, and how to spell a list of modules without any doubt. Those
-who read the settings agree on it: compressed-tensors, ModelOpt, GPTQModel, AutoRound, AutoAWQ,
-transformers, vLLM and SGLang were read for it.
+A dialect knows what a pattern matches, and how to spell a list of modules without any doubt. Where
+those who read the settings differ, one of them is followed: for AutoRound's regexes vLLM, which
+searches where SGLang matches the whole name; for AWQ's lists AutoAWQ, not transformers 5.
 """
 
 from __future__ import annotations
