@@ -254,6 +254,8 @@ def _per_layer(key: str, value: Any, numbers: Renumbering) -> bool:
     """Whether an added field tells one fact per layer, or layers by index."""
     if key in INDICES and isinstance(value, list):
         return all(isinstance(index, int) and index <= numbers.new_depth for index in value)
+    if isinstance(value, dict):
+        return all(index.isdigit() and int(index) < numbers.new_depth for index in value)
     return isinstance(value, (list, str)) and len(value) == numbers.new_depth
 
 
