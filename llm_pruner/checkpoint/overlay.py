@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from ..model.loading import stored_tensors
-from ..model.stored_names import loading_keys
+from ..model.stored_names import loading_keys, natural_order
 from ..storage.safetensors_files import Checkpoint, Kept, StoredTensor, read_checkpoint
 from ..storage.sources import Joined, LocalFolder, Source
 
@@ -124,10 +124,24 @@ def _moved(tensor: StoredTensor) -> StoredTensor:
 
 
 def _paired(keys: dict[str, str], of_memory: dict[str, str]) -> dict[str, str]:
-    """Names that differ in checkpoint and memory, though the model loads both to one place."""
-    once = {key: name for name, key in of_memory.items()}
-    many = Counter([*keys.values(), *of_memory.values()])
-    return {name: once[key] for name, key in keys.items() if key in once and many[key] == 2}
+    """Names that differ in checkpoint and memory, though the model loads both to one place.
+
+    Several tensors of one place, such as the experts of a layer, correspond in their order.
+    """
+    there, here = _by_key(keys), _by_key(of_memory)
+    found: dict[str, str] = {}
+    for key, names in there.items():
+        others = here.get(key, [])
+        if len(names) == len(others):
+            found |= dict(zip(names, others, strict=True))
+    return found
+
+
+def _by_key(keys: dict[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in sorted(keys, key=natural_order):
+        found.setdefault(keys[name], []).append(name)
+    return found
 
 
 def _equals(comparison: _Comparison, old: StoredTensor, tensor: torch.Tensor) -> bool:

@@ -161,9 +161,15 @@ def _surround(pruned: Any, plan: PruningPlan, stage: Path) -> None:
 
 
 def _names_class(values: dict[str, Any], model: Any) -> bool:
-    """Whether a config.json is that of the model's class."""
+    """Whether a config.json is that of the model's class.
+
+    A name that transformers does not know is that of code which the checkpoint comes with.
+    """
+    import transformers
+
     name = type(model).__name__
-    return name in (values.get("architectures") or [name])
+    named = values.get("architectures") or [name]
+    return name in named or not any(hasattr(transformers, other) for other in named)
 
 
 def _not_loaded(model: Any, kept: Kept) -> set[str]:

@@ -34,7 +34,7 @@ CARRIED_SUFFIXES = tuple(
 )
 CARRIED_NAMES = re.compile(
     r"(licen[cs]e|notice|copying|copyright|authors|citation|changelog|readme|acknowledg\w*|"
-    r"version|makefile|dockerfile|merges|vocab|third.party.*)([-_. ]\w[\w.-]*)?|"
+    r"version|makefile|[.]gitattributes|dockerfile|merges|vocab|third.party.*)([-_. ]\w[\w.-]*)?|"
     r"tokenizer\.model\.v\d+\w*|.*\.sentencepiece",
     re.IGNORECASE,
 )
@@ -70,11 +70,7 @@ def side_files(source: Source, pruned: Collection[str]) -> tuple[list[str], list
         source: the checkpoint.
         pruned: its files of weights that are pruned: in neither list.
     """
-    files = [
-        file
-        for file in source.files()
-        if file not in WRITTEN_ANEW and not any(part.startswith(".") for part in file.split("/"))
-    ]
+    files = [file for file in source.files() if file not in WRITTEN_ANEW and not _is_hidden(file)]
     others = [file for file in files if file not in pruned]
     modules = _module_folders(source) if MODULES_FILE in others else ()
     folders = {
@@ -84,6 +80,11 @@ def side_files(source: Source, pruned: Collection[str]) -> tuple[list[str], list
     }
     carried = [file for file in others if _is_carried(file, modules, folders)]
     return carried, sorted(set(others).difference(carried))
+
+
+def _is_hidden(file: str) -> bool:
+    parts = file.split("/")
+    return file != ".gitattributes" and any(part.startswith(".") for part in parts)
 
 
 def _is_carried(file: str, modules: tuple[str, ...], folders: set[str]) -> bool:

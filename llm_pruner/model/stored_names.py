@@ -42,3 +42,9 @@ def one_of_each(tensors: Collection[str]) -> list[str]:
 def alike_name(name: str) -> str:
     """The name with every number after the layer's left out."""
     return INNER_NUMBER.sub(r"\1.0.", name)
+
+
+def natural_order(name: str) -> list[tuple[bool, int, str]]:
+    """A key to sort names by, in which numbers count as numbers."""
+    parts = re.split(r"(\d+)", name)
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]

@@ -22,7 +22,7 @@ inference/model.py inference/configs/config_671B.json inference/requirements.txt
 LICENSE LICENSE.txt LICENSE-MODEL LICENCE NOTICE Notice USE_POLICY.md THIRD_PARTY_NOTICES
 README_zh.md paper.pdf figures/benchmark.png figures/logo.svg assets/demo.mp4 report_card.html
 config_sentence_transformers.json sentence_bert_config.json 1_Pooling/config.json
-mergekit_config.yml
+mergekit_config.yml .gitattributes
 """.split()
 LEFT = """
 consolidated.safetensors consolidated.safetensors.index.json params.json
@@ -54,9 +54,7 @@ def folder_with(tmp_path, *files: str) -> LocalFolder:
 
 
 def test_every_file_is_carried_or_named(tmp_path):
-    source = folder_with(
-        tmp_path, *CARRIED, *LEFT, *WRITTEN_ANEW[1:], ".gitattributes", ".git/HEAD"
-    )
+    source = folder_with(tmp_path, *CARRIED, *LEFT, *WRITTEN_ANEW[1:], ".gitignore", ".git/HEAD")
     carried, left = side_files(source, WEIGHTS)
     assert carried == sorted(CARRIED)
     assert left == sorted(LEFT)
