@@ -82,6 +82,7 @@ def carry_out(
     if heal != "none" and heal_data:
         refuse_overlap(held_out, prompt_keys(heal_data), "held out", "to heal with")
     on_first(lambda: check_output(output_dir, overwrite=overwrite))
+    pruner.layers.remove(plan.remove)  # what the architecture cannot express is refused here
     questions = [item for item in held_out if isinstance(item, dict)]
     if questions:  # what cannot be scored is refused before the work
         item_kinds(questions)
