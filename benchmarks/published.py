@@ -44,6 +44,7 @@ ROADS = ("disk", "memory")
 OUTCOMES = ("RIGHT", "REFUSED", "NOT BUILT", "WRONG")
 TOLERANCE = 2e-5  # of logits, relative to the largest
 READER_TOLERANCE = 2e-3
+NOTE = "note: "  # what is said without being a fault
 TOKENS = 24
 SECONDS = 240
 MEMORY = 6 << 30
@@ -589,20 +590,25 @@ def reader_faults(source: Any, out: Path, work: Path, reader: str, engine: str) 
     here = _read(sys.executable, folders, "transformers")
     there = _read(reader, folders, engine)
     for name, mine, other in zip(("the source", "the output"), here, there, strict=True):
-        if problem := mine.get("error") or other.get("error"):
-            yield f"{engine} reader, {name}: {problem}"
-            if name == "the source":
-                return
-        else:
-            import torch
+        found = list(_reading_faults(mine, other))
+        if found and name == "the source":  # what it cannot read says nothing of the output
+            yield f"{NOTE}{engine} reader gives no verdict, its source: {found[0]}"
+            return
+        yield from (f"{engine} reader: {fault}" for fault in found)
 
-            both = (torch.tensor(other["logits"]), torch.tensor(mine["logits"]))
-            if (difference := _difference(*both)) > READER_TOLERANCE:
-                same = (both[0].argmax(-1) == both[1].argmax(-1)).float().mean()
-                told = f"logits differ by {difference:.1e}, top-1 {same:.2f}"
-                yield f"{engine} reader, {name}: {told}"
-            if mine["ids"] != other["ids"]:
-                yield f"{engine} reader, {name}: other token ids"
+
+def _reading_faults(mine: Config, other: Config) -> Iterator[str]:
+    import torch
+
+    if problem := mine.get("error") or other.get("error"):
+        yield problem
+        return
+    got, want = torch.tensor(other["logits"]), torch.tensor(mine["logits"])
+    if (difference := _difference(got, want)) > READER_TOLERANCE:
+        same = (got.argmax(-1) == want.argmax(-1)).float().mean()
+        yield f"logits differ by {difference:.1e}, top-1 {same:.2f}"
+    if mine["ids"] != other["ids"]:
+        yield "other token ids"
 
 
 def _read(python: str, folders: list[Path], engine: str) -> list[Config]:
@@ -708,8 +714,8 @@ def _judge_set(
         faults = list(_faults(source, original, out, removed, work, readers))
         if source.config.get("model_type") in MUST_REFUSE:
             faults.append("was not refused")
-        if faults:
-            outcome, detail = "WRONG", "; ".join(faults)
+        wrong = [fault for fault in faults if not fault.startswith(NOTE)]
+        outcome, detail = ("WRONG" if wrong else "RIGHT"), "; ".join(wrong or faults)
     if source.not_built and outcome != "WRONG":
         judged = f"refused: {detail}" if refused else "all but its own logits is right"
         outcome, detail = "NOT BUILT", f"{source.not_built}; {judged}"

@@ -287,7 +287,8 @@ def built_model(config: Config, folder: Path, seed: int = 0) -> PreTrainedModel:
 
 
 def released(model: PreTrainedModel, folder: Path) -> Tensors:
-    """The tensors under the names of the published file, in bfloat16."""
+    """The tensors under the names of the published file, in half precision."""
+    half = torch.float16 if model.config.dtype == torch.float16 else torch.bfloat16
     model.save_pretrained(folder, max_shard_size="100GB")
     found = {}
     for file in folder.glob("*.safetensors"):
@@ -300,7 +301,7 @@ def released(model: PreTrainedModel, folder: Path) -> Tensors:
         for pattern, published_name in RELEASE_NAMES.get(model.config.model_type, ()):
             name = re.sub(pattern, published_name, name)
         narrow = tensor.dtype == torch.float32 and not WIDE.search(name)
-        tensors[name] = tensor.bfloat16() if narrow else tensor
+        tensors[name] = tensor.to(half) if narrow else tensor
     return tensors
 
 
