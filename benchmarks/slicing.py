@@ -13,8 +13,8 @@ quarter of its layers goes. Every road runs in a process of its own, start inclu
 - ``transformers``: load, drop, renumber, `save_pretrained`;
 - ``mergekit``: `mergekit-yaml`, with a passthrough recipe, if its path is given.
 
-With ``--tensors`` the checkpoint is a mixture of experts in FP8 with as many tensors, of a few bytes
-each, so that only the bookkeeping costs anything; it is pruned on disk alone, without torch.
+With ``--tensors`` the checkpoint is a mixture of experts in FP8 with as many tensors, of a few
+bytes each, so that only the bookkeeping costs anything; it is pruned on disk alone, without torch.
 
 Memory is the peak of a process's resident pages. Every result is compared with the kept tensors,
 bit for bit; how many differ is in the last column.
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llm_pruner.checkpoint.on_disk import MANIFEST_FILE, prune_checkpoint
-from llm_pruner.checkpoint.safetensors_files import read_checkpoint, tensor_hash
+from llm_pruner.checkpoint.safetensors_files import read_checkpoint, tensor_hashes
 from llm_pruner.checkpoint.sources import LocalFolder
 
 SIZES = {
@@ -224,13 +224,14 @@ def hashes(folder: Path, removed: list[int] | None = None) -> dict[str, str]:
     """SHA-256 of every tensor; of those of a Llama that stay, under their new names."""
     checkpoint = read_checkpoint(LocalFolder(folder))
     found = {}
-    for name, tensor in checkpoint.tensors.items():
+    stored = checkpoint.tensors
+    for name, sha256 in zip(stored, tensor_hashes(checkpoint.source, stored.values()), strict=True):
         parts = name.split(".")
         if removed and parts[1] == "layers":
             if int(parts[2]) in removed:
                 continue
             parts[2] = str(int(parts[2]) - sum(gone < int(parts[2]) for gone in removed))
-        found[".".join(parts)] = tensor_hash(checkpoint.source, tensor)
+        found[".".join(parts)] = sha256
     return found
 
 

@@ -5,27 +5,27 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..atomic_output import PLAN_FILE, check_output, staged_output
 from ..config.layer_names import LayerNames
 from ..errors import InvalidPlanError, LoadError, VerificationError
 from ..report.model_card import CARD_FILE, card_text
-from ..results import Manifest, PruningPlan, check_layers
+from ..results import Manifest, PruningPlan, check_layers, layout_hash
 from ..utils import logger, package_versions, progress
 from .on_disk_config import find_layers, pruned_config
 from .safetensors_files import (
     Checkpoint,
     Pair,
+    StoredTensor,
     byte_ranges,
     header_bytes,
     new_shards,
     read_checkpoint,
-    tensor_hash,
+    tensor_hashes,
 )
 from .sources import INDEX_FILE, PICKLES, SINGLE_FILE, LocalFolder, Source, open_source
 
@@ -53,7 +53,7 @@ def prune_checkpoint(
     The bytes of kept tensors are copied, in the kernel where possible; from the hub only they are
     downloaded. The config follows the same rules as in `BasePruner.prune_and_save`. The model card
     is a new one with the metadata of the old; all other files but weights are carried along.
-    ``pruning_manifest.json`` of the output says where every tensor came from.
+    ``pruning_manifest.json`` of the output says where its tensors came from.
 
     Args:
         model_id: ``demo``, a local folder, or an id on the Hugging Face hub.
@@ -113,12 +113,13 @@ def prune_on_disk(
     config = pruned_config(
         checkpoint, names, plan, trust_remote_code=trust_remote_code, verify=verify
     )
+    keep = plan.keep
     shards = new_shards(
         (tensor, new_name)
         for tensor in checkpoint.tensors.values()
-        if (new_name := names.rename(tensor.name, plan.keep)) is not None
+        if (new_name := names.rename(tensor.name, keep)) is not None
     )
-    manifest = _manifest(checkpoint, plan, shards, hashed=verify)
+    manifest = _manifest(checkpoint, names, plan, shards, hashed=verify)
     side_files = _side_files(source)
     need = 0 if link else manifest.bytes_after + sum(map(source.size, side_files))
     with staged_output(output_dir, overwrite=overwrite, need=need) as stage:
@@ -128,10 +129,9 @@ def prune_on_disk(
             with (stage / file).open("wb") as target:
                 source.copy(file, 0, source.size(file), target)
         if list(shards) != [SINGLE_FILE]:
-            weight_map = {name: entry["file"] for name, entry in sorted(manifest.tensors.items())}
-            total = {"total_size": manifest.bytes_after}
-            _write_json(stage / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
-        _write_json(stage / "config.json", config)
+            _write_index(stage / INDEX_FILE, shards, manifest.bytes_after)
+        del checkpoint, shards  # make room for the headers of the output
+        (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (stage / CARD_FILE).write_text(_card(source, plan), encoding="utf-8")
         plan.save(stage / PLAN_FILE)
         manifest.save(stage / MANIFEST_FILE)
@@ -181,26 +181,36 @@ def _card(source: Source, plan: PruningPlan) -> str:
 
 
 def _manifest(
-    checkpoint: Checkpoint, plan: PruningPlan, shards: dict[str, list[Pair]], *, hashed: bool
+    checkpoint: Checkpoint,
+    names: LayerNames,
+    plan: PruningPlan,
+    shards: dict[str, list[Pair]],
+    *,
+    hashed: bool,
 ) -> Manifest:
-    pairs = [pair for file_pairs in shards.values() for pair in file_pairs]
-    tensors = {
-        new.name: {
-            **new.description,
-            "from": old.name,
-            "from_file": old.file,
-            "sha256": tensor_hash(checkpoint.source, old) if hashed else None,
+    files = {
+        file: {
+            "from": sorted({old.file for old, _ in pairs}),
+            "tensors": len(pairs),
+            "layout": layout_hash((name, old.dtype, old.shape) for old, name in pairs),
         }
-        for old, new in pairs
+        for file, pairs in shards.items()
     }
+    hashes: dict[str, str] = {}
+    for pairs in shards.values() if hashed else ():
+        found = tensor_hashes(checkpoint.source, (old for old, _ in pairs))
+        hashes.update(zip((name for _, name in pairs), found, strict=True))
     return Manifest(
         source=checkpoint.source.name,
         revision=checkpoint.source.revision,
         num_layers=plan.num_layers,
         remove=plan.remove,
+        prefixes=names.prefixes,
         bytes_before=checkpoint.bytes,
-        bytes_after=sum(new.size for _, new in pairs),
-        tensors=tensors,
+        bytes_after=sum(old.size for pairs in shards.values() for old, _ in pairs),
+        tensors=sum(map(len, shards.values())),
+        files=files,
+        sha256=hashes,
     )
 
 
@@ -213,7 +223,7 @@ def _write_shards(
         jobs = []
         for file, pairs in shards.items():
             complete = len(pairs) == counts[pairs[0][0].file]
-            unchanged = complete and all(old.name == new.name for old, new in pairs)
+            unchanged = complete and all(old.name == name for old, name in pairs)
             job = pool.submit(_write_shard, checkpoint, stage / file, pairs, link and unchanged)
             jobs.append(job)
         try:
@@ -234,39 +244,76 @@ def _write_shard(checkpoint: Checkpoint, path: Path, pairs: Sequence[Pair], link
             logger.warning("%s is copied, since it cannot be linked: %s.", file, error.strerror)
     first = pairs[0][0].start
     with path.open("wb") as target:
-        target.write(header_bytes([new for _, new in pairs], checkpoint.metadata[file], first))
+        target.write(header_bytes(pairs, checkpoint.metadata[file], first))
         for start, end in byte_ranges(old for old, _ in pairs):
             checkpoint.source.copy(file, start, end, target)
         target.flush()
         os.fsync(target.fileno())
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def _write_index(path: Path, shards: dict[str, list[Pair]], total: int) -> None:
+    """Write the file of every tensor, line by line: the text of it all is never in memory."""
+    entries = sorted((name, file) for file, pairs in shards.items() for _, name in pairs)
+    with path.open("w", encoding="utf-8") as index:
+        index.write(f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{')
+        for number, (name, file) in enumerate(entries):
+            index.write(f"{',' if number else ''}\n    {json.dumps(name)}: {json.dumps(file)}")
+        index.write("\n  }\n}\n")
+
+
+def tensor_origin(manifest: Manifest, name: str) -> str | None:
+    """What the source calls a tensor of the output; None if it was not copied from there."""
+    if name in manifest.from_memory:
+        return None
+    if not manifest.prefixes:
+        return name
+    return LayerNames(manifest.prefixes, manifest.num_layers).original(name, manifest.keep)
 
 
 def check_manifest(folder: str | Path) -> Manifest:
     """Compare a pruned checkpoint with its manifest, which is returned.
 
-    Names, files, dtypes and shapes have to agree, and hashes where the manifest has them.
+    In every file the tensors' names, dtypes and shapes have to agree; their bytes too, where the
+    manifest has hashes of them. Manifests of format 1 are read as well.
 
     Raises:
-        VerificationError: they differ; the message names a tensor.
+        VerificationError: they differ; the message names the file, or the tensor if the manifest
+            has hashes.
         LoadError, InvalidPlanError: the checkpoint or its manifest cannot be read.
     """
     checkpoint = read_checkpoint(LocalFolder(folder))
     manifest = Manifest.load(Path(folder) / MANIFEST_FILE)
-    for name in sorted(checkpoint.tensors.keys() | manifest.tensors.keys()):
-        tensor, entry = checkpoint.tensors.get(name), manifest.tensors.get(name)
-        if tensor is None or entry is None:
-            where = "checkpoint" if tensor is None else "manifest"
+    if manifest.sha256:
+        stored = checkpoint.tensors
+        _same_names("Tensor", stored.keys(), manifest.sha256.keys(), folder)
+        hashes = tensor_hashes(checkpoint.source, stored.values())
+        for name, sha256 in zip(stored, hashes, strict=True):
+            if sha256 != manifest.sha256[name]:
+                raise VerificationError(
+                    f"Tensor {name!r} in {str(folder)!r} is not what its manifest says: prune "
+                    "again."
+                )
+    _same_names("File", checkpoint.metadata.keys(), manifest.files.keys(), folder)
+    in_file: dict[str, list[StoredTensor]] = {file: [] for file in checkpoint.metadata}
+    for tensor in checkpoint.tensors.values():
+        in_file[tensor.file].append(tensor)
+    for file, tensors in in_file.items():
+        entry = manifest.files[file]
+        layout = layout_hash((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
+        if (len(tensors), layout) != (entry["tensors"], entry["layout"]):
             raise VerificationError(
-                f"Tensor {name!r} is not in the {where} of {str(folder)!r}: prune again."
-            )
-        same = all(entry[key] == value for key, value in tensor.description.items())
-        sha256 = entry["sha256"]
-        if not same or (sha256 and tensor_hash(checkpoint.source, tensor) != sha256):
-            raise VerificationError(
-                f"Tensor {name!r} in {str(folder)!r} is not what its manifest says: prune again."
+                f"File {file!r} in {str(folder)!r} holds {len(tensors)} tensors that are not the "
+                f"{entry['tensors']} of its manifest, by their names, dtypes and shapes: prune "
+                "again."
             )
     return manifest
+
+
+def _same_names(kind: str, stored: Set[str], listed: Set[str], folder: str | Path) -> None:
+    """Raise VerificationError if names are only in the checkpoint or only in the manifest."""
+    if stored != listed:
+        name = min(stored ^ listed)
+        where = "manifest" if name in stored else "checkpoint"
+        raise VerificationError(
+            f"{kind} {name!r} is not in the {where} of {str(folder)!r}: prune again."
+        )

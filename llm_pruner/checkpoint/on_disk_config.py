@@ -147,13 +147,13 @@ def _changed_weights(
     The removal replaces them, drops them outside the layers or takes them from a removed layer; or
     transformers knows them, numbered and outside the layers, by another name.
     """
-    model, names = stack.model, stack.names
+    model, names, keep = stack.model, stack.names, plan.keep
     before, after = (dict(one.named_parameters()) for one in (model, pruned))
     known = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     removed = {
         id(tensor)
         for name, tensor in model.named_parameters(remove_duplicate=False)
-        if names.rename(name, plan.keep) is None
+        if names.rename(name, keep) is None
     }
     changed = [n for n, tensor in after.items() if id(tensor) not in known or id(tensor) in removed]
     changed += [name for name in before if name not in after and names.index(name) is None]
