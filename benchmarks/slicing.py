@@ -164,6 +164,7 @@ def report(
     removed: list[int],
 ) -> None:
     """Run every road in turns and print the table."""
+    roads = {road: (command, rounds) for road, (command, rounds) in roads.items() if rounds}
     times: dict[str, list[float]] = {road: [] for road in roads}
     peaks: dict[str, float] = dict.fromkeys(roads, 0.0)
     wrong: dict[str, str] = {}
