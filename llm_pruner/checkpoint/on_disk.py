@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from itertools import groupby
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_output import PLAN_FILE, check_output, staged_output
-from ..config.config_file import find_layers, is_mtp
+from ..config.config_file import find_layers, is_mtp, stored_quantization
 from ..config.layer_names import LayerNames
 from ..config.module_patterns import (
     QUANTIZATION_FILES,
@@ -23,16 +23,17 @@ from ..config.module_patterns import (
 )
 from ..errors import InvalidPlanError, LoadError, VerificationError
 from ..report.model_card import CARD_FILE, card_text
-from ..results import Manifest, PruningPlan, check_layers
+from ..results import Manifest, PruningPlan, check_layers, layout_hash
 from ..storage.safetensors_files import (
     Checkpoint,
     Kept,
     Pair,
+    StoredTensor,
     byte_ranges,
     header_bytes,
     new_shards,
     read_checkpoint,
-    tensor_hash,
+    tensor_hashes,
 )
 from ..storage.sources import (
     INDEX_FILE,
@@ -47,6 +48,7 @@ from .pruned_config import pruned_config
 from .side_files import side_files
 
 MANIFEST_FILE = "pruning_manifest.json"
+FROM_MEMORY = "memory/"  # begins the names of files that hold what was in memory
 THREADS = 4  # files written at a time
 
 
@@ -67,7 +69,7 @@ def prune_checkpoint(
     The bytes of kept tensors are copied, in the kernel where possible; from the hub only they are
     downloaded. The config follows the same rules as in `BasePruner.prune_and_save`. The model card
     is a new one with the metadata of the old; all other files but weights are carried along.
-    ``pruning_manifest.json`` of the output says where every tensor came from.
+    ``pruning_manifest.json`` of the output says where its tensors came from.
 
     Args:
         model_id: ``demo``, a local folder, or an id on the Hugging Face hub.
@@ -135,7 +137,8 @@ def prune_on_disk(
     kept = kept_tensors(checkpoint, names, plan)
     files = with_all_files(source)
     carried, _ = side_files(files, checkpoint.metadata)
-    need = 0 if link else sum(tensor.size for tensor, _, _ in kept) + sum(map(files.size, carried))
+    need = 0 if link else sum(tensor.size for pairs in kept.values() for tensor, _ in pairs)
+    need += sum(map(files.size, carried))
     with staged_output(output_dir, overwrite=overwrite, need=need) as stage:
         manifest = write_checkpoint(
             stage, checkpoint, names, plan, kept, config, files, link=link, hashed=verify
@@ -145,6 +148,8 @@ def prune_on_disk(
             from .verify import verify_loading
 
             verify_loading(stage, checkpoint, names, plan, trust_remote_code=trust_remote_code)
+        del checkpoint, kept  # makes room for the headers of the output
+        check_manifest(stage)
     return plan, manifest
 
 
@@ -154,11 +159,12 @@ def kept_tensors(checkpoint: Checkpoint, names: LayerNames, plan: PruningPlan) -
     Blocks for multi-token prediction stay, and follow the last layer as before, unless the plan
     says otherwise.
     """
-    kept = []
+    kept: Kept = {}
+    keep = plan.keep
     for tensor in checkpoint.tensors.values():
-        name = names.rename(tensor.name, plan.keep)
+        name = names.rename(tensor.name, keep)
         if name is not None and not (plan.drop_mtp and is_mtp(tensor.name, names)):
-            kept.append((tensor, name, tensor.file))
+            kept.setdefault(tensor.file, []).append((tensor, name))
     return kept
 
 
@@ -174,7 +180,7 @@ def write_checkpoint(
     link: bool = False,
     hashed: bool = False,
 ) -> Manifest:
-    """Write a pruned checkpoint with all that is carried along, but for its card, and check it.
+    """Write a pruned checkpoint with all that is carried along, but for its card.
 
     Args:
         stage: an empty folder.
@@ -188,19 +194,17 @@ def write_checkpoint(
         hashed: record a hash of every tensor.
     """
     shards = new_shards(kept)
-    manifest = _manifest(checkpoint, plan, shards, hashed=hashed)
+    manifest = _manifest(checkpoint, names, plan, shards, hashed=hashed)
     _write_shards(checkpoint, stage, shards, link=link)
     if list(shards) != [SINGLE_FILE]:
-        weight_map = {name: entry["file"] for name, entry in sorted(manifest.tensors.items())}
-        total = {"total_size": manifest.bytes_after}
-        write_json(stage / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
-    modules = module_names(checkpoint.tensors)
-    write_json(stage / "config.json", follow_config(config, names, plan.keep, modules))
+        _write_index(stage / INDEX_FILE, shards, manifest.bytes_after)
+    if stored_quantization(config):
+        config = follow_config(config, names, plan.keep, module_names(checkpoint.tensors))
+    write_json(stage / "config.json", config)
     left = carry_along(files, stage, names, plan.keep, checkpoint.tensors, checkpoint.metadata)
     manifest = replace(manifest, left_behind=left)
     plan.save(stage / PLAN_FILE)
     manifest.save(stage / MANIFEST_FILE)
-    check_manifest(stage)
     return manifest
 
 
@@ -226,12 +230,12 @@ def carry_along(
         The files that were left behind.
     """
     carried, left = side_files(source, weights)
-    modules = module_names(tensors)
     for file in carried:
         target = stage / file
         target.parent.mkdir(parents=True, exist_ok=True)
         if file in QUANTIZATION_FILES:
-            write_json(target, follow_removal(source.read_json(file), names, kept, modules))
+            settings = source.read_json(file)
+            write_json(target, follow_removal(settings, names, kept, module_names(tensors)))
             continue
         with target.open("wb") as opened:
             source.copy(file, 0, source.size(file), opened)
@@ -263,26 +267,44 @@ def _card(source: Source, plan: PruningPlan) -> str:
 
 
 def _manifest(
-    checkpoint: Checkpoint, plan: PruningPlan, shards: dict[str, list[Pair]], *, hashed: bool
+    checkpoint: Checkpoint,
+    names: LayerNames,
+    plan: PruningPlan,
+    shards: dict[str, list[Pair]],
+    *,
+    hashed: bool,
 ) -> Manifest:
-    pairs = [pair for file_pairs in shards.values() for pair in file_pairs]
-    tensors = {
-        new.name: {
-            **new.description,
-            "from": old.name,
-            "from_file": old.file,
-            "sha256": tensor_hash(checkpoint.source, old) if hashed else None,
+    files = {
+        file: {
+            "from": sorted({old.file for old, _ in pairs if not old.file.startswith(FROM_MEMORY)}),
+            "tensors": len(pairs),
+            "layout": layout_hash((name, old.dtype, old.shape) for old, name in pairs),
         }
-        for old, new in pairs
+        for file, pairs in shards.items()
     }
+    hashes: dict[str, str] = {}
+    for pairs in shards.values() if hashed else ():
+        found = tensor_hashes(checkpoint.source, (old for old, _ in pairs))
+        hashes.update(zip((name for _, name in pairs), found, strict=True))
     return Manifest(
         source=checkpoint.source.name,
         revision=checkpoint.source.revision,
         num_layers=plan.num_layers,
         remove=plan.remove,
+        prefixes=names.prefixes,
         bytes_before=checkpoint.bytes,
-        bytes_after=sum(new.size for _, new in pairs),
-        tensors=tensors,
+        bytes_after=sum(old.size for pairs in shards.values() for old, _ in pairs),
+        tensors=sum(map(len, shards.values())),
+        files=files,
+        from_memory=tuple(
+            sorted(
+                name
+                for pairs in shards.values()
+                for old, name in pairs
+                if old.file.startswith(FROM_MEMORY)
+            )
+        ),
+        sha256=hashes,
     )
 
 
@@ -295,7 +317,7 @@ def _write_shards(
         jobs = []
         for file, pairs in shards.items():
             complete = len(pairs) == counts[pairs[0][0].file]
-            unchanged = complete and all(old.name == new.name for old, new in pairs)
+            unchanged = complete and all(old.name == name for old, name in pairs)
             job = pool.submit(_write_shard, checkpoint, stage / file, pairs, link and unchanged)
             jobs.append(job)
         try:
@@ -316,7 +338,7 @@ def _write_shard(checkpoint: Checkpoint, path: Path, pairs: Sequence[Pair], link
             logger.warning("%s is copied, since it cannot be linked: %s.", file, error.strerror)
     first = pairs[0][0].start
     with path.open("wb") as target:
-        target.write(header_bytes([new for _, new in pairs], checkpoint.metadata[file], first))
+        target.write(header_bytes(pairs, checkpoint.metadata[file], first))
         for origin, part in groupby(pairs, key=lambda pair: pair[0].file):
             for start, end in byte_ranges(old for old, _ in part):
                 checkpoint.source.copy(origin, start, end, target)
@@ -329,28 +351,69 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _write_index(path: Path, shards: dict[str, list[Pair]], total: int) -> None:
+    """Write the file of every tensor, line by line: the text of it all is never in memory."""
+    entries = sorted((name, file) for file, pairs in shards.items() for _, name in pairs)
+    with path.open("w", encoding="utf-8") as index:
+        index.write(f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{')
+        for number, (name, file) in enumerate(entries):
+            index.write(f"{',' if number else ''}\n    {json.dumps(name)}: {json.dumps(file)}")
+        index.write("\n  }\n}\n")
+
+
+def tensor_origin(manifest: Manifest, name: str) -> str | None:
+    """What the source calls a tensor of the output; None if it was not copied from there."""
+    if name in manifest.from_memory:
+        return None
+    if not manifest.prefixes:
+        return name
+    return LayerNames(manifest.prefixes, manifest.num_layers).original(name, manifest.keep)
+
+
 def check_manifest(folder: str | Path) -> Manifest:
     """Compare a pruned checkpoint with its manifest, which is returned.
 
-    Names, files, dtypes and shapes have to agree, and hashes where the manifest has them.
+    In every file the tensors' names, dtypes and shapes have to agree; their bytes too, where the
+    manifest has hashes of them. Manifests of format 1 are read as well.
 
     Raises:
-        VerificationError: they differ; the message names a tensor.
+        VerificationError: they differ; the message names the file, or the tensor if the manifest
+            has hashes.
         LoadError, InvalidPlanError: the checkpoint or its manifest cannot be read.
     """
     checkpoint = read_checkpoint(LocalFolder(folder))
     manifest = Manifest.load(Path(folder) / MANIFEST_FILE)
-    for name in sorted(checkpoint.tensors.keys() | manifest.tensors.keys()):
-        tensor, entry = checkpoint.tensors.get(name), manifest.tensors.get(name)
-        if tensor is None or entry is None:
-            where = "checkpoint" if tensor is None else "manifest"
+    if manifest.sha256:
+        stored = checkpoint.tensors
+        _same_names("Tensor", stored.keys(), manifest.sha256.keys(), folder)
+        hashes = tensor_hashes(checkpoint.source, stored.values())
+        for name, sha256 in zip(stored, hashes, strict=True):
+            if sha256 != manifest.sha256[name]:
+                raise VerificationError(
+                    f"Tensor {name!r} in {str(folder)!r} is not what its manifest says: prune "
+                    "again."
+                )
+    _same_names("File", checkpoint.metadata.keys(), manifest.files.keys(), folder)
+    in_file: dict[str, list[StoredTensor]] = {file: [] for file in checkpoint.metadata}
+    for tensor in checkpoint.tensors.values():
+        in_file[tensor.file].append(tensor)
+    for file, tensors in in_file.items():
+        entry = manifest.files[file]
+        layout = layout_hash((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
+        if (len(tensors), layout) != (entry["tensors"], entry["layout"]):
             raise VerificationError(
-                f"Tensor {name!r} is not in the {where} of {str(folder)!r}: prune again."
-            )
-        same = all(entry[key] == value for key, value in tensor.description.items())
-        sha256 = entry["sha256"]
-        if not same or (sha256 and tensor_hash(checkpoint.source, tensor) != sha256):
-            raise VerificationError(
-                f"Tensor {name!r} in {str(folder)!r} is not what its manifest says: prune again."
+                f"File {file!r} in {str(folder)!r} holds {len(tensors)} tensors that are not the "
+                f"{entry['tensors']} of its manifest, by their names, dtypes and shapes: prune "
+                "again."
             )
     return manifest
+
+
+def _same_names(kind: str, stored: Set[str], listed: Set[str], folder: str | Path) -> None:
+    """Raise VerificationError if names are only in the checkpoint or only in the manifest."""
+    if stored != listed:
+        name = min(stored ^ listed)
+        where = "manifest" if name in stored else "checkpoint"
+        raise VerificationError(
+            f"{kind} {name!r} is not in the {where} of {str(folder)!r}: prune again."
+        )

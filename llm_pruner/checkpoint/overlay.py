@@ -9,7 +9,6 @@ prediction, comes from the checkpoint.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +20,10 @@ from ..model.loading import stored_tensors
 from ..model.stored_names import loading_keys, natural_order
 from ..storage.safetensors_files import Checkpoint, Kept, StoredTensor, read_checkpoint
 from ..storage.sources import Joined, LocalFolder, Source
+from .on_disk import FROM_MEMORY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-FROM_MEMORY = "memory/"  # begins the names of files that hold what was in memory
 
 
 def stored_dtype(checkpoint: Checkpoint, config: dict[str, Any]) -> str:
@@ -52,17 +50,23 @@ class _Comparison:
         if old.shape != new.shape:
             return False
         if old.dtype == new.dtype:
-            pairs = zip(self._blocks(old), self._blocks(new), strict=True)
-            return all(before == after for before, after in pairs)
+            return self._same_bytes(old, new)
         if not self.same_dtype:
             return False
         before, after = self._tensor(self.checkpoint, old), self._tensor(self.memory, new)
         return bool(torch.equal(before.to(after.dtype), after))
 
-    def _blocks(self, tensor: StoredTensor) -> Iterable[bytes]:
-        of_memory = self.memory.tensors.get(tensor.name) is tensor
-        source = self.memory.source if of_memory else self.checkpoint.source
-        return source.blocks(tensor.file, tensor.start, tensor.end)
+    def equals(self, old: StoredTensor, tensor: torch.Tensor) -> bool:
+        """Whether a tensor that memory does not write twice (tied weights) is the stored one."""
+        stored = self._tensor(self.checkpoint, old)
+        return bool(torch.equal(stored.to(tensor.dtype), tensor.cpu()))
+
+    def _same_bytes(self, old: StoredTensor, new: StoredTensor) -> bool:
+        there, here = self.checkpoint.source, self.memory.source
+        with there.opened(old.file) as read_old, here.opened(new.file) as read_new:
+            before = there.blocks(old.file, old.start, old.end, read_old)
+            after = here.blocks(new.file, new.start, new.end, read_new)
+            return all(a == b for a, b in zip(before, after, strict=True))
 
     def _tensor(self, checkpoint: Checkpoint, tensor: StoredTensor) -> torch.Tensor:
         assert checkpoint.source.folder is not None
@@ -90,25 +94,26 @@ def put_over(
     same_dtype = str(model.dtype).removeprefix("torch.") == dtype
     comparison = _Comparison(checkpoint, memory, same_dtype)
     left = dict(memory.tensors)
-    new_names = {name for _, name, _ in kept}
+    new_names = {name for pairs in kept.values() for _, name in pairs}
     keys = loading_keys(model, [name for name in new_names if name not in left])
     of_memory = loading_keys(model, [name for name in left if name not in new_names])
     elsewhere = _paired(keys, of_memory)
     served, state = set(of_memory.values()), stored_tensors(model)
-    chosen: Kept = []
-    for old, name, file in kept:
-        new = left.pop(elsewhere.get(name, name), None)
-        if new is not None:
-            held = comparison.still_held(old, new)
-            chosen.append((old if held else _moved(new), name, file))
-        elif keys.get(name) not in state or (
-            keys[name] not in served and _equals(comparison, old, state[keys[name]])
-        ):
-            chosen.append((old, name, file))
-    last = kept[-1][2]
-    chosen += [(_moved(tensor), tensor.name, last) for tensor in left.values()]
+    chosen: Kept = {}
+    for file, pairs in kept.items():
+        chosen[file] = []
+        for old, name in pairs:
+            new = left.pop(elsewhere.get(name, name), None)
+            if new is not None:
+                held = comparison.still_held(old, new)
+                chosen[file].append((old if held else _moved(new), name))
+            elif keys.get(name) not in state or (
+                keys[name] not in served and comparison.equals(old, state[keys[name]])
+            ):
+                chosen[file].append((old, name))
+    chosen[[*kept][-1]] += [(_moved(tensor), tensor.name) for tensor in left.values()]
     files = {FROM_MEMORY + file: entry for file, entry in memory.metadata.items()}
-    both = {tensor.name: tensor for tensor, _, _ in chosen}
+    both = {tensor.name: tensor for pairs in chosen.values() for tensor, _ in pairs}
 
     def find(file: str) -> tuple[Source, str]:
         above = file.startswith(FROM_MEMORY)
@@ -142,9 +147,3 @@ def _by_key(keys: dict[str, str]) -> dict[str, list[str]]:
     for name in sorted(keys, key=natural_order):
         found.setdefault(keys[name], []).append(name)
     return found
-
-
-def _equals(comparison: _Comparison, old: StoredTensor, tensor: torch.Tensor) -> bool:
-    """Whether a tensor that memory does not write twice (tied weights) is still the stored one."""
-    stored = comparison._tensor(comparison.checkpoint, old)
-    return bool(torch.equal(stored.to(tensor.dtype), tensor.cpu()))

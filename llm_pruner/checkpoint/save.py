@@ -33,7 +33,7 @@ from ..storage.origin import loaded_from, original_checkpoint
 from ..storage.safetensors_files import Checkpoint, Kept
 from ..storage.sources import with_all_files
 from ..utils import count_bytes, logger
-from .on_disk import carry_along, kept_tensors, write_checkpoint, write_json
+from .on_disk import carry_along, check_manifest, kept_tensors, write_checkpoint, write_json
 from .overlay import put_over, stored_dtype
 from .pruned_config import as_read
 from .verify import verify_checkpoint
@@ -73,6 +73,8 @@ def new_checkpoint(
             plan.save(stage / PLAN_FILE)
         if _is_another(tokenizer, stage):
             tokenizer.save_pretrained(stage)
+        if original is not None:
+            check_manifest(stage)
         verify_checkpoint(stage, pruned, unused=unused)
         yield stage
 
@@ -132,7 +134,7 @@ def _write_pruned(original: Checkpoint, pruned: Any, plan: PruningPlan, stage: P
         config = without_missing_code(config, files.files())
     if quantization_method(pruned) or stored_quantization(original.config):
         write_checkpoint(stage, original, names, plan, kept, config, files)
-        return {name for _, name, _ in kept}
+        return {name for pairs in kept.values() for _, name in pairs}
     dtype = stored_dtype(original, original.config)
     with tempfile.TemporaryDirectory(dir=stage, prefix=".memory-") as folder:
         write_model(pruned, Path(folder))
@@ -175,7 +177,7 @@ def _names_class(values: dict[str, Any], model: Any) -> bool:
 def _not_loaded(model: Any, kept: Kept) -> set[str]:
     from ..model.stored_names import loading_keys
 
-    keys = loading_keys(model, [name for _, name, _ in kept])
+    keys = loading_keys(model, [name for pairs in kept.values() for _, name in pairs])
     state = stored_tensors(model)
     return {key for key in keys.values() if key not in state}
 

@@ -46,12 +46,13 @@ def curve_text(curve: DepthCurve) -> str:
 
 def manifest_text(manifest: Manifest, plan: PruningPlan, output_dir: str) -> str:
     """What pruning on disk has written."""
-    hashed = all(entry["sha256"] for entry in manifest.tensors.values())
-    how = "every byte compared, reloaded" if hashed else "compared by name, shape and size"
+    how = "compared by name, shape and size"
+    if manifest.sha256:
+        how = "every byte compared, reloaded"
     return (
         f"{_headline('Removed', plan)}\n\n"
         f"{manifest.bytes_after / 1e6:,.2f} of {manifest.bytes_before / 1e6:,.2f} MB kept, "
-        f"{len(manifest.tensors)} tensors, bit for bit ({how}).\n"
+        f"{manifest.tensors} tensors, bit for bit ({how}).\n"
         f"{_left_behind(manifest)}Checkpoint: {output_dir}\n{_cost(plan)}\n"
     )
 

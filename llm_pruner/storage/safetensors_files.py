@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import Any
 
 from .sources import FILE_BLOCK, INDEX_FILE, MAX_JSON, SINGLE_FILE, Source
+
+Shape = tuple[int, ...]
 
 SAMPLE = 64  # bytes of each tensor that tell two checkpoints apart
 BITS = {
@@ -32,14 +35,14 @@ BITS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a file."""
+    """A tensor in a file. There may be 100,000: texts and shapes that many have are shared."""
 
     name: str
     file: str
     dtype: str  # as safetensors names it, such as BF16
-    shape: tuple[int, ...]
+    shape: Shape
     start: int  # its bytes in the file, header included
     end: int
 
@@ -48,15 +51,9 @@ class StoredTensor:
         """Its bytes."""
         return self.end - self.start
 
-    @property
-    def description(self) -> dict[str, Any]:
-        """What a manifest says of it."""
-        return {"file": self.file, "dtype": self.dtype, "shape": list(self.shape)}
 
-
-Pair = tuple[StoredTensor, StoredTensor]  # a tensor as it is, and as it will be
-# Tensors that stay, each with its new name and the file of the original that it goes with.
-Kept = list[tuple[StoredTensor, str, str]]
+Pair = tuple[StoredTensor, str]  # a tensor as it is, and the name that it will have
+Kept = dict[str, list[Pair]]  # what stays, by the file of the original that it goes with
 
 
 @dataclass(frozen=True)
@@ -84,12 +81,11 @@ class Checkpoint:
         every tensor, if they are on this machine; ``revision``: commit of a hub repository.
         """
         names, weights = hashlib.sha256(), hashlib.sha256()
-        for _, tensor in sorted(self.tensors.items()):
-            names.update(f"{tensor.name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
-            if self.source.folder is not None:
-                middle = tensor.start + max(0, tensor.size - SAMPLE) // 2
-                end = min(tensor.end, middle + SAMPLE)
-                weights.update(self.source.read(tensor.file, middle, end))
+        samples = {} if self.source.folder is None else dict(_samples(self))
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name]
+            names.update(f"{name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
+            weights.update(samples.get(name, b""))
         found = {"tensors": names.hexdigest()[:16]}
         if self.source.folder is not None:
             found["weights"] = weights.hexdigest()[:16]
@@ -106,26 +102,46 @@ def read_checkpoint(source: Source) -> Checkpoint:
     """
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, dict[str, str]] = {}
-    for file in source.weight_files():
-        found, metadata[file] = _read_header(source, file)
+    index = source.weight_map()
+    differing: list[str] = []
+    shapes: dict[Shape, Shape] = {}
+    for file in [SINGLE_FILE] if index is None else sorted(set(index.values())):
+        found, metadata[file] = _read_header(source, file, shapes)
         for tensor in found:
-            if tensor.name in tensors:
-                other = tensors[tensor.name].file
-                raise source.broken(file, f"tensor {tensor.name!r} stands in {other!r} too")
-            tensors[tensor.name] = tensor
-    if INDEX_FILE in source.files():
-        index = source.read_json(INDEX_FILE)["weight_map"]
-        stored = {name: tensor.file for name, tensor in tensors.items()}
-        differing = index.items() ^ stored.items()
-        if differing:
-            name = min(name for name, _ in differing)
-            there = f"in {stored[name]!r}" if name in stored else "in no file"
-            reason = f"tensor {name!r} is {there}, and the index says {index.get(name, 'none')!r}"
-            raise source.broken(INDEX_FILE, reason)
+            name = tensor.name
+            if name in tensors:
+                other = tensors[name].file
+                raise source.broken(file, f"tensor {name!r} stands in {other!r} too")
+            tensors[name] = tensor
+            if index is not None and index.get(name) == file:
+                del index[name]  # what is left at the end is in no file
+            elif index is not None:
+                differing.append(name)
+    if index or differing:
+        name = min((*(index or ()), *differing))
+        there = f"in {tensors[name].file!r}" if name in tensors else "in no file"
+        said = (index or {}).get(name, "none")
+        reason = f"tensor {name!r} is {there}, and the index says {said!r}"
+        raise source.broken(INDEX_FILE, reason)
     return Checkpoint(source, tensors, metadata)
 
 
-def _read_header(source: Source, file: str) -> tuple[list[StoredTensor], dict[str, str]]:
+def _samples(checkpoint: Checkpoint) -> Iterator[tuple[str, bytes]]:
+    """Some bytes of every tensor, file by file."""
+    for file, tensors in groupby(checkpoint.tensors.values(), key=_file):
+        with checkpoint.source.opened(file) as read:
+            for tensor in tensors:
+                middle = tensor.start + max(0, tensor.size - SAMPLE) // 2
+                yield tensor.name, read(middle, min(tensor.end, middle + SAMPLE))
+
+
+def _file(tensor: StoredTensor) -> str:
+    return tensor.file
+
+
+def _read_header(
+    source: Source, file: str, shapes: dict[Shape, Shape]
+) -> tuple[list[StoredTensor], dict[str, str]]:
     size = source.size(file)
     prefix = source.read(file, 0, 8)
     length = int.from_bytes(prefix, "little")
@@ -135,9 +151,10 @@ def _read_header(source: Source, file: str) -> tuple[list[StoredTensor], dict[st
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
         raise source.broken(file, "its metadata is not a JSON object")
-    tensors = [_entry(source, file, name, entry, 8 + length) for name, entry in header.items()]
+    base = 8 + length
+    tensors = [_entry(source, file, name, entry, base, shapes) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
-    end = 8 + length
+    end = base
     for tensor in tensors:
         if tensor.start != end:
             reason = f"tensor {tensor.name!r} begins at byte {tensor.start}, not at {end}"
@@ -148,12 +165,15 @@ def _read_header(source: Source, file: str) -> tuple[list[StoredTensor], dict[st
     return tensors, metadata
 
 
-def _entry(source: Source, file: str, name: str, entry: Any, base: int) -> StoredTensor:
+def _entry(
+    source: Source, file: str, name: str, entry: Any, base: int, shapes: dict[Shape, Shape]
+) -> StoredTensor:
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         start, end = entry["data_offsets"]
-        if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
-            raise ValueError("a negative or fractional number")
+        for number in (*shape, start, end):
+            if type(number) is not int or number < 0:
+                raise ValueError("a negative or fractional number")
         bits = math.prod(shape) * BITS[dtype]
     except (TypeError, KeyError, ValueError) as error:
         reason = f"the entry of tensor {name!r} is damaged ({error})"
@@ -164,42 +184,36 @@ def _entry(source: Source, file: str, name: str, entry: Any, base: int) -> Store
             f"tensor {name!r} of {dtype} {list(shape)} needs {bits / 8:,.0f} bytes, and its "
             f"offsets give it {end - start:,}",
         )
+    shape, dtype = shapes.setdefault(shape, shape), sys.intern(dtype)
     return StoredTensor(name, file, dtype, shape, base + start, base + end)
 
 
 def new_shards(kept: Kept) -> dict[str, list[Pair]]:
-    """The files to write, by name: for each the kept tensors, as they are and as they will be.
+    """The files to write, by name: for each the kept tensors and their new names.
 
-    A new file holds what is kept of one old file, in the same order. Its byte ranges count from
-    the end of the header, whose length is not known yet.
+    A new file holds what is kept of one old file, in the same order.
     """
-    groups = [list(group) for _, group in groupby(kept, key=lambda entry: entry[2])]
-    shards: dict[str, list[Pair]] = {}
-    for number, group in enumerate(groups, 1):
-        several = len(groups) > 1
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if several else SINGLE_FILE
-        end = 0
-        for tensor, name, _ in group:
-            start, end = end, end + tensor.size
-            new = replace(tensor, name=name, file=file, start=start, end=end)
-            shards.setdefault(file, []).append((tensor, new))
-    return shards
+    groups = [pairs for pairs in kept.values() if pairs]
+    if len(groups) == 1:
+        return {SINGLE_FILE: groups[0]}
+    total = len(groups)
+    return {f"model-{n:05d}-of-{total:05d}.safetensors": group for n, group in enumerate(groups, 1)}
 
 
-def header_bytes(
-    tensors: Sequence[StoredTensor], metadata: dict[str, str], aligned_with: int = 0
-) -> bytes:
-    """Length and header of a file of these tensors, padded with spaces.
+def header_bytes(tensors: Iterable[Pair], metadata: dict[str, str], aligned_with: int = 0) -> bytes:
+    """Length and header of a file of these tensors, one after the other, padded with spaces.
 
     The padding makes the first tensor begin as far into a block of the file system as byte
     `aligned_with`, since whole blocks can be shared; at the least, to a multiple of eight bytes.
     """
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    for tensor in tensors:
-        entries[tensor.name] = {
+    end = 0
+    for tensor, name in tensors:
+        start, end = end, end + tensor.size
+        entries[name] = {
             "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [tensor.start, tensor.end],
+            "shape": tensor.shape,
+            "data_offsets": (start, end),
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * ((aligned_with - 8 - len(text)) % FILE_BLOCK)
@@ -218,9 +232,12 @@ def byte_ranges(tensors: Iterable[StoredTensor]) -> list[tuple[int, int]]:
     return ranges
 
 
-def tensor_hash(source: Source, tensor: StoredTensor) -> str:
-    """SHA-256 of a tensor's bytes."""
-    digest = hashlib.sha256()
-    for block in source.blocks(tensor.file, tensor.start, tensor.end):
-        digest.update(block)
-    return digest.hexdigest()
+def tensor_hashes(source: Source, tensors: Iterable[StoredTensor]) -> Iterator[str]:
+    """SHA-256 of each tensor's bytes; a file is opened once for tensors that follow each other."""
+    for file, group in groupby(tensors, key=_file):
+        with source.opened(file) as read:
+            for tensor in group:
+                digest = hashlib.sha256()
+                for block in source.blocks(file, tensor.start, tensor.end, read):
+                    digest.update(block)
+                yield digest.hexdigest()

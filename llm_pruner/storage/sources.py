@@ -9,6 +9,7 @@ import errno
 import json
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 FILE_BLOCK = 4096  # bytes: the unit in which file systems share data, if they do
 BLOCK = 2**24  # bytes read at once where the kernel cannot copy
 MAX_JSON = 100_000_000  # bytes, the limit of the safetensors library for a header
+Read = Callable[[int, int], bytes]  # of a file that is open, the bytes of a range
 NOT_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
 
 
@@ -80,15 +82,24 @@ class Source(ABC):
     def read(self, file: str, start: int, end: int) -> bytes:
         """The bytes from `start` up to `end` of a file; fewer only where it ends before."""
 
+    @contextmanager
+    def opened(self, file: str) -> Iterator[Read]:
+        """`read` for one file, for many ranges of it."""
+        yield lambda start, end: self.read(file, start, end)
+
     def copy(self, file: str, start: int, end: int, target: BinaryIO) -> None:
         """Append the same bytes to `target`; LoadError if the file ends before."""
-        target.writelines(self.blocks(file, start, end))
+        with self.opened(file) as read:
+            target.writelines(self.blocks(file, start, end, read))
 
-    def blocks(self, file: str, start: int, end: int) -> Iterator[bytes]:
-        """The same bytes, a limited number at a time; LoadError if the file ends before."""
+    def blocks(self, file: str, start: int, end: int, read: Read) -> Iterator[bytes]:
+        """The same bytes, a limited number at a time; LoadError if the file ends before.
+
+        `read` is what `opened` gives for the file.
+        """
         for begin in range(start, end, BLOCK):
             wanted = min(BLOCK, end - begin)
-            block = self.read(file, begin, begin + wanted)
+            block = read(begin, begin + wanted)
             if len(block) != wanted:
                 raise self.broken(file, f"it ends at byte {begin + len(block)}, before {end}")
             yield block
@@ -99,37 +110,43 @@ class Source(ABC):
         if end - start > MAX_JSON:
             raise self.broken(file, f"it has {end - start:,} bytes")
         try:
-            found = json.loads(self.read(file, start, end), object_pairs_hook=_unique)
+            found = json.loads(self._text(file, start, end), object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
             raise self.broken(file, f"not valid JSON: {error}") from error
         if not isinstance(found, dict):
             raise self.broken(file, "it holds no JSON object")
         return found
 
+    def _text(self, file: str, start: int, end: int) -> str:
+        raw = self.read(file, start, end)  # freed before the text is taken apart
+        return raw.decode(json.detect_encoding(raw), "surrogatepass")
+
     def weight_files(self) -> list[str]:
-        """The safetensors files that hold the weights, sorted.
+        """The safetensors files that hold the weights, sorted; see `weight_map`."""
+        index = self.weight_map()
+        return [SINGLE_FILE] if index is None else sorted(set(index.values()))
+
+    def weight_map(self) -> dict[str, str] | None:
+        """The file of every tensor by its name, as the index has it; None for one file alone.
 
         Raises:
-            LoadError: there are none, or the index names anything but files beside it.
+            LoadError: there are no weights, or the index names anything but files beside it.
         """
         there = set(self.files())
         if INDEX_FILE not in there:
             if SINGLE_FILE in there:
-                return [SINGLE_FILE]
+                return None
             raise LoadError(_no_weights(self.name, there))
         weight_map = self.read_json(INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise self.broken(INDEX_FILE, "it has no 'weight_map' from tensors to files")
-        names = set(weight_map.values())
-        for name in names:
-            plain = isinstance(name, str) and name == Path(name).name and "\\" not in name
-            if not plain or not name.endswith(".safetensors"):
-                reason = f"it refers to {name!r}, which is not the name of a file beside it"
-                raise self.broken(INDEX_FILE, reason)
-        missing = sorted(names - there)
-        if missing:
-            raise self.broken(INDEX_FILE, f"it refers to {missing[0]!r}, which is not there")
-        return sorted(names)
+        known = {file: file for file in there if _is_plain(file)}
+        for tensor, file in weight_map.items():
+            if not isinstance(file, str) or file not in known:
+                reason = "there" if _is_plain(file) else "the name of a file beside it"
+                raise self.broken(INDEX_FILE, f"it refers to {file!r}, which is not {reason}")
+            weight_map[tensor] = known[file]  # one text for all tensors of a file
+        return weight_map
 
     def broken(self, file: str, reason: str) -> LoadError:
         """The error for a file that is not what it should be."""
@@ -139,11 +156,20 @@ class Source(ABC):
         )
 
 
+def _is_plain(file: Any) -> bool:
+    """Whether it is the name of a safetensors file without a folder."""
+    return (
+        isinstance(file, str)
+        and file.endswith(".safetensors")
+        and file == Path(file).name
+        and "\\" not in file
+    )
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"{twice!r} is there twice")
     return found
 
@@ -180,9 +206,20 @@ class LocalFolder(Source):
             return (self.folder / file).stat().st_size
 
     def read(self, file: str, start: int, end: int) -> bytes:
-        with self._reading(file), (self.folder / file).open("rb", buffering=0) as opened:
-            opened.seek(start)
-            return opened.read(end - start) or b""
+        with self.opened(file) as read:
+            return read(start, end)
+
+    @contextmanager
+    def opened(self, file: str) -> Iterator[Read]:
+        def read(start: int, end: int) -> bytes:
+            with self._reading(file):
+                opened.seek(start)
+                return opened.read(end - start) or b""
+
+        with self._reading(file):
+            opened = (self.folder / file).open("rb", buffering=0)
+        with opened:
+            yield read
 
     def copy(self, file: str, start: int, end: int, target: BinaryIO) -> None:
         """Append a range of a file to `target`, in the kernel where possible."""
@@ -294,6 +331,12 @@ class Joined(Source):
     def read(self, file: str, start: int, end: int) -> bytes:
         source, name = self._find(file)
         return source.read(name, start, end)
+
+    @contextmanager
+    def opened(self, file: str) -> Iterator[Read]:
+        source, name = self._find(file)
+        with source.opened(name) as read:
+            yield read
 
     def copy(self, file: str, start: int, end: int, target: BinaryIO) -> None:
         source, name = self._find(file)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
+from collections import Counter
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import slicing
 import torch
 import zoo
 from conftest import tiny_llama
@@ -22,7 +26,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llm_pruner import LayerStack, PruningPlan, SmartPruner
-from llm_pruner.checkpoint.on_disk import check_manifest, prune_checkpoint
+from llm_pruner.checkpoint.on_disk import (
+    MANIFEST_FILE,
+    check_manifest,
+    prune_checkpoint,
+    tensor_origin,
+)
 from llm_pruner.checkpoint.save import write_model
 from llm_pruner.config.config_file import (
     SPELLED_OUT,
@@ -38,8 +47,8 @@ from llm_pruner.errors import (
     VerificationError,
 )
 from llm_pruner.results import Manifest
-from llm_pruner.storage.safetensors_files import header_bytes, read_checkpoint
-from llm_pruner.storage.sources import INDEX_FILE, LocalFolder
+from llm_pruner.storage.safetensors_files import header_bytes, read_checkpoint, tensor_hashes
+from llm_pruner.storage.sources import INDEX_FILE, LocalFolder, open_source
 
 REMOVED = (1, 3)
 
@@ -96,7 +105,7 @@ def test_the_result_is_that_of_pruning_in_memory(model_type, tmp_path):
     write_model(model, tmp_path / "source")
     write_model(LayerStack(model).remove(REMOVED), tmp_path / "memory")
     manifest = prune_checkpoint(tmp_path / "source", REMOVED, tmp_path / "disk")
-    assert assert_same(tmp_path / "memory", tmp_path / "disk") == manifest.tensors.keys()
+    assert len(assert_same(tmp_path / "memory", tmp_path / "disk")) == manifest.tensors
     assert config(tmp_path / "memory") == config(tmp_path / "disk")
 
 
@@ -406,12 +415,205 @@ def test_impossible_layers_and_folders_are_refused(source, tmp_path):
 def test_a_manifest_finds_a_flipped_bit(source, tmp_path):
     prune_checkpoint(source, REMOVED, tmp_path / "out", verify=True)
     manifest = check_manifest(tmp_path / "out")
-    file = tmp_path / "out" / next(iter(manifest.tensors.values()))["file"]
+    assert len(manifest.sha256) == manifest.tensors
+    file = tmp_path / "out" / min(manifest.files)
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
-    with pytest.raises(VerificationError, match="is not what its manifest says"):
+    last = list(load_file(file))[-1]
+    with pytest.raises(VerificationError, match=r"Tensor '.*' in .* is not what its manifest"):
         check_manifest(tmp_path / "out")
+    with pytest.raises(VerificationError, match=re.escape(last)):
+        check_manifest(tmp_path / "out")
+
+
+NORM = "model.norm.weight"
+
+
+def _lost(stored):
+    del stored[NORM]
+
+
+def _added(stored):
+    stored["more"] = torch.ones(3)
+
+
+def _renamed(stored):
+    stored["more"] = stored.pop(NORM)
+
+
+def _of_another_dtype(stored):
+    stored[NORM] = stored[NORM].bfloat16()
+
+
+def _of_another_shape(stored):
+    stored[NORM] = stored[NORM].reshape(2, -1)
+
+
+@pytest.mark.parametrize("change", [_lost, _added, _renamed, _of_another_dtype, _of_another_shape])
+def test_a_manifest_finds_another_tensor(source, tmp_path, change):
+    """It names the file; the tensor, if it has hashes and its name or its bytes are others."""
+    for name, verify in (("plain", False), ("hashed", True)):
+        out = tmp_path / name
+        prune_checkpoint(source, REMOVED, out, verify=verify)
+        with last_file(out) as stored:
+            change(stored)
+        file = sorted(out.glob("*.safetensors"))[-1].name
+        want = rf"File '{file}' in .* by their names, dtypes and shapes: prune again"
+        if verify and change is not _of_another_shape:
+            changed = "more" if change is _added else NORM
+            want = rf"Tensor '{changed}' (is not in the|in .* is not what its) .*: prune again"
+        with pytest.raises(VerificationError, match=want):
+            check_manifest(out)
+
+
+def test_a_manifest_finds_another_file(source, tmp_path):
+    prune_checkpoint(source, REMOVED, tmp_path / "out")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "one")
+    shutil.copy(tmp_path / "out" / MANIFEST_FILE, tmp_path / "one")
+    with pytest.raises(VerificationError, match=r"File 'model-0.*' is not in the checkpoint of"):
+        check_manifest(tmp_path / "one")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "bart"])
+def test_the_rule_of_a_manifest_says_where_every_tensor_came_from(model_type, tmp_path):
+    """The slow road: the tensor of the source that has the same bytes."""
+    model = zoo.build(model_type)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()  # no two are alike, as norms may be
+    write_model(model, tmp_path / "source")
+    manifest = prune_checkpoint(tmp_path / "source", REMOVED, tmp_path / "out")
+    before, after = tensors(tmp_path / "source"), tensors(tmp_path / "out")
+    for name, tensor in after.items():
+        same = {old for old, x in before.items() if x.shape == tensor.shape and x.equal(tensor)}
+        assert same == {tensor_origin(manifest, name)}
+    assert manifest.tensors == len(after)
+    assert sum(entry["tensors"] for entry in manifest.files.values()) == len(after)
+    healed = replace(manifest, from_memory=(name,))
+    assert tensor_origin(Manifest.from_json(healed.to_json()), name) is None
+
+
+def test_a_manifest_names_the_files_of_the_source(source, tmp_path):
+    manifest = prune_checkpoint(source, REMOVED, tmp_path / "out")
+    for file, entry in manifest.files.items():
+        names = {tensor_origin(manifest, name) for name in load_file(tmp_path / "out" / file)}
+        assert [names <= load_file(source / old).keys() for old in entry["from"]] == [True]
+
+
+@pytest.mark.parametrize("removed", [REMOVED, (6, 7)])
+def test_a_manifest_of_format_1_is_read(source, tmp_path, removed):
+    """It had an entry for every tensor; made here by a road of its own."""
+    out = tmp_path / "out"
+    manifest = prune_checkpoint(source, removed, out, verify=True)
+    old_files = {
+        tensor: path.name for path in source.glob("*.safetensors") for tensor in load_file(path)
+    }
+    kept = [index for index in range(8) if index not in removed]
+    entries = {}
+    for name, file in json.loads((out / INDEX_FILE).read_text())["weight_map"].items():
+        tensor = load_file(out / file)[name]
+        parts = [kept[int(part)] if part.isdecimal() else part for part in name.split(".")]
+        origin = ".".join(map(str, parts))
+        entries[name] = {
+            "file": file,
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "from": origin,
+            "from_file": old_files[origin],
+            "sha256": hashlib.sha256(tensor.numpy().tobytes()).hexdigest(),
+        }
+    body = json.loads(manifest.to_json())
+    for new in ("prefixes", "files", "from_memory", "sha256"):
+        del body[new]
+    body |= {"format": "llm_pruner.manifest/1", "tensors": entries}
+    (out / MANIFEST_FILE).write_text(json.dumps(body))
+    read = check_manifest(out)
+    assert replace(read, prefixes=manifest.prefixes) == manifest
+    for name, entry in entries.items():
+        assert tensor_origin(read, name) == tensor_origin(manifest, name) == entry["from"]
+
+
+@pytest.mark.parametrize("field", ["from", "tensors", "layout"])
+def test_a_damaged_manifest_is_refused(source, tmp_path, field):
+    prune_checkpoint(source, REMOVED, tmp_path / "out")
+    body = json.loads((tmp_path / "out" / MANIFEST_FILE).read_text())
+    del next(iter(body["files"].values()))[field]
+    (tmp_path / "out" / MANIFEST_FILE).write_text(json.dumps(body))
+    with pytest.raises(InvalidPlanError, match=f"Damaged .* is listed without '{field}'"):
+        check_manifest(tmp_path / "out")
+
+
+# Many tensors
+
+
+N_FILES = 12
+FACTS_OF_A_TENSOR = 800  # bytes in memory: its name and its new name, an object, three tables
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """A checkpoint of thousands of tensors of a few bytes."""
+    folder = tmp_path_factory.mktemp("many") / "source"
+    slicing.write_experts(folder, 5000, N_FILES)
+    return folder
+
+
+def test_files_are_opened_once_and_not_for_every_tensor(experts, monkeypatch):
+    opened: Counter[str] = Counter()
+    real = Path.open
+
+    def counted(self, *args, **kwargs):
+        opened[self.name] += 1
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", counted)
+    checkpoint = read_checkpoint(LocalFolder(experts))
+    weights = [file for file in opened if file.endswith(".safetensors")]
+    assert len(weights) == N_FILES
+    assert all(opened[file] <= 2 for file in weights), "the length of the header, and the header"
+    assert opened[INDEX_FILE] == 1
+    opened.clear()
+    checkpoint.identity()
+    assert opened == dict.fromkeys(weights, 1)
+    opened.clear()
+    assert len(list(tensor_hashes(checkpoint.source, checkpoint.tensors.values()))) > 4000
+    assert opened == dict.fromkeys(weights, 1)
+
+
+def test_an_identity_is_what_it_was_when_each_tensor_was_read_alone(experts):
+    """Plans and journals hold it."""
+    checkpoint = read_checkpoint(LocalFolder(experts))
+    names, weights = hashlib.sha256(), hashlib.sha256()
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        names.update(f"{name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
+        middle = tensor.start + max(0, tensor.end - tensor.start - 64) // 2
+        raw = (experts / tensor.file).read_bytes()
+        weights.update(raw[middle : min(tensor.end, middle + 64)])
+    found = {"tensors": names.hexdigest()[:16], "weights": weights.hexdigest()[:16]}
+    assert checkpoint.identity() == found
+    demo = read_checkpoint(open_source("demo")).identity()
+    assert demo == {"tensors": "32cb70ab71d62a93", "weights": "31030b70a318aad0"}
+
+
+def test_what_is_known_of_a_tensor_is_small(experts, tmp_path):
+    checkpoint = read_checkpoint(LocalFolder(experts))
+    stored = checkpoint.tensors.values()
+    for part in ("file", "dtype", "shape"):
+        values = [getattr(tensor, part) for tensor in stored]
+        assert len({id(value) for value in values}) == len(set(values)), f"each {part} is shared"
+    number, folder = len(stored), checkpoint.source.folder
+    del checkpoint, stored, values
+    prune_checkpoint(folder, [5], tmp_path / "warm")  # imports, caches
+    tracemalloc.start()
+    try:
+        prune_checkpoint(folder, [5], tmp_path / "out")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak / number < FACTS_OF_A_TENSOR
+    manifest = (tmp_path / "out" / MANIFEST_FILE).stat().st_size
+    assert manifest < 300 * (N_FILES + 3), "it grows with the files, not with the tensors"
 
 
 def test_verification_finds_that_a_tensor_was_never_there(source, tmp_path):
@@ -428,8 +630,8 @@ def test_headers_are_those_of_the_library(source):
     for file, metadata in checkpoint.metadata.items():
         stored = [t for t in checkpoint.tensors.values() if t.file == file]
         base = stored[0].start
-        moved = [replace(t, start=t.start - base, end=t.end - base) for t in stored]
-        header, aligned = header_bytes(moved, metadata), header_bytes(moved, metadata, base)
+        pairs = [(t, t.name) for t in stored]
+        header, aligned = header_bytes(pairs, metadata), header_bytes(pairs, metadata, base)
         raw = json.loads((source / file).read_bytes()[8:base])
         assert json.loads(header[8:]) == json.loads(aligned[8:]) == raw
         assert len(header) % 8 == 0
@@ -453,13 +655,13 @@ def test_from_the_hub_only_what_stays_is_fetched(hub, source, tmp_path):
     here = prune_checkpoint(source, REMOVED, tmp_path / "here")
     there = prune_checkpoint("me/model", REMOVED, tmp_path / "there")
     assert there.revision == SHA
-    assert there.tensors == here.tensors
+    assert replace(there, source=here.source, revision=None) == here
     assert_same(tmp_path / "there", tmp_path / "here")
     listed = LocalFolder(source)
     rest = sum(listed.size(f) for f in listed.files() if not f.endswith((".safetensors", ".bin")))
     headers = read_checkpoint(listed)
     begins = {t.file: t.start for t in reversed(list(headers.tensors.values()))}
-    again = listed.size("config.json") + 2 * listed.size(INDEX_FILE)
+    again = listed.size("config.json")
     assert hub.sent <= there.bytes_after + rest + sum(begins.values()) + again
     assert hub.sent < there.bytes_before
 
