@@ -22,6 +22,7 @@ from .evaluation.similarity import load_embedder
 from .evaluation.tasks import HolisticEvaluator, item_kinds
 from .healing.heal import Heal
 from .healing.lora_settings import LoraSettings
+from .model.forward import require_language_model
 from .pruners.base import BasePruner
 from .results import DepthCurve, LayerScores, PruningPlan, PruningReport
 from .utils import logger, package_versions
@@ -76,6 +77,7 @@ def carry_out(
     start = time.monotonic()
     pruner.layers.require_weights("carrying a plan out")
     plan.check_model(pruner.num_layers, pruner.identity)
+    require_language_model(pruner.model, "comparing both models")
     check_saveable(pruner.model, pruner.num_layers, heals=heal != "none")
     check_items(held_out)
     refuse_overlap(held_out, plan.data.get("prompts", ()), "held out", "layers were chosen on")

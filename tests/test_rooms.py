@@ -28,7 +28,7 @@ ROOMS = {
     "visualization": "model data evaluation",
     "report": "visualization",
     "checkpoint": "config storage model report",
-    "pruners": "storage model offload data evaluation search healing checkpoint",
+    "pruners": "config storage model offload data evaluation search healing checkpoint",
     "workflow": "model data evaluation healing visualization report checkpoint pruners",
     "cli_arguments": "pruners",
     "cli": "config model offload data healing visualization report checkpoint pruners workflow "

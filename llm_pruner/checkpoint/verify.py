@@ -12,9 +12,10 @@ from ..config.config_file import stored_quantization
 from ..config.layer_names import LayerNames
 from ..errors import VerificationError
 from ..model.architecture_rules import LOOSE, auto_class
-from ..model.forward import evaluating, input_device, position_limit
+from ..model.forward import computed, evaluating, input_device
 from ..model.layer_stack import LayerStack
 from ..model.loading import empty_model, model_class, quantization_method, stored_tensors
+from ..model.probe import probe_inputs
 from ..model.stored_names import alike_name, loading_keys, one_of_each
 from ..results import PruningPlan
 from ..storage.safetensors_files import Checkpoint
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-PROBE_TOKENS = 16
 # Largest difference of logits, relative to the largest logit, that rounding explains.
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
 HALF_TOLERANCE = 3e-2
@@ -42,25 +42,37 @@ def verify_removal(stack: LayerStack, removed: Sequence[int], pruned: PreTrained
         VerificationError: it does not.
     """
     original: Any = stack.model
-    ids = _probe(pruned)
+    probes = probe_inputs(original)
     with evaluating(original), evaluating(pruned):
-        with stack.bypass(removed):
-            want = original(input_ids=ids, use_cache=False).logits
-        got = pruned(input_ids=ids, use_cache=False).logits
-        _require_equal(pruned, got, want, "The pruned model and the bypassed original")
-        whole = original(input_ids=ids, use_cache=False).logits[:, -1]
-        try:
-            cached = _cached_logits(original, ids)
-        except Exception as error:  # the pruned model need not do what the original cannot
-            logger.info("No cache check: %s: %s", type(error).__name__, error)
-            return
-        if cached is None or (usual := _difference(cached, whole)) > _tolerance(original, whole):
-            return
-        stepwise = _cached_logits(pruned, ids)
-        if stepwise is None:
-            raise VerificationError("The pruned model returns no cache, though the original does.")
-        what = "The pruned model with and without cache"
-        _require_equal(pruned, stepwise, got[:, -1], what, allowed=USUAL * usual)
+        for kind, inputs in probes.items():
+            with stack.bypass(removed):
+                want = _run(original, inputs)
+            what = f"The pruned model and the bypassed original, given {kind},"
+            _require_equal(pruned, _run(pruned, inputs), want, what)
+        if getattr(original, "can_generate", lambda: True)():
+            _verify_cache(original, pruned, probes["text"]["input_ids"])
+
+
+def _verify_cache(original: Any, pruned: Any, ids: torch.Tensor) -> None:
+    """Compare passes with and without cache, unless those of the original itself differ."""
+    text = {"input_ids": ids}
+    whole, got = _run(original, text)[:, -1], _run(pruned, text)[:, -1]
+    try:
+        cached = _cached_logits(original, ids)
+    except Exception as error:  # the pruned model need not do what the original cannot
+        logger.info("No cache check: %s: %s", type(error).__name__, error)
+        return
+    if cached is None or (usual := _difference(cached, whole)) > _tolerance(original, whole):
+        return
+    stepwise = _cached_logits(pruned, ids)
+    if stepwise is None:
+        raise VerificationError("The pruned model returns no cache, though the original does.")
+    what = "The pruned model with and without cache"
+    _require_equal(pruned, stepwise, got, what, allowed=USUAL * usual)
+
+
+def _run(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return computed(model(**inputs, use_cache=False))
 
 
 def verify_checkpoint(
@@ -83,12 +95,11 @@ def verify_checkpoint(
         quantizer: Any = model
         options["quantization_config"] = quantizer.hf_quantizer.quantization_config
     reloaded = load_cleanly(folder, auto_class(model), unused, **options)
-    ids = _probe(model)
     reloaded.to(input_device(model))
     with evaluating(model), evaluating(reloaded):
-        want = model(input_ids=ids, use_cache=False).logits
-        got = reloaded(input_ids=ids, use_cache=False).logits
-    _require_equal(model, got, want, "The reloaded checkpoint and the pruned model")
+        for kind, inputs in probe_inputs(model).items():
+            what = f"The reloaded checkpoint and the pruned model, given {kind},"
+            _require_equal(model, _run(reloaded, inputs), _run(model, inputs), what)
 
 
 def verify_loading(
@@ -161,15 +172,6 @@ def load_cleanly(
     return model
 
 
-def _probe(model: Any) -> torch.Tensor:
-    """Fixed tokens within the model's vocabulary and length: (1, tokens)."""
-    config = model.config.get_text_config(decoder=True)
-    length = min(PROBE_TOKENS, position_limit(model))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (1, length), generator=generator)
-    return ids.to(input_device(model))
-
-
 def _cached_logits(model: Any, ids: torch.Tensor) -> torch.Tensor | None:
     """Logits of the last token, if the second half of `ids` is fed token by token with a cache.
 
@@ -204,7 +206,7 @@ def _require_equal(
     difference, allowed = _difference(got, want), max(allowed, _tolerance(model, want))
     if not difference <= allowed:  # written so that NaN fails
         raise VerificationError(
-            f"{what} compute different logits (relative difference {difference:.2g}, allowed "
+            f"{what} compute something else (relative difference {difference:.2g}, allowed "
             f"{allowed:.2g}). Nothing was written. If the weights are finite, please "
             "report this architecture."
         )

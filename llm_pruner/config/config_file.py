@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import LoadError, UnsupportedModelError
 from .layer_names import LayerNames
+from .outer_rules import prune_outer
 from .rules import COUNT_FIELDS, MTP_COUNTS, OTHER_TOWERS, extra_layers, prune_config
 
 MOST_LAYERS = 10_000  # a config that claims more is damaged
@@ -192,6 +193,9 @@ def prune_config_file(
         for name in COUNT_FIELDS:
             if config.get(name) == num_layers:
                 config[name] = len(kept)
+        around = SimpleNamespace(**config)
+        prune_outer(around, kept)
+        config.update(vars(around))
     if drop_mtp:
         for config in (*outer, whole):
             _announce_no_mtp(config)

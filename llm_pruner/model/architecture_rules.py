@@ -171,13 +171,9 @@ def loadable_config(model: Any) -> Any:
 
 
 def auto_class(model: Any) -> Any:
-    """The Auto class that builds a language model, or a wrapper around one, from its checkpoint."""
-    import transformers
+    """The Auto class that builds a model from its checkpoint, whatever head it has."""
+    from transformers import AutoModelForCausalLM
 
-    names = ("CausalLM", "ImageTextToText", "MultimodalLM", "SpeechSeq2Seq", "Seq2SeqLM")
-    for name in names:
-        auto = getattr(transformers, f"AutoModelFor{name}", None)
-        known = auto._model_mapping.get(type(loadable_config(model)), None) if auto else None
-        if known is not None and type(model) in (known if isinstance(known, tuple) else (known,)):
-            return auto
-    return transformers.AutoModelForCausalLM
+    from .loading import find_auto_class
+
+    return find_auto_class(type(loadable_config(model)), type(model)) or AutoModelForCausalLM

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InvalidDataError
+from ..errors import InvalidDataError, UnsupportedModelError
 
 NO_POSITION_LIMIT = 2**20
 HINT = "activations are NaN or overflow. Check the checkpoint, or load it with dtype float32."
@@ -26,6 +26,38 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def computed(output: Any) -> torch.Tensor:
+    """What a model computes: logits, or hidden states where it has no head; labels or tokens."""
+    logits = getattr(output, "logits", None)
+    found: torch.Tensor = output.last_hidden_state if logits is None else logits
+    return found
+
+
+def require_language_model(model: Any, purpose: str) -> None:
+    """Raise UnsupportedModelError if `purpose` needs the likelihood of tokens, and there is none.
+
+    Classifiers, reward models and embedding models have no language model's head.
+    """
+    head = getattr(model, "get_output_embeddings", None)
+    generates = getattr(model, "can_generate", None)
+    if head is not None and head() is None and not (generates and generates()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language model's head, and {purpose} needs one. avss, "
+            "bi and pruneme choose without it, in scripts (plan without held_out, then "
+            "prune_and_save); so do layers that you name (--layers)."
+        )
+
+
+def refuse_adapters(model: Any) -> None:
+    """Raise UnsupportedModelError for a model that peft has wrapped, or put adapters into."""
+    wrapped = type(model).__module__.partition(".")[0] == "peft"
+    if wrapped or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} carries adapters of peft, whose weights belong to single "
+            "layers: merge them first, model = model.merge_and_unload()."
+        )
 
 
 def forward_options(model: torch.nn.Module, logits_to_keep: int | None = None) -> dict[str, Any]:

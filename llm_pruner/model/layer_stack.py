@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from ..config.layer_names import LayerNames
+from ..config.outer_rules import refuse_injected
 from ..config.rules import OTHER_TOWERS, layer_counts, prune_config, text_config
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..results import check_layers
 from .bypass import Bypass, ReturnForm, hidden_in, hidden_out, learn_forms, with_hidden
-from .forward import evaluating
+from .forward import computed, evaluating, refuse_adapters
 from .loading import model_fingerprint
 from .removal import remove_layers, skeleton
 
@@ -239,13 +240,13 @@ class LayerStack(Sequence[nn.Module]):
         starts = sorted({len(self) // 2, len(self) - 1})
         with evaluating(self.model):
             with self.observe_inputs(range(len(self)), states.__setitem__):
-                whole = self._probe().logits
+                whole = computed(self._probe())
             if len(states) < len(self):  # some layers run for images alone, say
                 return False
             for start in starts:
                 with self.replay(start, states[start]):
                     try:
-                        again = self._probe().logits
+                        again = computed(self._probe())
                     except (LookupError, TypeError, AttributeError):  # lower layers did not run
                         return False
                 if not torch.allclose(again, whole, rtol=1e-4, atol=1e-5, equal_nan=True):
@@ -316,6 +317,7 @@ class LayerStack(Sequence[nn.Module]):
     def _passes_config_rules(self, removed: frozenset[int]) -> bool:
         config: Any = copy.deepcopy(self.model.config)
         try:
+            refuse_injected(config, self._kept(removed))
             prune_config(text_config(config), self._kept(removed), len(self))
         except UnsupportedModelError:
             return False
@@ -348,6 +350,7 @@ def _after_each(layers: Iterable[nn.Module], call: Callable[..., None]) -> Itera
 
 def _find_paths(model: Any) -> tuple[str, ...]:
     """Dotted name of the decoder's layer list, or of the lists that make up its layers."""
+    refuse_adapters(model)
     config = getattr(model, "config", None)
     name = type(model).__name__
     if config is None:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from ..config.layer_names import LayerNames
+from ..config.outer_rules import prune_outer, refuse_injected
 from ..config.rules import COUNT_FIELDS, prune_config, text_config
 from ..errors import UnsupportedModelError
 from .architecture_rules import COMPENSATIONS
@@ -44,6 +45,7 @@ def remove_layers(
     Raises:
         UnsupportedModelError: the architecture's config cannot express the result.
     """
+    refuse_injected(getattr(model, "config", None), kept)
     pruned = share_copy(model)
     for path in (prefix.removesuffix(".") for prefix in names.prefixes):
         layers = pruned.get_submodule(path)
@@ -53,6 +55,8 @@ def remove_layers(
         return pruned
     config = text_config(pruned.config)
     prune_config(config, kept, names.num_layers)
+    if config is not pruned.config:
+        prune_outer(pruned.config, kept)
     compensate = COMPENSATIONS.get(getattr(config, "model_type", ""))
     first_list = pruned.get_submodule(names.prefixes[0].removesuffix("."))
     settled = compensate(pruned, first_list, list(kept)) if compensate else ()

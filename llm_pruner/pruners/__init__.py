@@ -1,6 +1,6 @@
 """The strategies: which decoder layers a model can do without.
 
-Imports the ground, storage, model, offload, data, evaluation, search, healing, checkpoint.
+Imports the ground, config, storage, model, offload, data, evaluation, search, healing, checkpoint.
 """
 
 from ..lazy_names import lazy_names

@@ -15,11 +15,13 @@ from ..atomic_output import check_output
 from ..checkpoint.mergekit import write_mergekit_yaml
 from ..checkpoint.save import save_checkpoint
 from ..checkpoint.verify import verify_removal
+from ..config.outer_rules import injected_layers
 from ..data.items import EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap
 from ..distributed import on_first
 from ..errors import InvalidPlanError
 from ..healing.heal import Heal, heal_model
 from ..healing.lora_settings import LoraSettings
+from ..model.forward import refuse_adapters
 from ..model.loading import model_fingerprint
 from ..model.removal import share_copy
 from ..offload.offloaded_stack import layers_of
@@ -92,12 +94,14 @@ class BasePruner(ABC):
     ) -> None:
         if type(batch_size) is not int or batch_size < 1:
             raise InvalidPlanError(f"batch_size={batch_size} must be a whole number from 1.")
+        refuse_adapters(model)
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.steps: list[dict[str, Any]] = []
         self.partial_plan: PruningPlan | None = None
         self.layers = layers_of(model, layers_path)
         self.num_layers = len(self.layers)
-        self.removable = Removable.of(self.num_layers, protect)
+        injected = injected_layers(getattr(model, "config", None))
+        self.removable = Removable.of(self.num_layers, protect, injected)
         self._healed = _HealedModel()
 
     @abstractmethod

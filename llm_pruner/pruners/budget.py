@@ -24,15 +24,19 @@ class Removable:
     protect: tuple[int, int]
 
     @classmethod
-    def of(cls, num_layers: int, protect: Sequence[int] | None = None) -> Removable:
+    def of(
+        cls, num_layers: int, protect: Sequence[int] | None = None, injected: int = 0
+    ) -> Removable:
         """Check `protect`; None means (2, 2), or a quarter of the depth at each end if less.
+
+        The first `injected` layers stay in any case: image features are added after them.
 
         Raises:
             InvalidPlanError: not two counts, or every layer would be protected.
         """
         if protect is None:
             first, last = (min(side, num_layers // 4) for side in DEFAULT_PROTECT)
-            return cls(num_layers, (first, last))
+            return cls(num_layers, (max(first, injected), last))
         if (
             not isinstance(protect, Sequence)
             or len(protect) != 2
@@ -42,7 +46,7 @@ class Removable:
                 f"protect={protect} must be two whole numbers from 0: layers kept at the start "
                 "and at the end."
             )
-        first, last = protect
+        first, last = max(protect[0], injected), protect[1]
         if first + last >= num_layers:
             raise InvalidPlanError(
                 f"protect=({first}, {last}) protects all of the model's {num_layers} layers: "

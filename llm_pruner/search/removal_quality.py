@@ -15,7 +15,7 @@ from ..data.items import EvalItem, fingerprint
 from ..data.tokens import encode_sequences
 from ..distributed import gather, portion, working_together
 from ..errors import NonFiniteError, ProcessGroupError, UnsupportedModelError
-from ..model.forward import HINT, evaluating, position_limit
+from ..model.forward import HINT, evaluating, position_limit, require_language_model
 from ..model.layer_stack import LayerStack
 from ..results import check_layers
 from ..stats import paired_draws, percentiles
@@ -70,6 +70,7 @@ class RemovalQuality:
         journal: str | Path | None = None,
         seed: int = 0,
     ) -> None:
+        require_language_model(stack.model, "measuring quality")
         self.stack = stack
         mixture = parse_objective(objective)
         self.unit = _unit(mixture)
