@@ -74,6 +74,7 @@ def run_model(suite: str, name: str) -> list[Case]:
             sets = variant.sets or INNER
         elif suite == "wrappers":
             model = zoo.build_wrapper(name)
+            sets = (*INNER, *zoo.AFTER_FEATURES) if name in zoo.DEEPSTACK else INNER
         else:
             model = zoo.build(name)
         before = zoo.logits(model)
@@ -129,7 +130,7 @@ def _judge(
     def remove() -> str:
         result = LayerStack(model).remove(removed)
         pruned.append(result)
-        if truth is None:
+        if illegal:
             return f"not refused, although {illegal}"
         return differs(zoo.logits(result))
 

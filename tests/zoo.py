@@ -687,6 +687,17 @@ INEXPRESSIBLE: dict[tuple[str, tuple[int, ...]], str] = {
     ("zamba2-two-blocks", (1, 5)): "the two blocks would change places",
 }
 
+# Wrappers that add image features after their first layers, by index: sets without these are cut.
+DEEPSTACK = (
+    "cohere_compass cosmos3_omni granite_docling qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe"
+).split()
+AFTER_FEATURES = ((3,), (3, 4))
+INEXPRESSIBLE |= {
+    (name, removed): "image features are added after one of the first three layers"
+    for name in DEEPSTACK
+    for removed in ((2, 3), (1, 4))
+}
+
 CANNOT_WRAP = _reasons(
     {
         "cannot run on text alone": (
