@@ -202,7 +202,7 @@ def _bytes(tensor: Any) -> Any:
 
 def config_faults(old: Config, new: Config, numbers: Renumbering) -> Iterator[str]:
     """Fields that changed without need, did not change where they had to, came or went."""
-    from published_layout import QUANTISATION, TOWERS
+    from published_layout import COUNTS, QUANTISATION, TOWERS, depths_in
 
     def walk(old: Config, new: Config, path: str, first: int) -> Iterator[str]:
         for key in sorted(old.keys() | new.keys()):
@@ -213,7 +213,9 @@ def config_faults(old: Config, new: Config, numbers: Renumbering) -> Iterator[st
             elif key not in new:
                 yield f"{name} lost"
             elif key not in old:
-                if not _per_layer(key, new[key], numbers):
+                left_to_class = key in COUNTS and "model_type" in old and not depths_in(old)
+                right_count = left_to_class and new[key] == numbers.new_depth
+                if not right_count and not _per_layer(key, new[key], numbers):
                     yield f"{name} added: {_short(new[key])}"
             elif key in TOWERS:
                 if old[key] != new[key]:
@@ -763,8 +765,10 @@ def configs_in(folder: Path) -> dict[str, tuple[Config, Config | None]]:
 def own_configs() -> dict[str, tuple[Config, Config | None]]:
     """The configs that are written down beside this file."""
     from published_configs import CONFIGS, QUANT_FILES
+    from published_wrappers import WRAPPERS
 
-    return {name: (config, QUANT_FILES.get(name)) for name, config in CONFIGS.items()}
+    configs = CONFIGS | WRAPPERS
+    return {name: (config, QUANT_FILES.get(name)) for name, config in configs.items()}
 
 
 def _in_subprocess(name: str, args: argparse.Namespace) -> list[Verdict]:

@@ -163,11 +163,18 @@ def text_part(config: Config) -> Config:
 
 
 def depth_of(config: Config) -> int:
-    """The number of decoder layers that a config states or lists."""
+    """The number of decoder layers that a config states or lists, or leaves to its class."""
     text = text_part(config)
+    if stated := depths_in(text):
+        return stated[0]
+    depth: int = CONFIG_MAPPING[text["model_type"]]().num_hidden_layers
+    return depth
+
+
+def depths_in(text: Config) -> list[int]:
+    """The depths that a config states, or else lists."""
     counts = [text[name] for name in COUNTS if isinstance(text.get(name), int)]
-    lists = [len(text[name]) for name in LISTS_OF_DEPTH if text.get(name)]
-    return (counts or lists)[0]
+    return counts or [len(text[name]) for name in LISTS_OF_DEPTH if text.get(name)]
 
 
 def stripped(config: Config) -> Config:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -263,3 +266,33 @@ def test_the_reloaded_output_is_the_pruned_model(source, tmp_path):
         want = model(ids).logits
         got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
     assert torch.equal(got, want)
+
+
+def test_blocks_for_further_tokens_stay_or_go_on_both_roads(source, tmp_path):
+    weights = load_file(source / "model.safetensors")
+    weights |= {"model.layers.8.eh_proj.weight": torch.ones(3), "mtp.fc.weight": torch.ones(2)}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    fields = {**values(source), "num_nextn_predict_layers": 1}
+    (source / "config.json").write_text(json.dumps(fields))
+    model, tokenizer = load_model(str(source), device="cpu")
+    pruner = SmartPruner(model, tokenizer)
+    plan = pruner.manual_plan(REMOVED, "m")
+    for drop in (False, True):
+        disk, out = tmp_path / f"disk{drop}", tmp_path / f"out{drop}"
+        prune_checkpoint(source, REMOVED, disk, drop_mtp=drop, verify=True)
+        pruner.prune_and_save(REMOVED, out, "m", plan=replace(plan, drop_mtp=drop))
+        assert contents(out) == contents(disk)
+        names = load_file(out / "model.safetensors").keys()
+        blocks = {"model.layers.6.eh_proj.weight", "mtp.fc.weight"}
+        assert names & blocks == (set() if drop else blocks)
+        assert values(out)["num_nextn_predict_layers"] == (0 if drop else 1)
+
+
+def test_an_output_that_this_machine_cannot_load_is_kept(source, tmp_path, caplog):
+    """Where the library that runs quantised weights is missing."""
+    fields = {**values(source), "quantization_config": {"quant_method": "compressed-tensors"}}
+    (source / "config.json").write_text(json.dumps(fields))
+    with patch.dict(sys.modules, {"compressed_tensors": None}):
+        prune_checkpoint(source, REMOVED, tmp_path / "out", verify=True)
+    assert "could not be reloaded on this machine, and is kept" in caplog.text
+    assert Manifest.load(tmp_path / "out" / "pruning_manifest.json").sha256
