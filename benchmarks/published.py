@@ -451,8 +451,9 @@ class Original:
     def __init__(self, source: Any, work: Path) -> None:
         self.source = source
         self.model, self.info = load_plain(source.folder, source.config, work / "original")
+        self.inputs = inputs_for(self.model)
 
-    def bypassed(self, removed: Sequence[int]) -> Any:
+    def bypassed(self, removed: Sequence[int], inputs: Config) -> Any:
         """Logits of the original in which the removed layers return what they are given."""
         import torch
 
@@ -472,7 +473,7 @@ class Original:
                 outputs[index] = output
 
             hooks.append(layer.register_forward_hook(told, with_kwargs=True))
-        run(self.model)
+        run(self.model, inputs)
         for hook in hooks:
             hook.remove()
         whole = {index: layers[index].forward for index in removed}
@@ -491,7 +492,7 @@ class Original:
         for index in removed:
             layers[index].forward = skip(index)
         try:
-            return run(self.model)
+            return run(self.model, inputs)
         finally:
             for index, forward in whole.items():
                 layers[index].forward = forward
@@ -535,22 +536,32 @@ def load_plain(folder: Path, config: Config, target: Path) -> tuple[Any, Config]
     return model.eval(), info
 
 
-def run(model: Any) -> Any:
-    """Logits of fixed random text."""
+def inputs_for(model: Any) -> dict[str, Config]:
+    """Fixed random text, and an image, video or audio where the model takes one."""
     import torch
 
+    from llm_pruner.model.probe import probe_inputs  # what to feed; the judgement is ours
+
     ids = torch.randint(5, 250, (2, TOKENS), generator=torch.Generator().manual_seed(3))
+    return {**probe_inputs(model), "text": {"input_ids": ids}}
+
+
+def run(model: Any, inputs: Config) -> Any:
+    """Logits of the inputs."""
+    import torch
+
     with torch.inference_mode():
-        return model(input_ids=ids, use_cache=False).logits
+        return model(**inputs, use_cache=False).logits
 
 
 def logit_faults(
     original: Original, out: Path, removed: Sequence[int], work: Path
 ) -> Iterator[str]:
     """The reloaded output has to compute what the bypassed original computes."""
-    want = original.bypassed(removed)
-    if _difference(run(original.model), want) < 1e-3:
-        yield "the removed layers do not matter: nothing is compared"
+    want = {kind: original.bypassed(removed, given) for kind, given in original.inputs.items()}
+    for kind, given in original.inputs.items():
+        if _difference(run(original.model, given), want[kind]) < 1e-3:
+            yield f"the removed layers do not matter to {kind}: nothing is compared"
     try:
         config = json.loads((out / "config.json").read_text())
         model, info = load_plain(out, config, work / "reloaded")
@@ -562,9 +573,9 @@ def logit_faults(
             yield f"{len(info[kind])} {kind}, such as {sorted(map(str, info[kind]))[0]}"
     if type(model) is not type(original.model):
         yield f"loads as {type(model).__name__}"
-    got = run(model)
-    if (difference := _difference(got, want)) > TOLERANCE:
-        yield f"logits differ by {difference:.1e}"
+    for kind, given in original.inputs.items():
+        if (difference := _difference(run(model, given), want[kind])) > TOLERANCE:
+            yield f"logits differ by {difference:.1e}, given {kind}"
 
 
 def _difference(got: Any, want: Any) -> float:

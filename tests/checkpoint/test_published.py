@@ -7,6 +7,7 @@ import json
 import published
 import pytest
 from published_configs import CONFIGS, QUANT_FILES
+from published_wrappers import WRAPPERS
 
 NAMES = [
     "llama",
@@ -25,14 +26,16 @@ NAMES = [
     "llama-mixed-bits",
     "llama-regexes",
     "nemotron-nas",
+    *"mistral3 llava qwen2_5_vl qwen3_vl mllama voxtral".split(),
 ]
+ALL = CONFIGS | WRAPPERS
 
 
 @pytest.mark.parametrize("road", published.ROADS)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_output_is_the_source_minus_layers(name, road, tmp_path):
     *_, verdict = published.judge(
-        CONFIGS[name],
+        ALL[name],
         name=name,
         work=tmp_path,
         quant_file=QUANT_FILES.get(name),
