@@ -12,7 +12,7 @@ from ..config.config_file import stored_quantization
 from ..config.layer_names import LayerNames
 from ..errors import VerificationError
 from ..model.architecture_rules import LOOSE, auto_class
-from ..model.forward import computed, evaluating, input_device
+from ..model.forward import computed, evaluating, input_device, keeping_state
 from ..model.layer_stack import LayerStack
 from ..model.loading import empty_model, model_class, quantization_method, stored_tensors
 from ..model.probe import probe_inputs
@@ -72,7 +72,8 @@ def _verify_cache(original: Any, pruned: Any, ids: torch.Tensor) -> None:
 
 
 def _run(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    return computed(model(**inputs, use_cache=False))
+    with keeping_state(model):
+        return computed(model(**inputs, use_cache=False))
 
 
 def verify_checkpoint(

@@ -28,6 +28,25 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def keeping_state(model: torch.nn.Module) -> Iterator[None]:
+    """What a pass leaves on the modules, such as the positions of an image, is taken back."""
+    before = [(module, _state(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, state in before:
+            for name, value in state.items():
+                if vars(module).get(name) is not value:
+                    setattr(module, name, value)
+
+
+def _state(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
+    """The attributes of a module that are tensors, or may become one."""
+    plain = ((name, value) for name, value in vars(module).items() if not name.startswith("_"))
+    return {name: value for name, value in plain if value is None or torch.is_tensor(value)}
+
+
 def computed(output: Any) -> torch.Tensor:
     """What a model computes: logits, or hidden states where it has no head; labels or tokens."""
     logits = getattr(output, "logits", None)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..utils import logger
-from .forward import computed, evaluating, input_device, position_limit
+from .forward import computed, evaluating, input_device, keeping_state, position_limit
 
 Inputs = dict[str, torch.Tensor]
 Layout = dict[str, torch.Tensor]  # arguments of a model's forward beside the token ids
@@ -54,7 +54,7 @@ def probe_inputs(model: Any) -> dict[str, Inputs]:
         generator = torch.Generator().manual_seed(0)
         found = {"text": {"input_ids": _text(model, generator)}}
         accepted = inspect.signature(model.forward).parameters
-        with evaluating(model):
+        with evaluating(model), keeping_state(model):
             for modality, (argument, _) in MODALITIES.items():
                 if argument in accepted:
                     inputs = _trial(model, modality, found["text"]["input_ids"])
@@ -224,7 +224,7 @@ def _pictures(encoder: Any) -> Shapes:
     least = 2 * _first(encoder, "patch_size", default=14)
     least *= _first(encoder, "spatial_merge_size", default=2)
     largest = _first(encoder, "image_size", default=least)
-    lengths = dict.fromkeys([largest, min(least, largest)])  # no position beyond the last
+    lengths = dict.fromkeys([min(least, largest), largest])  # small if the model allows it
     for size, lead in product(lengths, LEADING):
         shape = (*lead, channels, size, size)
         companions = {

@@ -55,6 +55,16 @@ def test_the_image_finds_what_text_does_not(tmp_path):
         verify_removal(stack, [4, 5], pruned)
 
 
+def test_an_image_leaves_no_trace_on_the_model(tmp_path):
+    """Some classes keep the positions of the last image for the tokens that follow."""
+    model = built_model(WRAPPERS["qwen3_vl"], tmp_path)
+    assert model.model.rope_deltas is None
+    stack = LayerStack(model)
+    pruned = stack.remove([4])
+    verify_removal(stack, [4], pruned)
+    assert model.model.rope_deltas is pruned.model.rope_deltas is None
+
+
 def test_a_modality_without_a_known_layout_is_named(tmp_path, monkeypatch, caplog):
     model = built_model(WRAPPERS["llava"], tmp_path)
     monkeypatch.setattr(probe, "_layouts", lambda model, modality: iter(()))
