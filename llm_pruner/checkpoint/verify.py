@@ -111,7 +111,7 @@ def verify_loading(
     *,
     trust_remote_code: bool,
 ) -> None:
-    """Check that a checkpoint pruned on disk loads as cleanly as its original.
+    """Check that a checkpoint pruned on disk loads as cleanly as its original, and runs.
 
     Args:
         folder: the pruned checkpoint.
@@ -133,7 +133,7 @@ def verify_loading(
     unused = {name for name in renamed if name is not None}
     _, auto, _ = model_class(str(folder), trust_remote_code=trust_remote_code)
     try:
-        load_cleanly(folder, auto, unused, trust_remote_code=trust_remote_code)
+        _run_probes(load_cleanly(folder, auto, unused, trust_remote_code=trust_remote_code))
     except VerificationError as error:
         cause = error.__cause__
         if not stored_quantization(checkpoint.config) or not isinstance(cause, CANNOT_HERE):
@@ -142,6 +142,24 @@ def verify_loading(
             "The quantised output could not be reloaded on this machine, and is kept: %s",
             error.__cause__,
         )
+
+
+def _run_probes(model: Any) -> None:
+    """Check that a model computes finite numbers from text and what else it takes."""
+    with evaluating(model):
+        for kind, inputs in probe_inputs(model).items():
+            try:
+                finite = bool(_run(model, inputs).isfinite().all())
+            except (RuntimeError, ValueError, ImportError) as error:
+                raise VerificationError(
+                    f"The written checkpoint does not run, given {kind}: {error} Nothing was left "
+                    "behind."
+                ) from error
+            if not finite:
+                raise VerificationError(
+                    f"The written checkpoint computes NaN or infinity, given {kind}. Nothing was "
+                    "left behind. If the original does not, please report this architecture."
+                )
 
 
 def load_cleanly(

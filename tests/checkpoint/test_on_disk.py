@@ -48,7 +48,7 @@ from llm_pruner.errors import (
 )
 from llm_pruner.results import Manifest
 from llm_pruner.storage.safetensors_files import header_bytes, read_checkpoint, tensor_hashes
-from llm_pruner.storage.sources import INDEX_FILE, LocalFolder, open_source
+from llm_pruner.storage.sources import INDEX_FILE, LocalFolder, open_source, with_all_files
 
 REMOVED = (1, 3)
 
@@ -156,6 +156,9 @@ def test_the_card_is_ours_with_the_metadata_of_the_sources(source, tmp_path):
 def test_lists_that_a_class_makes_up_are_left_to_the_class():
     values = {"model_type": "qwen3", "num_hidden_layers": 4, "use_sliding_window": True}
     assert not is_spelled_out(values, 4)
+    steps = {"model_type": "qwen3_moe", "num_hidden_layers": 4, "decoder_sparse_step": 1}
+    assert is_spelled_out(steps, 4)
+    assert not is_spelled_out({**steps, "decoder_sparse_step": 2}, 4)
     for more, left in [
         ({"use_sliding_window": False}, {"use_sliding_window": False}),
         ({"layer_types": ["a", "b", "c", "d"]}, {"layer_types": ["a", "d"]}),
@@ -664,6 +667,24 @@ def test_from_the_hub_only_what_stays_is_fetched(hub, source, tmp_path):
     again = listed.size("config.json")
     assert hub.sent <= there.bytes_after + rest + sum(begins.values()) + again
     assert hub.sent < there.bytes_before
+
+
+def test_files_that_the_cache_lacks_come_from_the_hub(hub, source, tmp_path, caplog):
+    """transformers fetches only what it reads: not the licence, nor the pooling of an embedder."""
+    snapshot = shutil.copytree(source, tmp_path / "snapshot")
+    (snapshot / "LICENSE").unlink()
+    cached = LocalFolder(snapshot, "me/model", SHA)
+    files = with_all_files(cached)
+    assert "LICENSE" in files.files()
+    assert files.read("LICENSE", 0, 4) == b"read"
+    sent = hub.sent
+    assert files.read("config.json", 0, 1) == b"{"
+    assert hub.sent == sent, "what is in the cache is not fetched again"
+    hub.fail("info", 404, times=99)
+    assert with_all_files(cached) is cached
+    assert "Only the files of me/model in the cache are carried along" in caplog.text
+    here = LocalFolder(source)
+    assert with_all_files(here) is here
 
 
 def test_a_hub_that_fails_once_is_asked_again(hub, tmp_path):
