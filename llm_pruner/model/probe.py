@@ -1,292 +1,407 @@
-"""Inputs that two models are compared on: text, and what else the model takes.
+"""Inputs to compare two models on: text, and images, sounds and videos where a model takes them.
 
-They are made from the config alone. How an image has to be laid out for a class is found by trial:
-a few layouts are common, and the first that the model runs on, and that changes what it computes,
-is taken.
+Everything is made from the config: no processor, no files. A few recipes know the shapes that
+models expect. The first is taken whose forward pass runs and whose media change the logits.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-import math
 import re
-import weakref
-from collections.abc import Iterator
-from itertools import chain, product
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 
 from ..utils import logger
-from .forward import computed, evaluating, input_device, keeping_state, position_limit
+from .forward import (
+    evaluating,
+    forward_options,
+    input_device,
+    keeping_state,
+    position_limit,
+    tensors_in,
+)
 
+TEXT_TOKENS = 16
+BEFORE = 4  # text tokens in front of the media
+SIDE = 4  # patches along a side of a small image
+FRAMES = 2  # of a video
+SHORT_AUDIO = 64  # time steps
+MATTERS = 1e-4  # change of the logits, relative to the largest, that other media have to cause
+
+# The arguments by which forward takes media, and where the config describes what reads them.
+MEDIA: dict[str, tuple[str, ...]] = {
+    "image": (
+        "pixel_values",
+        "pixel_values_images",
+        "image_pixel_values",
+        "image_patches",
+        "flattened_patches",
+    ),
+    "audio": ("input_features", "input_values", "audio_input_features", "audio_values"),
+    "video": ("pixel_values_videos",),
+}
+PARTS = {
+    "image": ("vision_config", "vq_config"),
+    "audio": ("audio_config", "encoder_config"),
+    "video": ("vision_config",),
+}
+PLACEHOLDERS = {  # GLM shows the frames of a video as images
+    "image": ("image_token",),
+    "audio": ("audio_token",),
+    "video": ("video_token", "image_token"),
+}
+KIND = {"image": 1, "video": 2, "audio": 3}  # in mm_token_type_ids
 Inputs = dict[str, torch.Tensor]
-Layout = dict[str, torch.Tensor]  # arguments of a model's forward beside the token ids
-PROBE_TOKENS = 16
-MOST_PLACEHOLDERS = 1024
-# The argument that takes a modality, and the part of the config that describes its encoder.
-MODALITIES = {
-    "image": ("pixel_values", ("vision_config", "vq_config")),
-    "video": ("pixel_values_videos", ("vision_config",)),
-    "audio": ("input_features", ("audio_config", "encoder_config")),
-}
-TOKEN_TYPES = {"image": 1, "video": 2, "audio": 3}
-# Arguments that say how patches lie in a picture.
-GRIDS = {
-    "image_grid_thw",
-    "video_grid_thw",
-    "image_grid_hw",
-    "spatial_shapes",
-    "image_position_ids",
-}
-# What stands before channels, height and width: pictures, tiles of one, several of each.
-LEADING = [(1,), (1, 1), (1, 2), (1, 3), (1, 5), (1, 7), (1, 1, 1), (1, 1, 2), (1, 1, 4), (1, 4)]
-_FOUND: weakref.WeakKeyDictionary[Any, dict[str, Inputs]] = weakref.WeakKeyDictionary()
+Values = Iterator[tuple[torch.Tensor, ...]]
 
 
 def probe_inputs(model: Any) -> dict[str, Inputs]:
-    """Arguments of the model's forward, by modality: ``text``, and ``image``, ``video``, ``audio``.
+    """Inputs that a pruned model and its original are compared on, by modality.
 
-    Token ids are (1, tokens). A modality that the model takes, but for which no known layout
-    works, is named in a warning.
+    Keyword arguments of `model.forward`: `text`, and `image`, `audio` and `video` where the model
+    takes them. A modality that no recipe can make is missing, and a warning says so.
     """
-    if model not in _FOUND:
-        generator = torch.Generator().manual_seed(0)
-        found = {"text": {"input_ids": _text(model, generator)}}
-        accepted = inspect.signature(model.forward).parameters
-        with evaluating(model), keeping_state(model):
-            for modality, (argument, _) in MODALITIES.items():
-                if argument in accepted:
-                    inputs = _trial(model, modality, found["text"]["input_ids"])
-                    if inputs is not None:
-                        found[modality] = inputs
-        _FOUND[model] = found
-    return _FOUND[model]
+    found = {"text": {"input_ids": _text_ids(model)}}
+    accepted = inspect.signature(model.forward).parameters
+    with evaluating(model), keeping_state(model):
+        for modality, names in MEDIA.items():
+            taken = [name for name in names if name in accepted]
+            if not taken or _part(model.config, modality) is None:
+                continue
+            if (inputs := _media_inputs(model, modality)) is not None:
+                found[modality] = inputs
+            else:
+                _warn(type(model).__name__, modality, ", ".join(taken))
+    return found
 
 
-def _text(model: Any, generator: torch.Generator) -> torch.Tensor:
-    """Fixed tokens within the model's vocabulary and length, none of them a placeholder."""
-    config = model.config.get_text_config(decoder=True)
-    length = min(PROBE_TOKENS, position_limit(model))
-    special = set(_special_ids(model.config))
-    words = [index for index in range(config.vocab_size) if index not in special]
-    drawn = torch.randint(0, len(words), (1, length), generator=generator)
-    return torch.tensor(words, device=input_device(model))[drawn.to(input_device(model))]
-
-
-def _special_ids(config: Any) -> Iterator[int]:
-    for name, value in vars(config).items():
-        if name.endswith(("token_id", "token_index")) and type(value) is int:
-            yield value
-
-
-def _trial(model: Any, modality: str, text: torch.Tensor) -> Inputs | None:
-    """The first layout of a modality that the model runs on and heeds; a warning without any."""
-    reasons: list[str] = []
-    for layout in _layouts(model, modality):
-        inputs = _with_placeholders(model, modality, text, layout, reasons)
-        if inputs is not None and _matters(model, inputs, MODALITIES[modality][0]):
-            return inputs
+@functools.cache
+def _warn(name: str, modality: str, parameters: str) -> None:
+    what = {"image": "an image", "audio": "audio", "video": "a video"}[modality]
     logger.warning(
-        "%s is not compared given %s: no known layout of its %s works.",
-        type(model).__name__,
-        modality,
-        MODALITIES[modality][0],
+        "%s takes %s, but no values for it could be made up: it is not compared with %s.",
+        name,
+        parameters,
+        what,
     )
-    logger.debug("Trials: %s", reasons)
-    return None
 
 
-def _with_placeholders(
-    model: Any, modality: str, text: torch.Tensor, layout: Layout, reasons: list[str]
-) -> Inputs | None:
-    """The layout with token ids that hold as many placeholders as it has features.
-
-    A model that is given another number of them says in its error how many features there are.
-    """
-    token = _placeholder(model, modality)
-    tried, counts = set(), [0] if token is None else [1]
-    while counts:
-        count = counts.pop(0)
-        if count in tried or count > MOST_PLACEHOLDERS:
-            continue
-        tried.add(count)
-        inputs = _arranged(model, modality, text, layout, token, count)
-        try:
-            model(**inputs, use_cache=False)
-        except Exception as error:  # of whatever kind: this layout is not the model's
-            reasons.append(f"{type(error).__name__}: {error}")
-            if token is not None and len(tried) == 1:
-                counts = [int(number) for number in re.findall(r"\d+", str(error))[:6]]
-                counts += _feature_counts(model, modality, layout)
-        else:
-            return inputs
-    return None
+def _text_ids(model: Any) -> torch.Tensor:
+    """Fixed tokens within the model's vocabulary and length, none of them special: (1, tokens)."""
+    usual = torch.ones(model.config.get_text_config(decoder=True).vocab_size, dtype=torch.bool)
+    usual[[token for token in _special_tokens(model.config) if 0 <= token < len(usual)]] = False
+    ids = (usual if usual.any() else ~usual).nonzero().flatten()
+    generator = torch.Generator().manual_seed(0)
+    length = min(TEXT_TOKENS, position_limit(model))
+    chosen = torch.randint(0, len(ids), (1, length), generator=generator)
+    return ids[chosen].to(input_device(model))
 
 
-def _placeholder(model: Any, modality: str) -> int | None:
-    """The token that stands for a feature of the modality, if the config names one."""
-    known = model.get_input_embeddings().num_embeddings
-    for name in (f"{modality}_token_id", f"{modality}_token_index"):
-        value = getattr(model.config, name, None)
-        if type(value) is int and 0 <= value < known:
-            return value
-    return None
+def _special_tokens(config: Any) -> set[int]:
+    """The token ids that the root of a config names."""
+    found: set[int] = set()
+    for name, value in vars(config).items():
+        if name.endswith(("token_id", "token_index")):
+            values = value if isinstance(value, list | tuple) else [value]
+            found.update(token for token in values if isinstance(token, int))
+    return found
 
 
-def _arranged(
-    model: Any, modality: str, text: torch.Tensor, layout: Layout, token: int | None, count: int
-) -> Inputs:
-    """A few words, the placeholders, and the other words; the arguments that mark them."""
-    media = torch.full((1, count), token or 0, device=text.device)
-    ids = torch.cat([text[:, :4], media, text[:, 4:]], 1)
-    inputs = {**layout, "input_ids": ids}
-    accepted = inspect.signature(model.forward).parameters
-    marks = torch.zeros_like(ids)
-    marks[:, 4 : 4 + count] = 1
-    if "mm_token_type_ids" in accepted:
-        inputs["mm_token_type_ids"] = marks * TOKEN_TYPES[modality]
-    if "token_type_ids" in accepted:
-        inputs["token_type_ids"] = marks
-    if "cross_attention_mask" in accepted and "aspect_ratio_ids" in layout:
-        tiles = layout["pixel_values"].shape[2]
-        inputs["cross_attention_mask"] = torch.ones(
-            1, ids.shape[1], 1, tiles, dtype=torch.long, device=ids.device
-        )
-    inputs["attention_mask"] = torch.ones_like(ids)
-    return inputs
-
-
-def _feature_counts(model: Any, modality: str, layout: Layout) -> list[int]:
-    """How many features the model makes of a layout, where it has a method that says it."""
-    method = getattr(model, f"get_{modality}_features", None)
-    if method is None:
-        return []
-    accepted = inspect.signature(method).parameters
-    try:
-        features = method(**{name: value for name, value in layout.items() if name in accepted})
-    except Exception as error:
-        logger.debug("No features: %s: %s", type(error).__name__, error)
-        return []
-    width = model.config.get_text_config(decoder=True).hidden_size
-    found = []
-    for part in (features, getattr(features, "pooler_output", None)):
-        parts = part if isinstance(part, list | tuple) else [part]
-        tensors = [one for one in parts if isinstance(one, torch.Tensor)]
-        found.append(sum(one.numel() // width for one in tensors if one.shape[-1] == width))
-    return [count for count in found if count]
-
-
-def _matters(model: Any, inputs: Inputs, argument: str) -> bool:
-    """Whether the model computes something else for another image."""
-    first = computed(model(**inputs, use_cache=False))
-    other = computed(model(**{**inputs, argument: -inputs[argument]}, use_cache=False))
-    return first.shape != other.shape or not torch.equal(first, other)
-
-
-def _layouts(model: Any, modality: str) -> Iterator[Layout]:
-    """The ways to lay out a small input of the modality, as arguments of the forward."""
-    argument, parts = MODALITIES[modality]
-    names = [name for name in parts if getattr(model.config, name, None) is not None]
-    encoder = getattr(model.config, names[0]) if names else model.config
-    accepted = inspect.signature(model.forward).parameters
-    if modality == "audio":
-        shapes = _audio(encoder)
-    elif GRIDS & accepted.keys():
-        shapes = chain(_patches(encoder, modality), _pictures(encoder))
-    else:
-        shapes = chain(_pictures(encoder), _patches(encoder, modality))
-    for shape, companions in shapes:
-        generator = torch.Generator().manual_seed(1)
-        values = torch.randn(shape, generator=generator).to(model.dtype)
-        layout = {argument: values, **companions}
-        device = input_device(model)
-        yield {name: value.to(device) for name, value in layout.items() if name in accepted}
-
-
-def _first(encoder: Any, *names: str, default: int) -> int:
-    """The first of these fields that there is; of a pair the larger."""
+def _token(config: Any, *names: str) -> list[int]:
+    """The token id that a config has under the first of some names, or nothing."""
     for name in names:
-        value = getattr(encoder, name, None)
-        if isinstance(value, list | tuple) and value:
-            value = max(value)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        for ending in ("_id", "_index"):
+            if isinstance(token := getattr(config, name + ending, None), int):
+                return [token]
+    return []
+
+
+def _around(side: str, modality: str) -> list[str]:
+    """What a config may call the token at the `start` or the `end` of media."""
+    names = [f"{modality}_{side}_token", f"{'b' if side == 'start' else 'e'}o{modality[0]}_token"]
+    return names if modality == "audio" else [*names, f"vision_{side}_token"]
+
+
+def _media_inputs(model: Any, modality: str) -> Inputs | None:
+    """Inputs with media of one modality that change the logits; None if no recipe makes them."""
+    accepted = inspect.signature(model.forward).parameters
+    for recipe in RECIPES:
+        if recipe.modality != modality or not accepted.keys() >= {*recipe.names}:
+            continue
+        for values in recipe.make(model.config, _part(model.config, modality)):
+            media = dict(zip(recipe.names, values, strict=False))
+            shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in media.items())
+            try:
+                inputs = _tried(model, modality, media)
+            except Exception as error:  # a recipe for other models
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                logger.debug("%s: not with %s: %s", type(model).__name__, shapes, reason)
+                continue
+            if inputs is not None:
+                logger.debug("%s: compared with %s", type(model).__name__, shapes)
+                return inputs
+            logger.debug("%s: %s do not matter", type(model).__name__, shapes)
+    return None
+
+
+def _tried(model: Any, modality: str, media: Inputs) -> Inputs | None:
+    """The inputs of a forward pass with `media`, if it runs and they matter; else it raises."""
+    device = input_device(model)
+    media = {
+        name: value.to(device, model.dtype if value.is_floating_point() else value.dtype)
+        for name, value in media.items()
+    }
+    rows = _feature_rows(model, modality, media)
+    inputs, logits = _first_run(model, modality, media, rows)
+    name = next(iter(media))
+    other = {name: _noise(*media[name].shape, seed=1).to(media[name])}
+    change = (_logits(model, inputs | other) - logits).abs().max()
+    return inputs if change > MATTERS * logits.abs().max() else None  # NaN fails
+
+
+def _first_run(
+    model: Any, modality: str, media: Inputs, rows: int | None
+) -> tuple[Inputs, torch.Tensor]:
+    """The inputs, and logits, of the first placeholder that runs; else it raises.
+
+    If `rows` is unknown, what the model says about two placeholders tells it.
+    """
+    names = PLACEHOLDERS[modality]
+    failed: Exception | None = None
+    for name in [name for name in names if _token(model.config, name)] or names[:1]:
+        try:
+            inputs = _with_tokens(model, modality, media, name, 2 if rows is None else rows)
+            return inputs, _logits(model, inputs)
+        except Exception as error:
+            told = re.search(r"features:? *(\d+)", str(error)) if rows is None else None
+            if told is not None:
+                return _first_run(model, modality, media, int(told[1]))
+            failed = failed or error
+    assert failed is not None
+    raise failed
+
+
+def _logits(model: Any, inputs: Inputs) -> torch.Tensor:
+    logits: torch.Tensor = model(**inputs, **forward_options(model)).logits
+    return logits.float()
+
+
+def _feature_rows(model: Any, modality: str, media: Inputs) -> int | None:
+    """How many tokens the model makes of `media`; None if it has no method that tells."""
+    for owner in (model.base_model, model):
+        method = getattr(owner, f"get_{modality}_features", None)
+        if method is None:
+            continue
+        accepted = inspect.signature(method).parameters
+        output = method(**{name: value for name, value in media.items() if name in accepted})
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:
+            pooled = getattr(output, "last_hidden_state", output)
+        return sum(rows.numel() // rows.shape[-1] for rows in tensors_in(pooled)) or None
+    return None
+
+
+def _with_tokens(model: Any, modality: str, media: Inputs, name: str, rows: int) -> Inputs:
+    """`media` with token ids, among them `rows` placeholders, and all that goes with these.
+
+    Returns:
+        Tensors of shape (1, tokens), and those of `media`.
+    """
+    config, text = model.config, _text_ids(model)
+    place = _token(config, name) * rows
+    start, end = (
+        _token(config, *_around("start", modality)),
+        _token(config, *_around("end", modality)),
+    )
+    known = model.get_input_embeddings().num_embeddings
+    if any(token >= known for token in (*place[:1], *start, *end)):
+        raise ValueError(f"a placeholder is outside the vocabulary of {known} tokens")
+    middle = torch.tensor([[*start, *place, *end]], dtype=text.dtype, device=text.device)
+    ids = torch.cat([text[:, :BEFORE], middle, text[:, BEFORE:]], 1)
+    kinds = torch.zeros_like(ids)
+    first = min(BEFORE, text.shape[1]) + len(start)
+    kinds[:, first : first + len(place)] = 1
+    more = {
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": kinds * KIND[modality],
+        "moe_mm_token_type_ids": kinds,
+        "token_type_ids": kinds,
+    }
+    if "aspect_ratio_mask" in media:
+        more["cross_attention_mask"] = media["aspect_ratio_mask"][:, None].expand(
+            -1, ids.shape[1], -1, -1
+        )
+    accepted = inspect.signature(model.forward).parameters
+    more = {name: value for name, value in more.items() if name in accepted}
+    return {"input_ids": ids, **more, **media}
+
+
+# What recipes are made of. Each yields values of its arguments, from the likeliest, or of more
+# than a model takes. The first is random.
+
+
+def _noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _part(config: Any, modality: str) -> Any:
+    """The config of what reads a modality: the root's where it has none, None if it is absent."""
+    named = [name for name in PARTS[modality] if hasattr(config, name)]
+    return getattr(config, named[0]) if named else config
+
+
+def _number(config: Any, *names: str, default: int = 0) -> int:
+    """The first of several numbers that a config has; of a list, its first."""
+    for name in names:
+        value = getattr(config, name, None)
+        while isinstance(value, list | tuple) and value:
+            value = value[0]
+        if isinstance(value, int) and value > 0:
             return value
     return default
 
 
-Shapes = Iterator[tuple[tuple[int, ...], Layout]]
+def _channels(part: Any) -> int:
+    return _number(part, "num_channels", "in_channels", "in_chans", default=3)
 
 
-def _pictures(encoder: Any) -> Shapes:
-    """Shapes of pictures, alone, in a list or in tiles, and the arguments that come with them."""
-    channels = _first(encoder, "num_channels", "in_channels", "in_chans", default=3)
-    least = 2 * _first(encoder, "patch_size", default=14)
-    least *= _first(encoder, "spatial_merge_size", default=2)
-    largest = _first(encoder, "image_size", default=least)
-    lengths = dict.fromkeys([min(least, largest), largest])  # small if the model allows it
-    for size, lead in product(lengths, LEADING):
-        shape = (*lead, channels, size, size)
-        companions = {
-            "pixel_attention_mask": torch.ones(*lead, size, size, dtype=torch.bool),
-            "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
-            "aspect_ratio_mask": torch.ones(1, 1, math.prod(lead), dtype=torch.long),
-        }
-        sizes = torch.tensor([[size, size]])
-        yield shape, {**companions, "image_sizes": sizes, "image_sizes_videos": sizes}
-        yield shape, companions  # some take sizes for other towers than theirs
+def _patch(part: Any) -> int:
+    return _number(part, "patch_size", "spatial_patch_size", default=16)
 
 
-def _patches(encoder: Any, modality: str) -> Shapes:
-    """Pixel values as a list of patches, which some models take with the shape of their grid."""
-    channels = _first(encoder, "num_channels", "in_channels", "in_chans", default=3)
-    patch = _first(encoder, "patch_size", default=14)
-    frames = _first(encoder, "temporal_patch_size", "tubelet_size", default=2)
-    merge = _first(encoder, "spatial_merge_size", "merge_size", default=2)
-    side = 2 * merge
-    count, volume = side * side, channels * patch * patch
-    grid = torch.tensor([[1, side, side]])
-    of = "video" if modality == "video" else "image"
-    square = torch.stack(
-        torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1
-    ).reshape(1, count, 2)
-    companions = {
-        f"{of}_grid_thw": grid,
-        "image_grid_hw": grid[:, 1:],
-        "image_merge_sizes": torch.tensor([merge]),
-        "video_merge_sizes": torch.tensor([merge]),
-        "video_compression_mask": torch.ones(count // merge**2, dtype=torch.bool),
-        "spatial_shapes": grid[:, 1:],
-        "pixel_attention_mask": torch.ones(1, count, dtype=torch.bool),
-        "image_position_ids": square,
-        "video_position_ids": square[None],
-        "num_frames_per_video": torch.tensor([1]),
-    }
-    for shape in (
-        (count, frames * volume),
-        (count, volume),
-        (count, channels, patch, patch),
-        (count, channels, frames, patch, patch),
-        (count, frames, channels, patch, patch),
-        (1, count, volume),
-        (1, 1, count, volume),
-    ):
-        yield shape, companions
+def _merge(part: Any) -> int:
+    return _number(part, "spatial_merge_size", "merge_kernel_size", "merge_size", default=2)
 
 
-def _audio(encoder: Any) -> Shapes:
-    """Shapes of a spectrogram, and the masks that come with it."""
-    bins = _first(encoder, "num_mel_bins", "input_feat_size", "input_dim", default=80)
-    longest = _first(encoder, "max_source_positions", default=64)
-    window = _first(encoder, "n_window", default=0)
-    lengths = dict.fromkeys((2 * longest, 2 * window or 64, 64, 128))
-    for frames in lengths:
-        for shape in ((1, bins, frames), (1, frames, bins)):
-            yield (
-                shape,
-                {
-                    "feature_attention_mask": torch.ones(1, frames, dtype=torch.long),
-                    "input_features_mask": torch.ones(1, frames, dtype=torch.bool),
-                    "audio_feature_lengths": torch.tensor([frames]),
-                },
-            )
+def _sides(part: Any) -> list[int]:
+    """Sides of square images: a small one, and the one that fixed positions demand."""
+    sides = (SIDE * _patch(part), _number(part, "image_size"))
+    return [side for side in dict.fromkeys(sides) if side]
+
+
+def _image(config: Any, part: Any) -> Values:
+    """One image (1, channels, side, side), and its height and width: (1, 2)."""
+    for side in _sides(part):
+        yield _noise(1, _channels(part), side, side), torch.tensor([[side, side]])
+
+
+def _video(config: Any, part: Any) -> Values:
+    """One video: (1, frames, channels, side, side)."""
+    for side in _sides(part):
+        yield (_noise(1, FRAMES, _channels(part), side, side),)
+
+
+def _tiled_by_pinpoint(config: Any, part: Any) -> Values:
+    """One image as a whole and in tiles: (1, 1 + tiles, channels, side, side)."""
+    side = _number(part, "image_size", default=1)
+    for height, width in sorted(getattr(config, "image_grid_pinpoints", None) or [])[:1]:
+        tiles = 1 + (height // side) * (width // side)
+        yield _noise(1, tiles, _channels(part), side, side), torch.tensor([[height, width]])
+
+
+def _grid(config: Any, part: Any, frames: int = 1) -> Values:
+    """Flat patches, their number in time, height and width (1, 3), and the merged side: (1,)."""
+    side, channels, patch = 2 * _merge(part), _channels(part), _patch(part)
+    times = _number(part, "temporal_patch_size", "patch_temporal", default=1)
+    grid = torch.tensor([[frames, side, side]])
+    flat = channels * patch * patch
+    shapes = ((flat * times,), (flat,), (channels, patch, patch))
+    for shape in dict.fromkeys(shapes):
+        yield _noise(frames * side * side, *shape), grid, torch.tensor([_merge(part)])
+
+
+def _video_grid(config: Any, part: Any) -> Values:
+    """The same for a video, of as many frames as are merged into one."""
+    yield from _grid(config, part, _number(part, "temporal_merge_size", default=1))
+
+
+def _timed_grid(config: Any, part: Any) -> Values:
+    """The same, with the seconds that a step of time takes: (1,)."""
+    for patches, grid, _ in _video_grid(config, part):
+        yield patches, grid, torch.ones(1)
+
+
+def _shaped_patches(config: Any, part: Any) -> Values:
+    """Flat patches (1, patches, values), their rows and columns (1, 2), and a mask of ones."""
+    size = _channels(part) * _patch(part) ** 2
+    shape = torch.tensor([[SIDE, SIDE]])
+    yield _noise(1, SIDE * SIDE, size), shape, torch.ones(1, SIDE * SIDE, dtype=torch.long)
+
+
+def _placed_patches(config: Any, part: Any) -> Values:
+    """Flat patches (1, patches, values) and where they are: (1, patches, 2)."""
+    side = 2 * _number(part, "pooling_kernel_size", default=2)
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(1)[None]
+    yield _noise(1, side * side, _channels(part) * _patch(part) ** 2), places
+
+
+def _placed_video(config: Any, part: Any) -> Values:
+    """The same for every frame of a video (frames, patches, values), and how many: (1,)."""
+    for patches, places in _placed_patches(config, part):
+        frames = _noise(FRAMES, *patches.shape[1:])
+        yield frames, places.repeat(FRAMES, 1, 1), torch.tensor([FRAMES])
+
+
+def _masked_images(config: Any, part: Any) -> Values:
+    """One image (1, 1, channels, side, side), and a mask of ones (1, 1, side, side)."""
+    for image, _ in _image(config, part):
+        yield image[None], torch.ones(1, 1, *image.shape[-2:], dtype=torch.long)
+
+
+def _tiles(config: Any, part: Any) -> Values:
+    """Tiles (1, 1, tiles, channels, side, side), aspect ratio (1, 1), and which are used."""
+    count = _number(part, "max_num_tiles", default=1)
+    used = (torch.arange(count) < 1).long()[None, None]
+    for image, _ in _image(config, part):
+        yield image.expand(1, 1, count, *image.shape[1:]).clone(), torch.ones(1, 1).long(), used
+
+
+def _mels(config: Any, part: Any) -> Values:
+    """Sound (1, mels, time), and a mask of ones: (1, time)."""
+    mels = _number(part, "num_mel_bins", "feature_size", default=128)
+    for time in (SHORT_AUDIO, 2 * _number(part, "max_source_positions")):
+        if time:
+            yield _noise(1, mels, time), torch.ones(1, time, dtype=torch.long)
+
+
+def _frames(config: Any, part: Any) -> Values:
+    """Sound (1, time, features), and a mask of ones: (1, time)."""
+    names = ("input_feat_size", "input_dim", "feature_size", "num_mel_bins")
+    size = _number(part, *names, default=128)
+    yield _noise(1, SHORT_AUDIO, size), torch.ones(1, SHORT_AUDIO, dtype=torch.bool)
+
+
+class _Recipe(NamedTuple):
+    """A way to make media: the arguments of forward it fills, and their values."""
+
+    modality: str
+    names: tuple[str, ...]
+    make: Callable[[Any, Any], Values]
+
+
+RECIPES = tuple(
+    _Recipe(modality, tuple(names.split()), make)
+    for modality, names, make in (
+        ("image", "pixel_values image_grid_thw image_merge_sizes", _grid),
+        ("image", "pixel_values image_grid_thw", _grid),
+        ("image", "pixel_values spatial_shapes pixel_attention_mask", _shaped_patches),
+        ("image", "pixel_values image_position_ids", _placed_patches),
+        ("image", "pixel_values aspect_ratio_ids aspect_ratio_mask", _tiles),
+        ("image", "pixel_values pixel_attention_mask", _masked_images),
+        ("image", "pixel_values", _image),
+        ("image", "pixel_values image_sizes", _image),
+        ("image", "pixel_values image_sizes", _tiled_by_pinpoint),
+        ("video", "pixel_values_videos video_grid_thw video_merge_sizes", _video_grid),
+        ("video", "pixel_values_videos video_grid_thw", _video_grid),
+        ("video", "pixel_values_videos video_grid_thw video_second_per_grid", _timed_grid),
+        ("video", "pixel_values_videos video_position_ids num_frames_per_video", _placed_video),
+        ("video", "pixel_values_videos", _video),
+        ("audio", "input_features feature_attention_mask", _mels),
+        ("audio", "input_features input_features_mask", _frames),
+        ("audio", "input_features", _mels),
+        ("audio", "input_features", _frames),
+    )
+)
