@@ -35,19 +35,20 @@ DECODER_WORDS = ("language_model", "text_model", "llm", "thinker", "decoder")
 SPELLED_OUT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         "apertus arcee bloom codegen cohere deepseek_v3 ernie4_5 falcon gemma glm glm4 glm4_moe "
-        "gpt_bigcode gpt_neox gptj granite granitemoe helium hunyuan_v1_dense llama minimax_m2 "
-        "mistral mixtral mpt nemotron olmo olmo2 olmoe opt persimmon phi phi3 phimoe qwen3_moe "
-        "seed_oss stablelm starcoder2".split(),
+        "gpt_bigcode gpt_neox gptj granite granitemoe helium hunyuan_v1_dense kimi_k2 llama "
+        "minimax_m2 mistral mixtral mpt nemotron olmo olmo2 olmoe opt persimmon phi phi3 phimoe "
+        "qwen3_moe seed_oss stablelm starcoder2".split(),
         (),
     ),
     **dict.fromkeys(
-        "cohere2 exaone4 gemma2 gemma3_text gpt_oss ministral olmo3 qwen2 qwen2_moe qwen3".split(),
+        "cohere2 exaone4 gemma2 gemma3_text gpt_oss mimo ministral olmo3 qwen2 qwen2_moe "
+        "qwen3".split(),
         ("layer_types",),
     ),
     "smollm3": ("layer_types", "no_rope_layers"),
 }
 # If this is off, all layers are alike, and the lists of `SPELLED_OUT` may be missing.
-KINDS_BY = dict.fromkeys(("qwen2", "qwen2_moe", "qwen3"), "use_sliding_window")
+KINDS_BY = dict.fromkeys(("mimo", "qwen2", "qwen2_moe", "qwen3"), "use_sliding_window")
 # Steps over the index: unless they are 1, every layer has a kind that its class works out.
 STEPS = ("decoder_sparse_step", "moe_layer_freq", "moe_layer_interval")
 # Fields that say how many blocks for multi-token prediction come with the weights, and whether.
