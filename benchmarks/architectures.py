@@ -74,7 +74,6 @@ def run_model(suite: str, name: str) -> list[Case]:
             sets = variant.sets or INNER
         elif suite == "wrappers":
             model = zoo.build_wrapper(name)
-            sets = (*INNER, *zoo.AFTER_FEATURES) if name in zoo.DEEPSTACK else INNER
         else:
             model = zoo.build(name)
         before = zoo.logits(model)

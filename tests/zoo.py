@@ -328,6 +328,8 @@ def _shrunk(config_class: Any, n_layers: int, tower: bool = False) -> dict[str, 
             values[name] = TOWER_LAYERS if tower else max(ENCODER_LAYERS, n_layers + 1)
         elif name in SIZES and isinstance(default, int) and default > 1:
             values[name] = SIZES[name]
+        elif name == "deepstack_visual_indexes":
+            values[name] = [0, 1]
         elif name in ("first_k_dense_replace", "num_dense_layers"):
             values[name] = 2
         elif name == "is_decoder":
@@ -687,15 +689,12 @@ INEXPRESSIBLE: dict[tuple[str, tuple[int, ...]], str] = {
     ("zamba2-two-blocks", (1, 5)): "the two blocks would change places",
 }
 
-# Wrappers that add image features after their first layers, by index: sets without these are cut.
-DEEPSTACK = (
-    "cohere_compass cosmos3_omni granite_docling qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe"
-).split()
-AFTER_FEATURES = ((3,), (3, 4))
+# Wrappers that add image features after their first two layers, by index.
 INEXPRESSIBLE |= {
-    (name, removed): "image features are added after one of the first three layers"
-    for name in DEEPSTACK
-    for removed in ((2, 3), (1, 4))
+    (name, (1, 4)): "image features are added after one of these layers"
+    for name in (
+        "cohere_compass cosmos3_omni granite_docling qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe"
+    ).split()
 }
 
 CANNOT_WRAP = _reasons(

@@ -14,6 +14,7 @@ from ..errors import UnsupportedModelError
 # Lists with as many entries as there are features, of which the first is added after layer 0, the
 # second after layer 1, and so on.
 FEATURES_IN_ORDER = ("deepstack_visual_indexes",)
+TOWER_DEPTHS = ("depth", "num_hidden_layers")  # where such a list stands beside one
 # Lists of decoder layers before which features are added, or of pairs that end with one.
 FEATURES_BEFORE = ("deepstack_layer_map", "spatial_target_layers")
 
@@ -23,9 +24,11 @@ def injected_layers(config: Any) -> int:
     if not hasattr(config, "__dict__"):
         return 0
     counts = [0]
+    depth = next((vars(config)[name] for name in TOWER_DEPTHS if vars(config).get(name)), None)
     for name, value in vars(config).items():
         if name in FEATURES_IN_ORDER and isinstance(value, list | tuple):
-            counts.append(len(value))
+            # The tower makes no feature at a layer that it does not have.
+            counts.append(sum(depth is None or index < depth for index in value))
         elif name.endswith("_config") and not name.startswith("_"):
             counts.append(injected_layers(value))
     return max(counts)
@@ -46,9 +49,9 @@ def prune_outer(config: Any, kept: Sequence[int]) -> None:
     """Let the fields of `FEATURES_BEFORE` follow: features are added before the next kept layer.
 
     Raises:
-        UnsupportedModelError: two features, or none, would be added before one layer.
+        UnsupportedModelError: features of two layers, or of none, would be added before one.
     """
-    targets: list[int] = []
+    targets: dict[int, int] = {}  # old -> new
     for name in FEATURES_BEFORE:
         value = vars(config).get(name)
         if not value:
@@ -56,11 +59,11 @@ def prune_outer(config: Any, kept: Sequence[int]) -> None:
         new = []
         for entry in value:
             pair = isinstance(entry, list | tuple)
-            target = _next_kept(entry[-1] if pair else entry, kept, name)
-            targets.append(target)
-            new.append(type(entry)([*entry[:-1], target]) if pair else target)
+            old = entry[-1] if pair else entry
+            targets[old] = _next_kept(old, kept, name)
+            new.append(type(entry)([*entry[:-1], targets[old]]) if pair else targets[old])
         setattr(config, name, type(value)(new))
-    twice = {target for target in targets if targets.count(target) > 1}
+    twice = {new for new in targets.values() if [*targets.values()].count(new) > 1}
     if twice:
         raise UnsupportedModelError(
             "These layers cannot be removed: image features of several layers would be added "

@@ -378,6 +378,10 @@ def _find_paths(model: Any) -> tuple[str, ...]:
             "under the names that are known, and no list is as long. Name the list, "
             "LayerStack(model, path='...') or --layers-path."
         )
+    text = text_config(config)
+    if len(outermost) > 1 and text is not config:  # another tower may be as deep
+        own = {path: found for path, found in outermost.items() if _owner(model, path) is text}
+        outermost = own or outermost
     parents = {path.rpartition(".")[0] for path in outermost}
     kinds = {type(layer) for module in outermost.values() for layer in module}
     if len(outermost) > 1 and len(parents) > 1 and len(kinds) > 1:
@@ -386,6 +390,16 @@ def _find_paths(model: Any) -> tuple[str, ...]:
             "LayerStack(model, path='...') or --layers-path."
         )
     return tuple(outermost)
+
+
+def _owner(model: nn.Module, path: str) -> Any:
+    """The config of the nearest module above `path` that has one."""
+    while path:
+        path = path.rpartition(".")[0]
+        config = getattr(model.get_submodule(path), "config", None)
+        if config is not None:
+            return config
+    return None
 
 
 def _layer_list(model: nn.Module, path: str) -> nn.ModuleList:

@@ -351,6 +351,19 @@ def _masked_images(config: Any, part: Any) -> Values:
         yield image[None], torch.ones(1, 1, *image.shape[-2:], dtype=torch.long)
 
 
+def _masked_tiles(config: Any, part: Any) -> Values:
+    """One image (1, 1, channels, side, side), and which tiles are used: (1, 1)."""
+    for image, _ in _image(config, part):
+        yield image[None], torch.ones(1, 1, dtype=torch.bool)
+
+
+def _strip(config: Any, part: Any) -> Values:
+    """Patches in one row (1, channels, patch, patches * patch), and their grid: (1, 2)."""
+    patch = _patch(part)
+    strip = _noise(1, _channels(part), patch, SIDE * SIDE * patch)
+    yield strip, torch.tensor([[SIDE, SIDE]])
+
+
 def _tiles(config: Any, part: Any) -> Values:
     """Tiles (1, 1, tiles, channels, side, side), aspect ratio (1, 1), and which are used."""
     count = _number(part, "max_num_tiles", default=1)
@@ -391,6 +404,8 @@ RECIPES = tuple(
         ("image", "pixel_values image_position_ids", _placed_patches),
         ("image", "pixel_values aspect_ratio_ids aspect_ratio_mask", _tiles),
         ("image", "pixel_values pixel_attention_mask", _masked_images),
+        ("image", "pixel_values pixel_attention_mask", _masked_tiles),
+        ("image", "pixel_values target_sizes", _strip),
         ("image", "pixel_values", _image),
         ("image", "pixel_values image_sizes", _image),
         ("image", "pixel_values image_sizes", _tiled_by_pinpoint),
@@ -398,6 +413,7 @@ RECIPES = tuple(
         ("video", "pixel_values_videos video_grid_thw", _video_grid),
         ("video", "pixel_values_videos video_grid_thw video_second_per_grid", _timed_grid),
         ("video", "pixel_values_videos video_position_ids num_frames_per_video", _placed_video),
+        ("video", "pixel_values_videos target_sizes_videos", _strip),
         ("video", "pixel_values_videos", _video),
         ("audio", "input_features feature_attention_mask", _mels),
         ("audio", "input_features input_features_mask", _frames),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 from collections import namedtuple
@@ -270,3 +271,24 @@ def test_code_nobody_trusted_is_not_referred_to(pruner, tmp_path):
     pruner.prune_and_save([3], tmp_path / "out", "m")
     assert not json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+
+
+def test_masked_logits_do_not_hide_a_difference(llama):
+    """Some models give tokens that may not be generated the lowest number there is."""
+    stack = LayerStack(llama)
+    right, wrong = stack.remove([3]), stack.remove([4])
+    for model in (llama, right, wrong):
+        head = model.lm_head = copy.deepcopy(model.lm_head)
+        head.register_forward_hook(lambda module, args, output: mask(output, slice(5, 9)))
+    verify_removal(stack, [3], right)
+    with pytest.raises(VerificationError, match="given text, compute something else"):
+        verify_removal(stack, [3], wrong)
+    right.lm_head.register_forward_hook(lambda module, args, output: mask(output, slice(9, 10)))
+    with pytest.raises(VerificationError, match="relative difference inf"):
+        verify_removal(stack, [3], right)
+
+
+def mask(logits, tokens):
+    logits = logits.clone()
+    logits[..., tokens] = torch.finfo(logits.dtype).min
+    return logits

@@ -161,6 +161,9 @@ def test_layers_after_which_image_features_are_added_have_to_stay():
     vision = SimpleNamespace(deepstack_visual_indexes=[8, 16, 24])
     config = SimpleNamespace(vision_config=vision, text_config=SimpleNamespace())
     assert injected_layers(config) == 3
+    vision.depth = 17  # which has no layer 24
+    assert injected_layers(config) == 2
+    vision.depth = 27
     refuse_injected(config, [0, 1, 2, 5])
     with pytest.raises(UnsupportedModelError, match=r"the first 3 layers.*\[1\] are among them"):
         refuse_injected(config, [0, 2, 3])
@@ -172,6 +175,9 @@ def test_features_that_are_added_before_a_layer_follow_the_next_kept_one():
     prune_outer(config, [0, 1, 3, 4, 7])
     assert config.deepstack_layer_map == [(-5, 2), (-3, 3)]
     assert config.spatial_target_layers == [4]
+    same = SimpleNamespace(deepstack_layer_map=[(0, 2)], spatial_target_layers=[2, 2, 5])
+    prune_outer(same, [0, 1, 3, 5])  # of one layer: they were one before
+    assert (same.deepstack_layer_map, same.spatial_target_layers) == ([(0, 2)], [2, 2, 3])
     with pytest.raises(UnsupportedModelError, match="would be added before one layer, 4"):
         prune_outer(SimpleNamespace(spatial_target_layers=[3, 4]), [0, 4, 5])
     with pytest.raises(UnsupportedModelError, match="no layer from there on is kept"):

@@ -277,3 +277,10 @@ def test_published_layouts_are_probed(name: str, tmp_path: Any) -> None:
     found = probe.probe_inputs(built_model(WRAPPERS[name], tmp_path))
     media = {"audio"} if name in ("voxtral", "qwen2_audio") else {"image"}
     assert media <= found.keys()
+
+
+def test_a_tower_as_deep_as_the_decoder_is_told_from_it() -> None:
+    """Whatever it is called: the decoder's modules have the config of the decoder."""
+    config = zoo.tiny_config("granite_speech", 6, encoder_config={"num_layers": 6})
+    stack = LayerStack(AutoModelForMultimodalLM.from_config(config))
+    assert stack.paths == ("model.language_model.layers",)
