@@ -40,8 +40,9 @@ def refuse_injected(config: Any, kept: Sequence[int]) -> None:
     lost = sorted(set(range(count)) - set(kept))
     if lost:
         raise UnsupportedModelError(
-            f"These layers cannot be removed: image features are added after the first {count} "
-            f"layers, by their order, and {lost} are among them. Keep layers 0 to {count - 1}."
+            f"These layers cannot be removed: image features are added after each of the first "
+            f"{count} layers, by their order, so layers 0 to {count - 1} have to stay, {lost} "
+            "among them."
         )
 
 

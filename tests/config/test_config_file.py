@@ -165,7 +165,9 @@ def test_layers_after_which_image_features_are_added_have_to_stay():
     assert injected_layers(config) == 2
     vision.depth = 27
     refuse_injected(config, [0, 1, 2, 5])
-    with pytest.raises(UnsupportedModelError, match=r"the first 3 layers.*\[1\] are among them"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"each of the first 3 layers.*\[1\] among them"
+    ):
         refuse_injected(config, [0, 2, 3])
     assert injected_layers(SimpleNamespace(text_config=SimpleNamespace())) == 0
 
