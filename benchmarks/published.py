@@ -61,7 +61,7 @@ READER_TYPES = set(
     "llama mistral qwen2 qwen3 qwen3_moe olmo2 granite gemma2 gemma3_text gemma3 deepseek_v3 "
     "glm4_moe gpt_oss phi3 gpt2 gpt_neox".split()
 )
-MLX_TYPES = {"llama", "qwen3", "mistral", "gemma2", "qwen3_moe"}
+MLX_TYPES = {"llama", "qwen2", "qwen3", "mistral", "gemma2", "qwen3_moe", "granite", "olmo2"}
 
 # Fields of a config that removing layers changes.
 FIRST_LAYERS = {"first_k_dense_replace", "num_hash_layers"}  # counts of the first layers

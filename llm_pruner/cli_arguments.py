@@ -336,6 +336,7 @@ class Request:
             ("--heal", None if self.heal == "none" else self.heal, sweeps, "with --sweep"),
             ("--push-to-hub", self.push_to_hub, self.dry_run, "with --dry-run"),
             ("--push-to-hub", self.push_to_hub, sweeps, "with --sweep"),
+            ("--drop-mtp", self.drop_mtp or None, sweeps, "with --sweep"),
         ):
             if value is not None and has_none:
                 raise InvalidPlanError(f"{name} has no effect {reason}: leave it out.")

@@ -273,6 +273,7 @@ class Manifest(_JsonFile):
             many; ``layout``, hash of their names, dtypes and shapes (`layout_hash`).
         from_memory: names of the tensors that were not copied from the source.
         sha256: of every tensor's bytes by its name, if they were hashed.
+        mtp_tensors: how many of the tensors belong to blocks for multi-token prediction.
         left_behind: files of the source that were not carried along: weights in other formats,
             and what describes them.
     """
@@ -291,6 +292,7 @@ class Manifest(_JsonFile):
     files: dict[str, dict[str, Any]]
     from_memory: tuple[str, ...] = ()
     sha256: dict[str, str] = field(default_factory=dict)
+    mtp_tensors: int = 0
     left_behind: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -296,6 +296,7 @@ def _manifest(
         bytes_after=sum(old.size for pairs in shards.values() for old, _ in pairs),
         tensors=sum(map(len, shards.values())),
         files=files,
+        mtp_tensors=sum(is_mtp(old.name, names) for pairs in shards.values() for old, _ in pairs),
         from_memory=tuple(
             sorted(
                 name

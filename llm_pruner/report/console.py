@@ -53,7 +53,17 @@ def manifest_text(manifest: Manifest, plan: PruningPlan, output_dir: str) -> str
         f"{_headline('Removed', plan)}\n\n"
         f"{manifest.bytes_after / 1e6:,.2f} of {manifest.bytes_before / 1e6:,.2f} MB kept, "
         f"{manifest.tensors} tensors, bit for bit ({how}).\n"
-        f"{_left_behind(manifest)}Checkpoint: {output_dir}\n{_cost(plan)}\n"
+        f"{_mtp(manifest)}{_left_behind(manifest)}Checkpoint: {output_dir}\n{_cost(plan)}\n"
+    )
+
+
+def _mtp(manifest: Manifest) -> str:
+    """That blocks for multi-token prediction are kept, in one line; nothing without any."""
+    count = manifest.mtp_tensors
+    return (
+        f"Kept behind the last layer, for multi-token prediction: {count} tensors.\n"
+        if count
+        else ""
     )
 
 

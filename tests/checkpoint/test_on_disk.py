@@ -46,6 +46,7 @@ from llm_pruner.errors import (
     UnsupportedModelError,
     VerificationError,
 )
+from llm_pruner.report.console import manifest_text
 from llm_pruner.results import Manifest
 from llm_pruner.storage.safetensors_files import header_bytes, read_checkpoint, tensor_hashes
 from llm_pruner.storage.sources import INDEX_FILE, LocalFolder, open_source, with_all_files
@@ -249,8 +250,11 @@ def test_blocks_past_the_last_layer_follow_it(source, tmp_path):
     with pytest.raises(LoadError, match=r"its config counts 8 layers, and 9 are numbered"):
         prune_checkpoint(source, REMOVED, tmp_path / "out")
     (source / "config.json").write_text(json.dumps(values))
-    prune_checkpoint(source, REMOVED, tmp_path / "out", verify=True)
+    manifest = prune_checkpoint(source, REMOVED, tmp_path / "out", verify=True)
     assert "model.layers.6.shared_head.weight" in tensors(tmp_path / "out")
+    text = manifest_text(manifest, PruningPlan("m", 8, REMOVED), "out")
+    assert "Kept behind the last layer, for multi-token prediction: 1 tensors." in text
+    assert "Not carried along: pytorch_model.bin." in text
     assert config(tmp_path / "out")["num_nextn_predict_layers"] == 1
     prune_checkpoint(source, REMOVED, tmp_path / "none", drop_mtp=True, verify=True)
     assert not any("shared_head" in name for name in tensors(tmp_path / "none"))
