@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 # Largest difference of logits, relative to the largest logit, that rounding explains.
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
 HALF_TOLERANCE = 3e-2
-CACHE_TEXTS = 4
-USUAL = 5  # times the original's own difference between passes with and without cache
+CACHE_TEXTS = 8
+USUAL = 10  # times the original's own difference between passes with and without cache
 CANNOT_HERE = (ImportError, RuntimeError)  # a library or a device that quantised weights need
 
 
