@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
@@ -87,7 +85,7 @@ class LayerScores(dict[int, float]):
         return cls(scores, **data)
 
 
-class _JsonFile:
+class JsonFile:
     """Saving and loading of the dataclasses below, with a format tag that is checked."""
 
     FORMAT: ClassVar[str]
@@ -161,7 +159,7 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class PruningPlan(_JsonFile):
+class PruningPlan(JsonFile):
     """Which layers of which model to remove, and why.
 
     Attributes:
@@ -255,99 +253,7 @@ class PruningPlan(_JsonFile):
 
 
 @dataclass(frozen=True)
-class Manifest(_JsonFile):
-    """What a checkpoint pruned on disk holds, and where its tensors came from.
-
-    A tensor's name in the source follows from `prefixes` and `remove`: layer ``i`` of the output
-    is the ``i``-th kept one (`llm_pruner.checkpoint.tensor_origin`).
-
-    Attributes:
-        source: the checkpoint that was pruned, as it was named.
-        revision: its commit on the hub, if it came from there.
-        num_layers: its number of decoder layers.
-        remove: the 0-based indices that were removed.
-        prefixes: what comes before a layer's index in the names of its tensors.
-        bytes_before, bytes_after: size of all tensors.
-        tensors: how many there are in the output.
-        files: by name: ``from``, the files of the source whose tensors it holds; ``tensors``, how
-            many; ``layout``, hash of their names, dtypes and shapes (`layout_hash`).
-        from_memory: names of the tensors that were not copied from the source.
-        sha256: of every tensor's bytes by its name, if they were hashed.
-        mtp_tensors: how many of the tensors belong to blocks for multi-token prediction.
-        left_behind: files of the source that were not carried along: weights in other formats,
-            and what describes them.
-    """
-
-    FORMAT = "llm_pruner.manifest/2"
-    EARLIER = ("llm_pruner.manifest/1",)
-
-    source: str
-    revision: str | None
-    num_layers: int
-    remove: tuple[int, ...]
-    prefixes: tuple[str, ...]
-    bytes_before: int
-    bytes_after: int
-    tensors: int
-    files: dict[str, dict[str, Any]]
-    from_memory: tuple[str, ...] = ()
-    sha256: dict[str, str] = field(default_factory=dict)
-    mtp_tensors: int = 0
-    left_behind: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "remove", check_layers(self.remove, self.num_layers))
-        object.__setattr__(self, "prefixes", tuple(self.prefixes))
-        object.__setattr__(self, "from_memory", tuple(self.from_memory))
-        for file, entry in self.files.items():
-            missing = {"from", "tensors", "layout"} - entry.keys()
-            if missing:
-                raise InvalidPlanError(f"{file!r} is listed without {min(missing)!r}.")
-
-    @property
-    def keep(self) -> tuple[int, ...]:
-        """The 0-based indices that stayed, ascending."""
-        return tuple(index for index in range(self.num_layers) if index not in self.remove)
-
-    @classmethod
-    def _convert(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """manifest/1 had an entry for every tensor, and no prefixes."""
-        entries: dict[str, dict[str, Any]] = data["tensors"]
-        by_file: dict[str, list[str]] = {}
-        for name, entry in entries.items():
-            by_file.setdefault(entry["file"], []).append(name)
-        files = {
-            file: {
-                "from": sorted({entries[name]["from_file"] for name in names}),
-                "tensors": len(names),
-                "layout": layout_hash((n, entries[n]["dtype"], entries[n]["shape"]) for n in names),
-            }
-            for file, names in sorted(by_file.items())
-        }
-        prefixes = {
-            ".".join([*takewhile(lambda part: not part.isdecimal(), name.split(".")), ""])
-            for name, entry in entries.items()
-            if name != entry["from"]
-        }
-        return {
-            **data,
-            "prefixes": sorted(prefixes),
-            "tensors": len(entries),
-            "files": files,
-            "sha256": {name: x["sha256"] for name, x in entries.items() if x["sha256"]},
-        }
-
-
-def layout_hash(tensors: Iterable[tuple[str, str, Sequence[int]]]) -> str:
-    """A short hash of tensors' names, dtypes and shapes, in whatever order they come."""
-    digest = hashlib.sha256()
-    for name, dtype, shape in sorted(tensors):
-        digest.update(f"{name}\0{dtype}\0{','.join(map(str, shape))}\0".encode())
-    return digest.hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class DepthCurve(_JsonFile):
+class DepthCurve(JsonFile):
     """What it costs to remove 1, 2, ... layers, to choose a number by looking.
 
     Attributes:
@@ -438,7 +344,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class PruningReport(_JsonFile):
+class PruningReport(JsonFile):
     """A plan that was carried out: what it cost and what it bought.
 
     ``report["perplexity"]`` is the comparison of that name.

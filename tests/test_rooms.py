@@ -26,7 +26,7 @@ ROOMS = {
     "search": "model data evaluation",
     "healing": "model data evaluation",
     "visualization": "model data evaluation",
-    "report": "visualization",
+    "report": "storage visualization",
     "checkpoint": "config storage model report",
     "pruners": "config storage model offload data evaluation search healing checkpoint",
     "workflow": "model data evaluation healing visualization report checkpoint pruners",

@@ -23,7 +23,8 @@ from ..config.module_patterns import (
 )
 from ..errors import InvalidPlanError, LoadError, VerificationError
 from ..report.model_card import CARD_FILE, card_text
-from ..results import Manifest, PruningPlan, check_layers, layout_hash
+from ..results import PruningPlan, check_layers
+from ..storage.manifest import Manifest, layout_hash
 from ..storage.safetensors_files import (
     Checkpoint,
     Kept,
@@ -360,15 +361,6 @@ def _write_index(path: Path, shards: dict[str, list[Pair]], total: int) -> None:
         for number, (name, file) in enumerate(entries):
             index.write(f"{',' if number else ''}\n    {json.dumps(name)}: {json.dumps(file)}")
         index.write("\n  }\n}\n")
-
-
-def tensor_origin(manifest: Manifest, name: str) -> str | None:
-    """What the source calls a tensor of the output; None if it was not copied from there."""
-    if name in manifest.from_memory:
-        return None
-    if not manifest.prefixes:
-        return name
-    return LayerNames(manifest.prefixes, manifest.num_layers).original(name, manifest.keep)
 
 
 def check_manifest(folder: str | Path) -> Manifest:

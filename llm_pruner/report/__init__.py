@@ -1,6 +1,6 @@
 """Results for people: text for the console, a page to share, a model card.
 
-Imports the ground, visualization.
+Imports the ground, storage, visualization.
 """
 
 from ..lazy_names import lazy_names

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import textwrap
 
-from ..results import Comparison, DepthCurve, Manifest, PruningPlan, PruningReport
+from ..results import Comparison, DepthCurve, PruningPlan, PruningReport
+from ..storage.manifest import Manifest
 from . import summary
 from .summary import VERDICTS, held_out_text, label
 

@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "sources": "open_source",
         "safetensors_files": "read_checkpoint",
+        "manifest": "Manifest tensor_origin",
         "origin": "model_identity",
     },
 )

@@ -30,7 +30,6 @@ from llm_pruner.checkpoint.on_disk import (
     MANIFEST_FILE,
     check_manifest,
     prune_checkpoint,
-    tensor_origin,
 )
 from llm_pruner.checkpoint.save import write_model
 from llm_pruner.config.config_file import (
@@ -47,7 +46,7 @@ from llm_pruner.errors import (
     VerificationError,
 )
 from llm_pruner.report.console import manifest_text
-from llm_pruner.results import Manifest
+from llm_pruner.storage.manifest import Manifest, tensor_origin
 from llm_pruner.storage.safetensors_files import header_bytes, read_checkpoint, tensor_hashes
 from llm_pruner.storage.sources import INDEX_FILE, LocalFolder, open_source, with_all_files
 

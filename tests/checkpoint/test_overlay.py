@@ -29,7 +29,7 @@ from llm_pruner import AVSSPruner, SmartPruner, load_model, prune_checkpoint
 from llm_pruner.checkpoint.save import check_saveable
 from llm_pruner.errors import LoadError, UnsupportedModelError
 from llm_pruner.model.layer_stack import LayerStack
-from llm_pruner.results import Manifest
+from llm_pruner.storage.manifest import Manifest
 
 REMOVED = [2, 5]
 OWN = {"README.md", "pruning_manifest.json", "pruning_plan.json"}
