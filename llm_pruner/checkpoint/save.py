@@ -1,7 +1,8 @@
 """Pruned checkpoints from memory: written, verified by reloading and published in one step.
 
-What was loaded from a checkpoint is written as that checkpoint without the layers (`overlay`);
-only a model that was built in Python is written by ``save_pretrained``.
+What was loaded from a checkpoint is written as that checkpoint without the layers (`overlay`).
+Pickled weights are written by ``save_pretrained``, with the files of their folder around them; a
+model that was built in Python, by ``save_pretrained`` alone.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def _surround(pruned: Any, plan: PruningPlan, stage: Path) -> None:
         dtype = str(pruned.dtype).removeprefix("torch.")
         if any("torch_dtype" in part or "dtype" in part for part in (config, decoder_part(config))):
             _name_dtype(config, dtype)
-        carry_along(source, stage, names, plan.keep, ())
+        carry_along(source, stage, names, plan.keep)
         write_json(stage / "config.json", config)
 
 
@@ -175,6 +176,7 @@ def _names_class(values: dict[str, Any], model: Any) -> bool:
 
 
 def _not_loaded(model: Any, kept: Kept) -> set[str]:
+    """The keys of tensors that transformers does not load."""
     from ..model.stored_names import loading_keys
 
     keys = loading_keys(model, [name for pairs in kept.values() for _, name in pairs])

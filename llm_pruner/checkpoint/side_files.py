@@ -63,8 +63,8 @@ EXPORTS = re.compile(
 def side_files(source: Source, pruned: Collection[str]) -> tuple[list[str], list[str]]:
     """The files to carry along byte for byte, and those to leave behind; both sorted.
 
-    Neither list has what is written anew, or hidden files. A folder with weights in it stays
-    behind as a whole, unless `MODULES_FILE` names it.
+    Neither list has what is written anew, or hidden files but .gitattributes. A folder with
+    weights in it stays behind as a whole, unless `MODULES_FILE` names it.
 
     Args:
         source: the checkpoint.

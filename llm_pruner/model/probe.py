@@ -128,6 +128,7 @@ def _around(side: str, modality: str) -> list[str]:
 def _media_inputs(model: Any, modality: str) -> Inputs | None:
     """Inputs with media of one modality that change the logits; None if no recipe makes them."""
     accepted = inspect.signature(model.forward).parameters
+    reason = "no known recipe fits its arguments"
     for recipe in RECIPES:
         if recipe.modality != modality or not accepted.keys() >= {*recipe.names}:
             continue
@@ -143,7 +144,9 @@ def _media_inputs(model: Any, modality: str) -> Inputs | None:
             if inputs is not None:
                 logger.debug("%s: compared with %s", type(model).__name__, shapes)
                 return inputs
-            logger.debug("%s: %s do not matter", type(model).__name__, shapes)
+            reason = f"{shapes} do not matter"
+            logger.debug("%s: %s", type(model).__name__, reason)
+    logger.info("%s, %s: the last trial ended so: %s", type(model).__name__, modality, reason)
     return None
 
 
@@ -177,6 +180,7 @@ def _first_run(
             return inputs, _logits(model, inputs)
         except Exception as error:
             told = re.search(r"features:? *(\d+)", str(error)) if rows is None else None
+            logger.debug("%s: %s of %s: %s", type(model).__name__, name, modality, error)
             if told is not None:
                 return _first_run(model, modality, media, int(told[1]))
             failed = failed or error
