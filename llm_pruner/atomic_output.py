@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import LLMPrunerError, OutputError
 
@@ -158,17 +158,39 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         OutputError: it cannot be written.
     """
     data = content.encode() if isinstance(content, str) else content
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():
+        with _os_errors_as(f"Cannot write {str(path)!r}"):
+            target.write_bytes(data)
+        return
+    with replaced_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replaced_file(path: str | Path, *, need: int = 0) -> Iterator[BinaryIO]:
+    """A new file beside `path`, which takes its place when the block ends well.
+
+    Args:
+        path: a file that need not exist; a link is followed.
+        need: bytes that will be written, as far as known; a disk with less room is refused.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     with _os_errors_as(f"Cannot write {str(path)!r}"):
         target = Path(path).resolve()
-        if target.exists() and not target.is_file():
-            target.write_bytes(data)
-            return
         target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if need > free:
+            raise OutputError(
+                f"{str(path)!r} needs {need:,} bytes, and {free:,} are free on its disk: make room."
+            )
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
         temporary = Path(name)
         try:
-            with open(descriptor, "wb") as file:
-                file.write(data)
+            with open(descriptor, "w+b") as file:
+                yield file
             temporary.chmod(0o666 & ~_umask())
             _sync(temporary)
             temporary.replace(target)

@@ -18,17 +18,18 @@ GROUND = "lazy_names errors distributed utils atomic_output results stats hub".s
 # What a room may import besides the ground. Nothing below a line imports anything above it.
 ROOMS = {
     "config": "",
+    "engines": "config",
     "storage": "config",
     "model": "config",
     "offload": "config model",
     "data": "",
     "evaluation": "model data",
-    "search": "model data evaluation",
+    "search": "engines model data evaluation",
     "healing": "model data evaluation",
     "visualization": "model data evaluation",
     "report": "storage visualization",
-    "checkpoint": "config storage model report",
-    "pruners": "config storage model offload data evaluation search healing checkpoint",
+    "checkpoint": "config engines storage model report",
+    "pruners": "config engines storage model offload data evaluation search healing checkpoint",
     "workflow": "model data evaluation healing visualization report checkpoint pruners",
     "cli_arguments": "pruners",
     "cli": "config model offload data healing visualization report checkpoint pruners workflow "

@@ -1,6 +1,6 @@
 """Checkpoints: pruned on disk or from memory, verified, published in one step.
 
-Imports the ground, config, storage, model, report.
+Imports the ground, config, engines, storage, model, report.
 """
 
 from ..lazy_names import lazy_names

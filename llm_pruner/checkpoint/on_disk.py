@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_output import PLAN_FILE, check_output, staged_output
-from ..config.config_file import find_layers, is_mtp, stored_quantization
+from ..config.config_file import find_layers, stored_quantization
 from ..config.layer_names import LayerNames
 from ..config.module_patterns import (
     QUANTIZATION_FILES,
@@ -24,7 +24,8 @@ from ..config.module_patterns import (
 from ..errors import InvalidPlanError, LoadError, VerificationError
 from ..report.model_card import CARD_FILE, card_text
 from ..results import PruningPlan, check_layers
-from ..storage.manifest import Manifest, layout_hash
+from ..storage.gguf_models import find_gguf, read_gguf_checkpoint
+from ..storage.manifest import Manifest, kept_tensors, layout_hash, new_manifest
 from ..storage.safetensors_files import (
     Checkpoint,
     Kept,
@@ -45,11 +46,10 @@ from ..storage.sources import (
     with_all_files,
 )
 from ..utils import logger, package_versions, progress
+from .gguf import MANIFEST_FILE, read_gguf_model, write_pruned_gguf
 from .pruned_config import pruned_config
 from .side_files import side_files
 
-MANIFEST_FILE = "pruning_manifest.json"
-FROM_MEMORY = "memory/"  # begins the names of files that hold what was in memory
 THREADS = 4  # files written at a time
 
 
@@ -122,6 +122,16 @@ def prune_on_disk(
 ) -> tuple[PruningPlan, Manifest]:
     """`prune_checkpoint`, and the plan as it was carried out."""
     check_output(output_dir, overwrite=overwrite)
+    if paths := find_gguf(model_id):
+        return _prune_gguf(
+            model_id,
+            paths,
+            layers,
+            output_dir,
+            overwrite=overwrite,
+            drop_mtp=drop_mtp,
+            hashed=verify,
+        )
     source = open_source(model_id, revision)
     checkpoint = read_checkpoint(source)
     if "adapter_config.json" in source.files():
@@ -154,19 +164,27 @@ def prune_on_disk(
     return plan, manifest
 
 
-def kept_tensors(checkpoint: Checkpoint, names: LayerNames, plan: PruningPlan) -> Kept:
-    """The tensors that stay, in their order, with their new names.
-
-    Blocks for multi-token prediction stay, and follow the last layer as before, unless the plan
-    says otherwise.
-    """
-    kept: Kept = {}
-    keep = plan.keep
-    for tensor in checkpoint.tensors.values():
-        name = names.rename(tensor.name, keep)
-        if name is not None and not (plan.drop_mtp and is_mtp(tensor.name, names)):
-            kept.setdefault(tensor.file, []).append((tensor, name))
-    return kept
+def _prune_gguf(
+    model_id: str | Path,
+    paths: Sequence[Path],
+    layers: Sequence[int] | PruningPlan,
+    output_dir: str | Path,
+    overwrite: bool,
+    *,
+    drop_mtp: bool,
+    hashed: bool,
+) -> tuple[PruningPlan, Manifest]:
+    """`prune_on_disk` for a model in GGUF."""
+    model = read_gguf_model(paths, str(model_id))
+    plan = _checked_plan(model.checkpoint, model.names, layers, str(model_id))
+    plan = replace(plan, drop_mtp=plan.drop_mtp or drop_mtp)
+    model.changes(plan)  # what cannot be is refused before anything is written
+    with staged_output(output_dir, overwrite=overwrite, need=model.checkpoint.bytes) as stage:
+        folder = Path(model_id).expanduser().is_dir()
+        manifest = write_pruned_gguf(stage, model, plan, hashed=hashed, folder=folder)
+        (stage / CARD_FILE).write_text(_card(model.checkpoint.source, plan), encoding="utf-8")
+        check_manifest(stage)
+    return plan, manifest
 
 
 def write_checkpoint(
@@ -195,7 +213,7 @@ def write_checkpoint(
         hashed: record a hash of every tensor.
     """
     shards = new_shards(kept)
-    manifest = _manifest(checkpoint, names, plan, shards, hashed=hashed)
+    manifest = new_manifest(checkpoint, names, plan, shards, hashed=hashed)
     _write_shards(checkpoint, stage, shards, link=link)
     if list(shards) != [SINGLE_FILE]:
         _write_index(stage / INDEX_FILE, shards, manifest.bytes_after)
@@ -267,49 +285,6 @@ def _card(source: Source, plan: PruningPlan) -> str:
     return card_text(plan, original.decode("utf-8", "replace"))
 
 
-def _manifest(
-    checkpoint: Checkpoint,
-    names: LayerNames,
-    plan: PruningPlan,
-    shards: dict[str, list[Pair]],
-    *,
-    hashed: bool,
-) -> Manifest:
-    files = {
-        file: {
-            "from": sorted({old.file for old, _ in pairs if not old.file.startswith(FROM_MEMORY)}),
-            "tensors": len(pairs),
-            "layout": layout_hash((name, old.dtype, old.shape) for old, name in pairs),
-        }
-        for file, pairs in shards.items()
-    }
-    hashes: dict[str, str] = {}
-    for pairs in shards.values() if hashed else ():
-        found = tensor_hashes(checkpoint.source, (old for old, _ in pairs))
-        hashes.update(zip((name for _, name in pairs), found, strict=True))
-    return Manifest(
-        source=checkpoint.source.name,
-        revision=checkpoint.source.revision,
-        num_layers=plan.num_layers,
-        remove=plan.remove,
-        prefixes=names.prefixes,
-        bytes_before=checkpoint.bytes,
-        bytes_after=sum(old.size for pairs in shards.values() for old, _ in pairs),
-        tensors=sum(map(len, shards.values())),
-        files=files,
-        mtp_tensors=sum(is_mtp(old.name, names) for pairs in shards.values() for old, _ in pairs),
-        from_memory=tuple(
-            sorted(
-                name
-                for pairs in shards.values()
-                for old, name in pairs
-                if old.file.startswith(FROM_MEMORY)
-            )
-        ),
-        sha256=hashes,
-    )
-
-
 def _write_shards(
     checkpoint: Checkpoint, stage: Path, shards: dict[str, list[Pair]], *, link: bool
 ) -> None:
@@ -374,7 +349,8 @@ def check_manifest(folder: str | Path) -> Manifest:
             has hashes.
         LoadError, InvalidPlanError: the checkpoint or its manifest cannot be read.
     """
-    checkpoint = read_checkpoint(LocalFolder(folder))
+    paths = find_gguf(folder)
+    checkpoint = read_gguf_checkpoint(paths) if paths else read_checkpoint(LocalFolder(folder))
     manifest = Manifest.load(Path(folder) / MANIFEST_FILE)
     if manifest.sha256:
         stored = checkpoint.tensors

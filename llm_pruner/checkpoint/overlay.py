@@ -18,9 +18,9 @@ from safetensors import safe_open
 
 from ..model.loading import stored_tensors
 from ..model.stored_names import loading_keys, natural_order
+from ..storage.manifest import FROM_MEMORY
 from ..storage.safetensors_files import Checkpoint, Kept, StoredTensor, read_checkpoint
 from ..storage.sources import Joined, LocalFolder, Source
-from .on_disk import FROM_MEMORY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

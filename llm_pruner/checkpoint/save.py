@@ -30,11 +30,12 @@ from ..model.layer_stack import LayerStack
 from ..model.loading import quantization_method, stored_tensors
 from ..report.model_card import CARD_FILE, card_text, original_card
 from ..results import PruningPlan
+from ..storage.manifest import kept_tensors
 from ..storage.origin import loaded_from, original_checkpoint
 from ..storage.safetensors_files import Checkpoint, Kept
 from ..storage.sources import with_all_files
 from ..utils import count_bytes, logger
-from .on_disk import carry_along, check_manifest, kept_tensors, write_checkpoint, write_json
+from .on_disk import carry_along, check_manifest, write_checkpoint, write_json
 from .overlay import put_over, stored_dtype
 from .pruned_config import as_read
 from .verify import verify_checkpoint

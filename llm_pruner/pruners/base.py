@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,35 +23,17 @@ from ..healing.heal import Heal, heal_model
 from ..healing.lora_settings import LoraSettings
 from ..model.forward import refuse_adapters
 from ..model.loading import model_fingerprint
-from ..model.removal import share_copy
 from ..offload.offloaded_stack import layers_of
 from ..results import DepthCurve, LayerScores, PruningPlan, Removes, check_layers
 from ..search.removal_quality import RemovalQuality
 from ..storage.origin import model_identity
 from ..utils import package_versions
-from .budget import Budget, Removable
+from .budget import Budget, Removable, serving_of
+from .healing_search import HealedModel
 from .residual_stream import read_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-class _HealedModel:
-    """The model that was healed last: a search that heals as it goes has made what is saved."""
-
-    def __init__(self) -> None:
-        self._key: tuple[str, ...] = ()
-        self._model: Any = None
-        self._record: dict[str, Any] = {}
-
-    def get(
-        self, key: tuple[str, ...], make: Callable[[], tuple[Any, dict[str, Any]]]
-    ) -> tuple[Any, dict[str, Any]]:
-        """A copy of the model under `key`, which shares its weights, and its healing record."""
-        if key != self._key:
-            self._model, self._record = make()
-            self._key = key
-        return share_copy(self._model), self._record
 
 
 class BasePruner(ABC):
@@ -65,6 +47,8 @@ class BasePruner(ABC):
             8 layers; a value that is given is used as it is.
         batch_size: sequences per forward pass; does not change a result.
         layers_path: dotted name of the layer list, for models in which it is not found.
+        serve_with: engines that have to compute the pruned model right, of `engines.ENGINES`: only
+            sets of layers after which they do are considered, or accepted.
 
     Attributes:
         model, tokenizer: as given.
@@ -76,7 +60,8 @@ class BasePruner(ABC):
 
     Raises:
         UnsupportedModelError: the model's layers cannot be found.
-        InvalidPlanError: the protection leaves no layer to remove.
+        InvalidPlanError: the protection leaves no layer to remove, or it is not known how an engine
+            computes such a model.
     """
 
     name: ClassVar[str] = "custom"
@@ -91,6 +76,7 @@ class BasePruner(ABC):
         protect: tuple[int, int] | None = None,
         batch_size: int = 8,
         layers_path: str | None = None,
+        serve_with: Sequence[str] = (),
     ) -> None:
         if type(batch_size) is not int or batch_size < 1:
             raise InvalidPlanError(f"batch_size={batch_size} must be a whole number from 1.")
@@ -101,8 +87,9 @@ class BasePruner(ABC):
         self.layers = layers_of(model, layers_path)
         self.num_layers = len(self.layers)
         injected = injected_layers(getattr(model, "config", None))
-        self.removable = Removable.of(self.num_layers, protect, injected)
-        self._healed = _HealedModel()
+        serving = serving_of(model, serve_with)
+        self.removable = Removable.of(self.num_layers, protect, injected, serving)
+        self._healed = HealedModel()
 
     @abstractmethod
     def description(self) -> str:
@@ -126,12 +113,13 @@ class BasePruner(ABC):
             InvalidPlanError: ratio out of range, rounding to no layer, or asking for more
                 layers than are unprotected.
         """
-        order = [layer for layer in self._scored(scores).ranked() if layer in self.candidates]
+        ranked = [layer for layer in self._scored(scores).ranked() if layer in self.candidates]
+        sign = 1.0 if self.removes == "lowest" else -1.0
+        costs = {layer: sign * scores[layer] for layer in ranked}
         if threshold is None:
-            return sorted(order[: Budget(ratio=ratio).count(self.removable)])
-        if self.removes == "highest":
-            return sorted(layer for layer in order if scores[layer] > threshold)
-        return sorted(layer for layer in order if scores[layer] < threshold)
+            return self.removable.cheapest(costs, Budget(ratio=ratio).count(self.removable) or 0)
+        beyond = {layer: cost for layer, cost in costs.items() if cost < sign * threshold}
+        return self.removable.cheapest(beyond)
 
     def choose_layers(
         self, scores: Mapping[int, float], eval_data: Sequence[EvalItem], budget: Budget
@@ -196,7 +184,7 @@ class BasePruner(ABC):
                 num_layers=self.num_layers,
                 remove=check_layers(removed, self.num_layers),
                 strategy=self.name,
-                options={**budget.given, "protect": list(self.protect), **self._options()},
+                options={**budget.given, **self.removable.options, **self._options()},
                 scores=scores,
                 steps=self.steps,
                 data={
@@ -214,6 +202,7 @@ class BasePruner(ABC):
             scores, removed = self._score_and_choose(eval_data, budget)
             plan = self.partial_plan = record(removed, scores)
             self.removable.refuse_protected(plan.remove)
+            self.removable.refuse_misplaced(plan.remove)
             if not plan.remove:
                 self._refuse_empty(scores)
             if quality is not None:
@@ -268,7 +257,8 @@ class BasePruner(ABC):
     def _choices(self, eval_data: Sequence[EvalItem], n_layers: int) -> list[list[int]]:
         """The strategy's choice of 1, 2, ... `n_layers` layers."""
         scores = self._scored(self.compute_layer_scores(eval_data))
-        budgets = [Budget(n_layers=count) for count in range(1, n_layers + 1)]
+        sizes = (size for size in self.removable.sets.sizes if size <= n_layers)
+        budgets = [Budget(n_layers=size) for size in sizes]
         return [self.choose_layers(scores, eval_data, budget) for budget in budgets]
 
     def quality(self, eval_data: Sequence[EvalItem]) -> RemovalQuality:
@@ -353,6 +343,7 @@ class BasePruner(ABC):
         Nothing is written; see `prune_and_save` for the arguments and errors.
         """
         plan.check_model(self.num_layers, self.identity)
+        self.removable.refuse_misplaced(plan.remove)
         if heal != "none" and heal_data:
             chosen_on = plan.data.get("prompts", ())
             refuse_overlap(heal_data, chosen_on, "to heal with", "the layers were chosen on")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
 
+from ..engines.layer_sets import LayerSets
+from ..engines.serving import Serving
 from ..errors import InvalidPlanError
 
 DEFAULT_PROTECT = (2, 2)
@@ -18,14 +22,22 @@ class Removable:
     Attributes:
         num_layers: the model's depth.
         protect: how many layers at the start and at the end stay.
+        serving: the engines that have to compute the rest right, if any.
+        runs: only layers that follow one another may be removed.
     """
 
     num_layers: int
     protect: tuple[int, int]
+    serving: Serving | None = None
+    runs: bool = False
 
     @classmethod
     def of(
-        cls, num_layers: int, protect: Sequence[int] | None = None, injected: int = 0
+        cls,
+        num_layers: int,
+        protect: Sequence[int] | None = None,
+        injected: int = 0,
+        serving: Serving | None = None,
     ) -> Removable:
         """Check `protect`; None means (2, 2), or a quarter of the depth at each end if less.
 
@@ -36,7 +48,7 @@ class Removable:
         """
         if protect is None:
             first, last = (min(side, num_layers // 4) for side in DEFAULT_PROTECT)
-            return cls(num_layers, (max(first, injected), last))
+            return cls(num_layers, (max(first, injected), last), serving)
         if (
             not isinstance(protect, Sequence)
             or len(protect) != 2
@@ -52,17 +64,45 @@ class Removable:
                 f"protect=({first}, {last}) protects all of the model's {num_layers} layers: "
                 f"together they must be below {num_layers}."
             )
-        return cls(num_layers, (first, last))
+        return cls(num_layers, (first, last), serving)
 
     @property
     def candidates(self) -> range:
         """The layers that are not protected."""
         return range(self.protect[0], self.num_layers - self.protect[1])
 
+    @cached_property
+    def sets(self) -> LayerSets:
+        """The sets of layers that may be removed."""
+        fits = self.serving.fits if self.serving and self.serving.restricts else None
+        return LayerSets(self.num_layers, self.candidates, fits, runs=self.runs)
+
     @property
     def most(self) -> int:
         """The largest number of layers that can be removed."""
-        return min(len(self.candidates), self.num_layers - 1)
+        return self.sets.sizes[-1] if self.sets.sizes else 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What restricts the choice, for the record."""
+        engines = {"serve_with": list(self.serving.engines)} if self.serving else {}
+        return {"protect": list(self.protect), **engines}
+
+    def cheapest(self, costs: Mapping[int, float], size: int | None = None) -> list[int]:
+        """The layers of `costs` with the smallest ones, ascending: `size`, or as many as may go.
+
+        Where engines restrict the sets it is the one with the smallest sum.
+
+        Args:
+            costs: of layers, in the order in which equal ones are taken.
+        """
+        order = sorted(costs, key=costs.__getitem__)
+        if self.serving is None or not self.serving.restricts:
+            return sorted(order[:size])
+        never = [layer for layer in self.candidates if layer not in costs]
+        sizes = [size] if size is not None else range(len(costs), 0, -1)
+        found = (self.sets.cheapest(costs, number, never=never) for number in sizes)
+        return list(next((layers for layers in found if layers), ()))
 
     def refuse_protected(self, layers: Sequence[int]) -> None:
         """Raise InvalidPlanError if a protected layer is among `layers`."""
@@ -74,12 +114,25 @@ class Removable:
                 f"{self.num_layers} layers must stay. Change protect= (--protect) if you mean it."
             )
 
+    def refuse_misplaced(self, layers: Sequence[int]) -> None:
+        """Raise InvalidPlanError unless the engines compute the rest right; see `Serving`."""
+        if self.serving is not None:
+            self.serving.refuse_misplaced(layers, self.num_layers)
+
     def __str__(self) -> str:
         first, last = self.protect
-        return (
+        number = self.sets.sizes_text.replace("from ", "").replace("one of ", "")
+        whole = (
             f"the model has {self.num_layers} layers, the first {first} and the last {last} are "
-            f"protected, so 1 to {self.most} can go"
+            "protected"
         )
+        if self.serving is None or not self.serving.restricts:
+            return f"{whole}, so {number} can go"
+        engines = " and ".join(self.serving.engines)
+        runs = " that follow one another" if self.runs else ""
+        if not self.sets.sizes:
+            return f"{whole}, and {engines} computes it right without no set of the others{runs}"
+        return f"{whole}, and {engines} computes it right only if {number} layers{runs} go"
 
 
 @dataclass(frozen=True)
@@ -125,15 +178,27 @@ class Budget:
         """The number of layers this asks for; None if the scores or a limit decide.
 
         Raises:
-            InvalidPlanError: no layer, or more than can go.
+            InvalidPlanError: no layer, or a number that cannot go.
         """
+        sizes = removable.sets.sizes
         if self.ratio is not None:
             count = int(self.ratio * removable.num_layers + 1e-9)
-            if not 0 < count <= removable.most:
+            if count not in sizes:
                 raise InvalidPlanError(f"ratio={self.ratio:.4g} means {count} layers: {removable}.")
             return count
-        if self.n_layers is not None and self.n_layers > removable.most:
+        if self.n_layers is not None and self.n_layers not in sizes:
             raise InvalidPlanError(
-                f"n_layers={self.n_layers} must be from 1 to {removable.most}: {removable}."
+                f"n_layers={self.n_layers} must be {removable.sets.sizes_text}: {removable}."
             )
+        if not sizes:
+            raise InvalidPlanError(f"No layer can be removed: {removable}.")
         return self.n_layers
+
+
+def serving_of(model: Any, engines: Sequence[str]) -> Serving | None:
+    """What the engines make of a model's layers; None if it need not be served by any.
+
+    Raises:
+        UnknownNameError, InvalidPlanError: see `Serving.of_config`.
+    """
+    return Serving.of_config(model.config.to_dict(), engines) if engines else None

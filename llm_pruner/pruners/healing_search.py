@@ -7,16 +7,37 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data.items import EvalItem
+from ..engines.layer_sets import Fits, LayerSets
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..healing.heal import HEALERS, Heal
 from ..healing.lora_settings import LoraSettings
 from ..model.layer_stack import LayerStack
+from ..model.removal import share_copy
 from ..search.layer_search import OnStep, Step, check_number, search_layers
 from ..search.removal_quality import RemovalQuality
 from ..utils import logger
 
 # Measures that compare a cut model with the uncut one, so they cannot judge a healed model.
 RELATIVE_MEASURES = ("kl", "agreement")
+LISTS = ("out", "in", "layers")  # entries of a step that list layers
+
+
+class HealedModel:
+    """The model that was healed last: a search that heals as it goes has made what is saved."""
+
+    def __init__(self) -> None:
+        self._key: tuple[str, ...] = ()
+        self._model: Any = None
+        self._record: dict[str, Any] = {}
+
+    def get(
+        self, key: tuple[str, ...], make: Callable[[], tuple[Any, dict[str, Any]]]
+    ) -> tuple[Any, dict[str, Any]]:
+        """A copy of the model under `key`, which shares its weights, and its healing record."""
+        if key != self._key:
+            self._model, self._record = make()
+            self._key = key
+        return share_copy(self._model), self._record
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,7 @@ def search_in_rounds(
     every: int = 1,
     n_layers: int | None = None,
     tolerance: float | None = None,
+    fits: Fits | None = None,
     on_step: OnStep | None = None,
 ) -> list[int]:
     """Cut a few layers, heal, choose the next ones on the healed model, and so on.
@@ -71,6 +93,7 @@ def search_in_rounds(
         every: cuts between two healings.
         n_layers: how many to remove; as many as `tolerance` allows if None.
         tolerance: largest relative loss of the healed model; None for no limit.
+        fits: restricts the sets that may be removed, see `LayerSets`.
         on_step: see `search_layers`; a healing is a step too, with ``action`` ``repair``.
 
     Returns:
@@ -86,15 +109,18 @@ def search_in_rounds(
             f"Objective {relative[0]!r} compares a cut model with its own uncut one, so it cannot "
             "judge healed models: use nll, accuracy or similarity, or do not heal between cuts."
         )
-    limit = check_number(start, candidates, n_layers)
+    sets = LayerSets(len(stack), candidates, fits)
+    limit = check_number(sets, n_layers)
     removed: list[int] = []
     while len(removed) < limit:
         kept = [index for index in range(len(stack)) if index not in removed]
         pool = [i for i, index in enumerate(kept) if index in candidates]
         cuts: list[Step] = []
         try:
-            count = min(every, limit - len(removed))
-            chosen = search_layers(quality, pool, n_layers=count, on_step=cuts.append)
+            here = sets.within(kept)
+            count = _next_size(here, every, limit - len(removed))
+            limits: dict[str, Any] = {"n_layers": count, "fits": here.fits}
+            chosen = search_layers(quality, pool, **limits, on_step=cuts.append)
         except UnsupportedModelError as error:
             if tolerance is None or not removed:
                 raise
@@ -119,10 +145,22 @@ def search_in_rounds(
     return removed
 
 
+def _next_size(sets: LayerSets, every: int, left: int) -> int:
+    """How many layers to remove next: `every` or, where that cannot be, the next larger number."""
+    sizes = [size for size in sets.sizes if size <= left]
+    if not sizes:
+        raise UnsupportedModelError(
+            f"The layers removed so far cannot be completed: {left} more may go, and the engines "
+            f"to serve with allow {sets.sizes_text}. Heal after more removals, or at the end."
+        )
+    return next((size for size in sizes if size >= every), sizes[-1])
+
+
 def _in_full_model(step: Step, kept: Sequence[int], removed: Sequence[int]) -> Step:
     """A search step on a cut model, with the layer indices of the full one."""
     renamed = {**step, "removed": sorted([*removed, *(kept[i] for i in step["removed"])])}
     if "layer" in step:
         renamed["layer"] = kept[step["layer"]]
+    if step["action"] == "cut":
         renamed["tried"] = {str(kept[int(i)]): value for i, value in step["tried"].items()}
-    return renamed | {name: [kept[i] for i in step[name]] for name in ("out", "in") if name in step}
+    return renamed | {name: [kept[i] for i in step[name]] for name in LISTS if name in step}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.items import EvalItem, fingerprint, prompt_keys, refuse_overlap
+from ..engines.layer_sets import Fits
 from ..errors import InvalidPlanError
 from ..model.layer_stack import LayerStack
 from ..results import LayerScores, check_layers
@@ -206,7 +207,7 @@ class SmartPruner(MeasuredPruner):
         self.removable.refuse_protected(pool)
         self.steps = []
         limits: dict[str, Any] = {"n_layers": n_layers, "tolerance": tolerance}
-        limits["on_step"] = self.steps.append
+        limits |= {"on_step": self.steps.append, "fits": self._fits}
         if self.repairs is None:
             return search_layers(self.quality(eval_data), pool, **limits)
         how = self.repairs
@@ -230,7 +231,13 @@ class SmartPruner(MeasuredPruner):
             raise InvalidPlanError("A sweep does not heal as it goes: leave repairs out.")
         self.steps = []
         quality, note = self.quality(eval_data), self.steps.append
-        return [list(mask) for mask in depth_curve(quality, self.candidates, n_layers, note)]
+        curve = depth_curve(quality, self.candidates, n_layers, note, self._fits)
+        return [list(mask) for mask in curve]
+
+    @property
+    def _fits(self) -> Fits | None:
+        """How the sets that may be removed are restricted, for the search."""
+        return self.removable.sets.fits
 
     def _options(self) -> dict[str, Any]:
         if self.repairs is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -49,6 +50,7 @@ class SimilarityPruner(BasePruner):
         if not isinstance(contiguous, bool | None):
             raise InvalidPlanError(f"contiguous={contiguous!r} must be True or False.")
         self.contiguous = self.contiguous_by_default if contiguous is None else contiguous
+        self.removable = replace(self.removable, runs=self.contiguous)
 
     @abstractmethod
     def distances(self, eval_data: Sequence[EvalItem]) -> torch.Tensor:
@@ -83,12 +85,14 @@ class SimilarityPruner(BasePruner):
                 "These scores hold no block distances: pass what compute_layer_scores returned, "
                 f"or use {type(self).__name__}(..., contiguous=False)."
             )
-        first, end = self.candidates.start, self.candidates.stop
+        sets = self.removable.sets
         budget = Budget(ratio=ratio) if threshold is None else Budget(threshold=threshold)
         count = budget.count(self.removable)
         lengths = range(len(self.candidates), 0, -1) if count is None else [count]
         for length in lengths:
-            starts = range(first, end - length + 1)
+            starts = [run.start for run in sets.of_size(length) if sets.allows(run)]
+            if not starts:
+                continue
             best = min(starts, key=lambda start: (blocks[start][length - 1], -start))
             if threshold is None or blocks[best][length - 1] < threshold:
                 return list(range(best, best + length))

@@ -64,6 +64,8 @@ def step_text(step: Mapping[str, Any]) -> str:
     """What a step of a search did: ``removed layer 7``."""
     action = step.get("action")
     if action == "cut":
+        if "layers" in step:
+            return f"removed layers {_listed(step['layers'])}"
         return f"removed layer {step.get('layer')}"
     if action == "exchange":
         return f"removed {_listed(step.get('in'))} instead of {_listed(step.get('out'))}"

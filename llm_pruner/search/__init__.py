@@ -1,6 +1,6 @@
 """Which layers cost least: objectives, measured without layers, and the search over sets.
 
-Imports the ground, model, data, evaluation.
+Imports the ground, engines, model, data, evaluation.
 """
 
 from ..lazy_names import lazy_names

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import combinations
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
+from ..engines.layer_sets import Fits, LayerSets
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..utils import logger
 from .prefix_sharing import LayerSet
@@ -47,6 +47,7 @@ def search_layers(
     *,
     n_layers: int | None = None,
     tolerance: float | None = None,
+    fits: Fits | None = None,
     on_step: OnStep | None = None,
 ) -> list[int]:
     """The layers whose removal costs least: a number of them, or as many as a loss allows.
@@ -61,11 +62,13 @@ def search_layers(
         candidates: 0-based layers that may be removed.
         n_layers: how many to remove; as many as `tolerance` allows if None.
         tolerance: largest relative loss allowed in total (0.015: 1.5 %); None for no limit.
+        fits: restricts the sets that may be removed, see `LayerSets`; a cut may then take several
+            layers at once.
         on_step: called with every step as it is made, a dict of JSON values: ``action`` (``cut``
             or ``exchange``, a swap), ``removed`` (all layers removed after it), ``change``
             (relative, of all of them), ``samples`` (token sequences it was measured on), ``kept``,
-            ``tried`` (for a cut, candidate -> change; for a swap, how many), and ``layer``, or
-            ``out`` and ``in``.
+            ``tried`` (for a cut, candidate -> change; for a swap, how many), and ``layer``
+            (``layers`` where a cut takes several), or ``out`` and ``in``.
 
     Returns:
         0-based indices, ascending. On all data never worse than before the swaps.
@@ -76,8 +79,8 @@ def search_layers(
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise InvalidPlanError(f"tolerance={tolerance} must be a number from 0, e.g. 0.015.")
-    search = LayerSearch(quality, candidates, on_step)
-    most = check_number(quality, candidates, n_layers)
+    search = LayerSearch(quality, candidates, on_step, fits)
+    most = check_number(search.sets, n_layers)
     begin = time.monotonic()
     removed: LayerSet = ()
     while len(removed) < most:
@@ -103,10 +106,10 @@ def search_layers(
         removed = after
         each = (time.monotonic() - begin) / len(removed)
         logger.info(
-            "Cut %d of %s: layer %d, total change %+.4f on %d samples; %s",
+            "Cut %d of %s: %s, total change %+.4f on %d samples; %s",
             len(removed),
             most if tolerance is None else f"at most {most}",
-            step["layer"],
+            f"layer {step['layer']}" if "layer" in step else f"layers {step['layers']}",
             quality.change(removed) if swaps else step["change"],
             step["samples"],
             f"about {each * (most - len(removed)):.0f} s to the last cut, then swaps",
@@ -119,22 +122,25 @@ def depth_curve(
     candidates: Sequence[int],
     n_layers: int,
     on_step: OnStep | None = None,
+    fits: Fits | None = None,
 ) -> list[LayerSet]:
     """The best set found of 1, 2, ... `n_layers` layers, each grown from the one before.
 
     Swaps refine the set at every depth, so the sets need not be nested. The list ends where the
-    architecture can do without no further layer.
+    architecture can do without no further layer; with `fits` it has only the numbers of layers
+    that can be removed.
 
     Raises:
         InvalidPlanError, UnsupportedModelError: see `search_layers`.
     """
-    search = LayerSearch(quality, candidates, on_step)
+    search = LayerSearch(quality, candidates, on_step, fits)
+    most = check_number(search.sets, n_layers)
     sets: list[LayerSet] = [()]
-    for depth in range(1, check_number(quality, candidates, n_layers) + 1):
+    for depth in (size for size in search.sets.sizes if size <= most):
         try:
             grown, step = search.grow(sets[-1])
         except UnsupportedModelError as error:
-            if depth == 1:
+            if sets == [()]:
                 raise
             logger.warning("The curve ends before %d layers. %s", depth, error)
             break
@@ -156,13 +162,21 @@ class LayerSearch:
     Args:
         quality: measures the model without layers.
         candidates: 0-based layers that may be removed.
-        on_step: see `search_layers`.
+        on_step, fits: see `search_layers`.
+
+    Attributes:
+        sets: the sets of layers that may be removed.
     """
 
     def __init__(
-        self, quality: RemovalQuality, candidates: Sequence[int], on_step: OnStep | None = None
+        self,
+        quality: RemovalQuality,
+        candidates: Sequence[int],
+        on_step: OnStep | None = None,
+        fits: Fits | None = None,
     ) -> None:
-        self.quality, self.candidates, self._on_step = quality, list(candidates), on_step
+        self.quality, self._on_step = quality, on_step
+        self.sets = LayerSets(len(quality.stack), candidates, fits)
         self._gains: dict[int, tuple[float, float]] = {}  # layer -> (sum of gains, weight)
         self._turn = 0
 
@@ -174,13 +188,14 @@ class LayerSearch:
         its mean gain over this round and, with decreasing weight, earlier rounds, which looked at
         other data first. Only the better half by that is measured at all (lazy evaluation,
         Minoux 1978; a heuristic here, because the loss is not submodular). With too little data
-        for subsets, every candidate is measured on all of it: the plain greedy step.
+        for subsets, every candidate is measured on all of it: the plain greedy step. Where not
+        every set may be removed, a candidate takes others with it (`LayerSets.grown`).
 
         Raises:
             UnsupportedModelError: no candidate can be removed.
         """
         quality, subsets = self.quality, self._subsets()
-        sets = {layer: tuple(sorted((*removed, layer))) for layer in self._remaining(removed)}
+        sets = self.sets.grown(removed)
         allowed, why = self._allowed(sets.values())
         every = [layer for layer, one in sets.items() if one in allowed]
         left = list(every)
@@ -210,9 +225,10 @@ class LayerSearch:
         dropped = [layer for layer in every if layer not in left]  # should the best be refused
         for layer in [*left, *sorted(dropped, key=merit, reverse=True)]:
             if not (why := quality.refusal(sets[layer])):
+                new = sorted({*sets[layer]} - {*removed})
                 return sets[layer], {
                     "action": "cut",
-                    "layer": layer,
+                    **({"layer": layer} if len(new) == 1 else {"layers": new}),
                     "change": quality.change(sets[layer], subset),
                     "samples": quality.size(subset),
                     "tried": {str(layer): change for layer, change in sorted(tried.items())},
@@ -241,7 +257,7 @@ class LayerSearch:
             if enough is not None and self.quality.change(removed) >= enough:
                 break
             size, errors = STAGES[stage]
-            rivals = list(self._swaps(removed, size))
+            rivals = list(self.sets.swaps(removed, size))
             better = None
             if size == 1 or len(rivals) <= MOST_PAIRS:
                 left, _ = self._allowed(rivals)
@@ -293,14 +309,6 @@ class LayerSearch:
         better = [one for one in alive if quality.change(one) > bar]
         return max(better, key=lambda one: (quality.change(one), one), default=None)
 
-    def _swaps(self, removed: LayerSet, size: int) -> Iterator[LayerSet]:
-        for out in combinations(removed, size):
-            for back in combinations(self._remaining(removed), size):
-                yield tuple(sorted({*removed, *back} - set(out)))
-
-    def _remaining(self, removed: LayerSet) -> list[int]:
-        return [layer for layer in self.candidates if layer not in removed]
-
     def _subsets(self) -> list[Subset]:
         self._turn += 1
         return self.quality.subsets(self._turn - 1)
@@ -312,19 +320,18 @@ class LayerSearch:
         return [removed for removed, why in whys.items() if not why], "".join(refusals[-1:])
 
 
-def check_number(quality: RemovalQuality, candidates: Sequence[int], n_layers: int | None) -> int:
-    """`n_layers`, or the largest number of candidates that can be removed.
+def check_number(sets: LayerSets, n_layers: int | None) -> int:
+    """`n_layers`, or the largest number of layers that can be removed.
 
     Raises:
         InvalidPlanError: `n_layers` is no such number.
     """
-    most = min(len(candidates), len(quality.stack) - 1)
     if n_layers is None:
-        return most
-    if type(n_layers) is not int or not 0 < n_layers <= most:
+        return sets.sizes[-1] if sets.sizes else 0
+    if type(n_layers) is not int or n_layers not in sets.sizes:
         raise InvalidPlanError(
-            f"n_layers={n_layers} must be from 1 to {most}, the number of layers that may go: ask "
-            "for fewer, or protect fewer."
+            f"n_layers={n_layers} must be {sets.sizes_text}, as many as may go: ask for another "
+            "number, or protect fewer."
         )
     return n_layers
 

@@ -8,9 +8,13 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
+from ..config.config_file import is_mtp
 from ..config.layer_names import LayerNames
 from ..errors import InvalidPlanError
-from ..results import JsonFile, check_layers
+from ..results import JsonFile, PruningPlan, check_layers
+from .safetensors_files import Checkpoint, Kept, Pair, tensor_hashes
+
+FROM_MEMORY = "memory/"  # begins the names of files that hold what was in memory
 
 
 @dataclass(frozen=True)
@@ -112,3 +116,70 @@ def tensor_origin(manifest: Manifest, name: str) -> str | None:
     if not manifest.prefixes:
         return name
     return LayerNames(manifest.prefixes, manifest.num_layers).original(name, manifest.keep)
+
+
+def kept_tensors(checkpoint: Checkpoint, names: LayerNames, plan: PruningPlan) -> Kept:
+    """The tensors that stay, in their order, with their new names.
+
+    Blocks for multi-token prediction stay, and follow the last layer as before, unless the plan
+    says otherwise.
+    """
+    kept: Kept = {}
+    keep = plan.keep
+    for tensor in checkpoint.tensors.values():
+        name = names.rename(tensor.name, keep)
+        if name is not None and not (plan.drop_mtp and is_mtp(tensor.name, names)):
+            kept.setdefault(tensor.file, []).append((tensor, name))
+    return kept
+
+
+def new_manifest(
+    checkpoint: Checkpoint,
+    names: LayerNames,
+    plan: PruningPlan,
+    shards: dict[str, list[Pair]],
+    *,
+    hashed: bool = False,
+) -> Manifest:
+    """What a checkpoint without the layers of `plan` holds.
+
+    Args:
+        checkpoint: the original.
+        names: its layers.
+        plan: which of them are removed.
+        shards: the new files by name: tensors of the original, with their new names.
+        hashed: hash every tensor.
+    """
+    files = {
+        file: {
+            "from": sorted({old.file for old, _ in pairs if not old.file.startswith(FROM_MEMORY)}),
+            "tensors": len(pairs),
+            "layout": layout_hash((name, old.dtype, old.shape) for old, name in pairs),
+        }
+        for file, pairs in shards.items()
+    }
+    hashes: dict[str, str] = {}
+    for pairs in shards.values() if hashed else ():
+        found = tensor_hashes(checkpoint.source, (old for old, _ in pairs))
+        hashes.update(zip((name for _, name in pairs), found, strict=True))
+    return Manifest(
+        source=checkpoint.source.name,
+        revision=checkpoint.source.revision,
+        num_layers=plan.num_layers,
+        remove=plan.remove,
+        prefixes=names.prefixes,
+        bytes_before=checkpoint.bytes,
+        bytes_after=sum(old.size for pairs in shards.values() for old, _ in pairs),
+        tensors=sum(map(len, shards.values())),
+        files=files,
+        mtp_tensors=sum(is_mtp(old.name, names) for pairs in shards.values() for old, _ in pairs),
+        from_memory=tuple(
+            sorted(
+                name
+                for pairs in shards.values()
+                for old, name in pairs
+                if old.file.startswith(FROM_MEMORY)
+            )
+        ),
+        sha256=hashes,
+    )
