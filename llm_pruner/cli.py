@@ -6,6 +6,7 @@ checked, so that help and mistakes answer at once.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
@@ -66,6 +67,9 @@ def _run(request: Request) -> None:
     try:
         with group(request.timeout), ExitStack() as held:
             check_request(request)
+            if request.fix_gguf is not None:
+                _fix_gguf(request, request.fix_gguf)
+                return
             if not request.dry_run:
                 on_first(lambda: held.enter_context(hold_output(request.output)))
             if request.needs_model:
@@ -125,6 +129,21 @@ def _push(request: Request, repo_id: str) -> None:
     print(f"Uploaded: {url}", file=sys.stderr if request.json else sys.stdout)
 
 
+def _fix_gguf(request: Request, path: str) -> None:
+    """Correct the metadata of a converted file, and print which keys were written."""
+    from .checkpoint.gguf import fix_gguf
+    from .storage.sources import open_source
+
+    config = open_source(request.model).read_json("config.json")
+    keys = on_first(lambda: fix_gguf(path, config))
+    if request.json:
+        print(json.dumps({"file": path, "written": keys}, indent=2))
+    elif keys:
+        print(f"Wrote {', '.join(keys)} into {path}: llama.cpp computes it right now.")
+    else:
+        print(f"{path} says everything already: nothing was changed.")
+
+
 def _prune_on_disk(request: Request) -> None:
     """Remove layers that are given; the model is loaded only if bytes alone do not do it."""
     from .config.config_file import NeedsMemoryError
@@ -156,6 +175,7 @@ def _copy_on_disk(request: Request, plan: PruningPlan | Sequence[int]) -> None:
             overwrite=request.overwrite,
             link=request.link,
             drop_mtp=request.drop_mtp,
+            serve_with=request.serve_with,
             verify=request.verify,
             trust_remote_code=request.trust_remote_code,
         )
@@ -208,6 +228,7 @@ def _make_pruner(request: Request) -> BasePruner:
         "batch_size": request.batch_size,
         "layers_path": request.layers_path,
         "protect": request.protect,
+        "serve_with": request.serve_with,
     }
     if issubclass(cls, MeasuredPruner):
         options["seed"] = request.seed

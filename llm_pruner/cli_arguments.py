@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn
 from . import __version__
 from .atomic_output import check_output
 from .distributed import TIMEOUT, on_first
+from .engines.verdict import ENGINES, check_engines
 from .errors import InvalidPlanError, MissingDependencyError, OutputError
 from .hub import check_upload
 from .pruners.budget import Budget
@@ -51,7 +52,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_input(group: Any) -> None:
     add = group.add_argument
-    add("--model", required=True, metavar="M", help="'demo', a local folder or a hub id")
+    add(
+        "--model",
+        required=True,
+        metavar="M",
+        help="'demo', a local folder, a GGUF file or a hub id",
+    )
     add("--device", help="cpu, cuda, cuda:1, mps, or auto to spread over devices (default: best)")
     add(
         "--max-memory",
@@ -134,6 +140,14 @@ def _add_choice(group: Any) -> None:
         help="never remove the first A and last B layers (2,2)",
     )
     add(
+        "--serve-with",
+        type=_names,
+        default=(),
+        metavar="E,E",
+        help=f"only sets of layers without which these engines compute the model right: "
+        f"{', '.join(ENGINES)}; several work out what a layer is from its position",
+    )
+    add(
         "--objective",
         metavar="O",
         help="what ablation and smart measure: nll (likelihood of references or text, default), kl "
@@ -191,6 +205,12 @@ def _add_output(group: Any) -> None:
         action="store_true",
         help="leave out the blocks for multi-token prediction, which are kept otherwise",
     )
+    add(
+        "--fix-gguf",
+        metavar="FILE",
+        help="write into a GGUF file, converted from the pruned --model, what its converter leaves "
+        "to llama.cpp's own reckoning; nothing else is done",
+    )
     add("--dry-run", action="store_true", help="print scores and plan; write nothing")
     add("--json", action="store_true", help="print the result as JSON")
     add("--quiet", action="store_true", help="no progress, no notes")
@@ -229,6 +249,10 @@ def _random_seed(text: str) -> int:
     return number
 
 
+def _engine_names(text: str) -> tuple[str, ...]:
+    return check_engines(part.strip() for part in text.split(","))
+
+
 def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
@@ -252,6 +276,7 @@ def _name_and_value(text: str) -> tuple[str, Any]:
 _count = _value("a whole number of at least 1", _at_least_one)
 _seed = _value(f"a whole number from 0 to {2**32 - 1}", _random_seed)
 _numbers = _value("whole numbers separated by commas, e.g. 3,7,11", _integers)
+_names = _engine_names
 _pair = _value("two whole numbers, A,B", _two_integers)
 _size = _value("a size of memory, e.g. 4GiB, 500MB", parse_bytes)
 _option = _value("NAME=VALUE, e.g. contiguous=false", _name_and_value)
@@ -287,6 +312,7 @@ class Request:
     layers: tuple[int, ...] | None
     plan: str | None
     protect: tuple[int, int] | None
+    serve_with: tuple[str, ...]
     objective: str | None
     option: dict[str, Any]
     heal_every: int | None
@@ -302,6 +328,7 @@ class Request:
     verify: bool
     link: bool
     drop_mtp: bool
+    fix_gguf: str | None
     dry_run: bool
     json: bool
     quiet: bool
@@ -312,6 +339,7 @@ class Request:
             "--layers": self.layers,
             "--plan": self.plan,
             "--sweep": self.sweep,
+            "--fix-gguf": self.fix_gguf,
         }
         for name, amount in self.budget.given.items():
             if name != "tolerance":
@@ -325,6 +353,13 @@ class Request:
         given = "--layers" if self.layers is not None else "--plan"
         is_given = self.layers is not None or self.plan is not None
         sweeps, tolerance = self.sweep is not None, self.budget.tolerance
+        extra: list[tuple[str, Any]] = [
+            ("--eval-dataset", self.eval_dataset),
+            ("--export-yaml", self.export_yaml),
+            ("--heal", None if self.heal == "none" else self.heal),
+            ("--push-to-hub", self.push_to_hub),
+            ("--serve-with", self.serve_with or None),
+        ]
         for name, value, has_none, reason in (
             ("--heal-data", self.heal_data, self.heal == "none", no_healing),
             ("--heal-every", self.heal_every, self.heal == "none", no_healing),
@@ -337,6 +372,7 @@ class Request:
             ("--push-to-hub", self.push_to_hub, self.dry_run, "with --dry-run"),
             ("--push-to-hub", self.push_to_hub, sweeps, "with --sweep"),
             ("--drop-mtp", self.drop_mtp or None, sweeps, "with --sweep"),
+            *((name, value, self.fix_gguf is not None, "with --fix-gguf") for name, value in extra),
         ):
             if value is not None and has_none:
                 raise InvalidPlanError(f"{name} has no effect {reason}: leave it out.")
@@ -352,7 +388,7 @@ class Request:
     @property
     def needs_model(self) -> bool:
         """Whether something is asked for that needs the model in memory."""
-        chooses = self.layers is None and self.plan is None
+        chooses = self.layers is None and self.plan is None and self.fix_gguf is None
         loads = self.dtype != "auto" or self.layers_path is not None or self.dry_run
         measures = self.eval_dataset is not None or self.visualize or self.export_yaml is not None
         return chooses or loads or measures or self.heal != "none"
@@ -360,7 +396,7 @@ class Request:
     @property
     def writes_model(self) -> bool:
         """Whether the output folder is written."""
-        return not self.dry_run and self.sweep is None
+        return not self.dry_run and self.sweep is None and self.fix_gguf is None
 
     def beside(self, ending: str) -> Path:
         """A file beside the output folder, named after it."""
@@ -401,6 +437,11 @@ def check_request(request: Request) -> None:
         OutputError, HubError: the output cannot be written or uploaded.
     """
     check_strategy_name(request.strategy)
+    if request.output.endswith(".gguf"):
+        raise OutputError(
+            f"--output {request.output} must be a folder, into which a pruned GGUF is written with "
+            "its plan and card: name one without .gguf."
+        )
     if request.heal == "lora" and importlib.util.find_spec("peft") is None:
         raise MissingDependencyError("--heal lora needs peft: pip install 'llm_pruner[heal]'.")
     if Path(request.output).resolve() == Path(request.model).resolve():

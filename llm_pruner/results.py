@@ -181,6 +181,8 @@ class PruningPlan(JsonFile):
         healing: how the weights were healed when the plan was carried out, as `heal_model`
             records it; empty before that.
         drop_mtp: leave out the blocks for multi-token prediction, which are kept otherwise.
+        engines: what serving engines make of the result, by name: ``right``, or what is wrong, as
+            `engines.verdict.verdicts` says it; those of which nothing is known are not there.
 
     Raises:
         InvalidPlanError: indices out of range, repeated, or nothing left.
@@ -202,6 +204,7 @@ class PruningPlan(JsonFile):
     model: dict[str, str] = field(default_factory=dict)
     healing: dict[str, Any] = field(default_factory=dict)
     drop_mtp: bool = False
+    engines: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if type(self.num_layers) is not int or self.num_layers < 1:

@@ -9,7 +9,8 @@ import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -127,6 +128,13 @@ def disable_progress_bars() -> None:
     _progress_bars = False
     silence: Any = transformers_logging.disable_progress_bar
     silence()
+
+
+@contextmanager
+def no_foreign_bars() -> Iterator[None]:
+    """Inside the block a library's own progress bars stay away, where bars are off."""
+    with nullcontext() if _progress_bars else redirect_stderr(StringIO()):
+        yield
 
 
 @contextmanager

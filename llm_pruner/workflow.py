@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .atomic_output import FIGURES, PAGE_FILE, REPORT_FILE, check_output
+from .checkpoint.gguf import stored_bytes
 from .checkpoint.save import check_saveable, new_checkpoint
 from .data.items import EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap
 from .distributed import on_first
@@ -96,7 +97,8 @@ def carry_out(
     def finish() -> PruningReport:
         files = pruned, pruner.tokenizer, plan, output_dir
         with new_checkpoint(*files, overwrite=overwrite) as stage:
-            report = _compared(pruner, pruned, plan, held_out, seed)
+            stored = stored_bytes(stage)
+            report = _compared(pruner, pruned, plan, held_out, seed, stored)
             report = replace(
                 report,
                 output_dir=str(output_dir),
@@ -125,6 +127,7 @@ def _compared(
     plan: PruningPlan,
     held_out: Sequence[EvalItem],
     seed: int,
+    stored: tuple[int, int] | None,
 ) -> PruningReport:
     """Both models on the same items, and what each of them costs to run."""
     model, tokenizer, batch_size = pruner.model, pruner.tokenizer, pruner.batch_size
@@ -136,9 +139,15 @@ def _compared(
     if healing["method"] != "none":  # what the removal costs without it, for comparison
         unhealed = pruner.layers.remove(plan.remove)
         healing["cut_quality"] = measure_quality(unhealed, tokenizer, held_out, batch_size)
-    logger.info("Measuring speed")
+    if stored is None:
+        logger.info("Measuring speed")
     cost = compare_cost(
-        model, pruned, tokenizer, batch=batch_size, layers_path=pruner.layers.paths[0]
+        model,
+        pruned,
+        tokenizer,
+        batch=batch_size,
+        layers_path=pruner.layers.paths[0],
+        stored=stored,
     )
     return PruningReport(
         plan=plan,
@@ -155,6 +164,7 @@ def _compared(
             "batch_size": batch_size,
             "bootstrap_draws": DRAWS,
             "interval": "95 %, paired",
+            "checkpoint": "reloaded and verified" if stored is None else "in GGUF, re-read",
         },
     )
 

@@ -20,7 +20,7 @@ ROOMS = {
     "config": "",
     "engines": "config",
     "storage": "config",
-    "model": "config",
+    "model": "config storage",
     "offload": "config model",
     "data": "",
     "evaluation": "model data",
@@ -31,8 +31,8 @@ ROOMS = {
     "checkpoint": "config engines storage model report",
     "pruners": "config engines storage model offload data evaluation search healing checkpoint",
     "workflow": "model data evaluation healing visualization report checkpoint pruners",
-    "cli_arguments": "pruners",
-    "cli": "config model offload data healing visualization report checkpoint pruners workflow "
+    "cli_arguments": "engines pruners",
+    "cli": "config storage model offload data healing visualization report checkpoint pruners workflow "
     "cli_arguments",
 }
 MODULES = {

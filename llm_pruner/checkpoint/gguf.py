@@ -81,6 +81,11 @@ class GgufModel:
         """The sets of layers without which llama.cpp computes the model right."""
         return Serving.of_gguf(self.layers)
 
+    @property
+    def engines(self) -> dict[str, str]:
+        """What serving engines make of the pruned model, for `PruningPlan.engines`."""
+        return {"llama.cpp": "right"} if self.layers.known else {}
+
     def changes(self, plan: PruningPlan) -> dict[str, tuple[int, Any]]:
         """What the metadata says after a removal and did not before, by key: type and value.
 
@@ -180,6 +185,12 @@ def write_pruned_gguf(
     plan.save(stage / PLAN_FILE)
     manifest.save(stage / MANIFEST_FILE)
     return manifest
+
+
+def stored_bytes(folder: Path) -> tuple[int, int] | None:
+    """Bytes of the weights before and after the cut that made a folder; None if it is no GGUF."""
+    manifest = Manifest.load(folder / MANIFEST_FILE) if any(folder.glob("*.gguf")) else None
+    return (manifest.bytes_before, manifest.bytes_after) if manifest else None
 
 
 def _new_names(files: Sequence[str]) -> list[str]:

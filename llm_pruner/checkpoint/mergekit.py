@@ -10,7 +10,7 @@ import yaml
 
 from ..atomic_output import write_atomically
 from ..config.rules import COUNT_FIELDS, text_config
-from ..errors import InvalidPlanError
+from ..errors import InvalidPlanError, UnsupportedModelError
 from ..model.layer_stack import LayerStack
 from ..results import check_layers
 from ..utils import logger
@@ -26,8 +26,11 @@ def write_mergekit_yaml(
     Raises:
         InvalidPlanError: indices that do not fit the model, or none.
         OutputError: the file cannot be written.
+        UnsupportedModelError: the model is one in GGUF.
     """
     removed = check_layers(layers, len(stack))
+    if model_id.endswith(".gguf"):
+        raise UnsupportedModelError("MergeKit does not read GGUF: leave the recipe out.")
     if not removed:
         raise InvalidPlanError("layers=[]: the recipe removes nothing. Name at least one layer.")
     _warn_of_mergekit(stack, removed)

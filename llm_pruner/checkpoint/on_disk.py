@@ -21,8 +21,9 @@ from ..config.module_patterns import (
     follow_removal,
     module_names,
 )
+from ..engines.verdict import refuse_wrong, verdicts
 from ..errors import InvalidPlanError, LoadError, VerificationError
-from ..report.model_card import CARD_FILE, card_text
+from ..report.model_card import CARD_FILE, card_text, original_card
 from ..results import PruningPlan, check_layers
 from ..storage.gguf_models import find_gguf, read_gguf_checkpoint
 from ..storage.manifest import Manifest, kept_tensors, layout_hash, new_manifest
@@ -62,6 +63,7 @@ def prune_checkpoint(
     overwrite: bool = False,
     link: bool = False,
     drop_mtp: bool = False,
+    serve_with: Sequence[str] = (),
     verify: bool = False,
     trust_remote_code: bool = False,
 ) -> Manifest:
@@ -81,6 +83,7 @@ def prune_checkpoint(
         link: hard-link unchanged files instead of copying them.
         drop_mtp: leave out the blocks for multi-token prediction. They are kept otherwise, and
             follow the new last layer.
+        serve_with: engines that have to compute the output right, of `engines.ENGINES`.
         verify: also hash every kept tensor on both sides (the manifest records the hashes), check
             the config against a freshly built model, and reload the output with transformers,
             which takes the memory of the pruned model.
@@ -102,6 +105,7 @@ def prune_checkpoint(
         overwrite=overwrite,
         link=link,
         drop_mtp=drop_mtp,
+        serve_with=serve_with,
         verify=verify,
         trust_remote_code=trust_remote_code,
     )
@@ -117,12 +121,17 @@ def prune_on_disk(
     overwrite: bool = False,
     link: bool = False,
     drop_mtp: bool = False,
+    serve_with: Sequence[str] = (),
     verify: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[PruningPlan, Manifest]:
     """`prune_checkpoint`, and the plan as it was carried out."""
     check_output(output_dir, overwrite=overwrite)
     if paths := find_gguf(model_id):
+        if link:
+            raise InvalidPlanError(
+                "link (--link) is for safetensors: every file of a pruned GGUF model is another."
+            )
         return _prune_gguf(
             model_id,
             paths,
@@ -145,6 +154,8 @@ def prune_on_disk(
     config = pruned_config(
         checkpoint, names, plan, trust_remote_code=trust_remote_code, verify=verify
     )
+    plan = replace(plan, engines=verdicts(config))
+    refuse_wrong(config, serve_with)
     kept = kept_tensors(checkpoint, names, plan)
     files = with_all_files(source)
     carried, _ = side_files(files, checkpoint.metadata)
@@ -179,10 +190,12 @@ def _prune_gguf(
     plan = _checked_plan(model.checkpoint, model.names, layers, str(model_id))
     plan = replace(plan, drop_mtp=plan.drop_mtp or drop_mtp)
     model.changes(plan)  # what cannot be is refused before anything is written
+    plan = replace(plan, engines=model.engines)
     with staged_output(output_dir, overwrite=overwrite, need=model.checkpoint.bytes) as stage:
         folder = Path(model_id).expanduser().is_dir()
         manifest = write_pruned_gguf(stage, model, plan, hashed=hashed, folder=folder)
-        (stage / CARD_FILE).write_text(_card(model.checkpoint.source, plan), encoding="utf-8")
+        card = card_text(plan, original_card(str(model_id)), gguf=min(manifest.files))
+        (stage / CARD_FILE).write_text(card, encoding="utf-8")
         check_manifest(stage)
     return plan, manifest
 

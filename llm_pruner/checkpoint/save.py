@@ -30,11 +30,13 @@ from ..model.layer_stack import LayerStack
 from ..model.loading import quantization_method, stored_tensors
 from ..report.model_card import CARD_FILE, card_text, original_card
 from ..results import PruningPlan
+from ..storage.gguf_models import GgufCheckpoint
 from ..storage.manifest import kept_tensors
 from ..storage.origin import loaded_from, original_checkpoint
 from ..storage.safetensors_files import Checkpoint, Kept
 from ..storage.sources import with_all_files
 from ..utils import count_bytes, logger
+from .gguf import GgufModel, write_pruned_gguf
 from .on_disk import carry_along, check_manifest, write_checkpoint, write_json
 from .overlay import put_over, stored_dtype
 from .pruned_config import as_read
@@ -64,6 +66,13 @@ def new_checkpoint(
         VerificationError: it does not load cleanly, or computes something else than `pruned`.
     """
     original = check_saveable(pruned, plan.num_layers)
+    if isinstance(original, GgufCheckpoint):
+        with staged_output(output_dir, overwrite=overwrite, need=original.bytes) as stage:
+            folder = Path(plan.model_id).expanduser().is_dir()
+            write_pruned_gguf(stage, GgufModel(original), plan, folder=folder)
+            check_manifest(stage)
+            yield stage
+        return
     need = count_bytes(pruned) * (1 if original is None else 2)  # as it is compared
     with staged_output(output_dir, overwrite=overwrite, need=need) as stage:
         unused: set[str] = set()
@@ -91,7 +100,8 @@ def save_checkpoint(
 ) -> None:
     """Write a complete plain checkpoint with its plan and card; see `new_checkpoint`."""
     with new_checkpoint(pruned, tokenizer, plan, output_dir, overwrite=overwrite) as stage:
-        card = card_text(plan, original_card(plan.model_id))
+        gguf = min((file.name for file in stage.glob("*-pruned*.gguf")), default="")
+        card = card_text(plan, original_card(plan.model_id), gguf=gguf)
         (stage / CARD_FILE).write_text(card, encoding="utf-8")
 
 
@@ -108,6 +118,13 @@ def check_saveable(model: Any, num_layers: int, *, heals: bool = False) -> Check
             checkpoint, from whose bytes alone it can be written.
     """
     original = original_checkpoint(model, num_layers)
+    if isinstance(original, GgufCheckpoint):
+        if heals:
+            raise UnsupportedModelError(
+                "A model in GGUF cannot be healed: heal the original model, in safetensors, and "
+                "convert the result (convert_hf_to_gguf.py), or leave healing out."
+            )
+        return original
     if original is not None and not _names_class(original.config, model):
         logger.info("%s is not the class that its checkpoint names", type(model).__name__)
         original = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..config.config_file import decoder_part, layer_count
-from ..errors import UnknownNameError
+from ..errors import InvalidPlanError, UnknownNameError
 from .llama_cpp import LLAMA_CPP
 from .mlx import MLX
 from .rules import Rule
@@ -37,8 +37,9 @@ class Verdict:
     state: State
     reason: str = ""
 
-    def __str__(self) -> str:
-        return f"{self.engine}: {self.state}" + (f" ({self.reason})" if self.reason else "")
+    def in_words(self) -> str:
+        """``right``, ``wrong: ...``; ``metadata: ...`` for what `fix_gguf` makes right."""
+        return f"{self.state}: {self.reason}" if self.reason else self.state
 
 
 def check_engines(names: Iterable[str]) -> tuple[str, ...]:
@@ -54,37 +55,62 @@ def check_engines(names: Iterable[str]) -> tuple[str, ...]:
     return found
 
 
-def judge(config: Mapping[str, Any], engine: str) -> Verdict:
-    """What an engine makes of the model that a config.json describes.
+def judge(config: Mapping[str, Any], engine: str, kept: Sequence[int] | None = None) -> Verdict:
+    """What an engine makes of the model that a config.json describes, or of some of its layers.
+
+    Args:
+        config: the contents of config.json, or a config of transformers as a dict.
+        engine: a name in `ENGINES`.
+        kept: the 0-based indices of the layers that are left; all if None.
 
     Raises:
         UnknownNameError: there is no such engine.
     """
     check_engines([engine])
-    part = decoder_part(dict(config))
-    count = layer_count(dict(config))
+    part, depth = decoder_part(dict(config)), layer_count(dict(config))
     rules = ENGINES[engine].rules_of(config)
-    if rules is None or count is None:
+    if rules is None or depth is None:
         kind = part.get("model_type") or config.get("model_type")
         return Verdict(engine, "unknown", f"nothing is known of {kind} there")
+    left = range(depth) if kept is None else kept
+    count = len(left)
     wrong: list[tuple[Rule, list[int]]] = []
+    sayable = True
     for rule in rules:
-        kinds = rule.kinds(part, count)
-        if kinds is None:
+        whole = rule.kinds(part, depth)
+        if whole is None:
             return Verdict(engine, "unknown", f"the config does not say which layers have {rule}")
+        kinds = [whole[index] for index in left]
         places = [i for i in range(count) if rule.derive(part, i, count) != kinds[i]]
         if places:
             wrong.append((rule, places))
+            sayable = sayable and rule.can_say(kinds)
     if not wrong:
         return Verdict(engine, "right")
-    sayable = all(rule.can_say(rule.kinds(part, count) or ()) for rule, _ in wrong)
     reasons = (f"{rule} of {named(places)} {rule.how}" for rule, places in wrong)
     return Verdict(engine, "metadata" if sayable else "wrong", "; ".join(reasons))
 
 
-def judge_all(config: Mapping[str, Any]) -> list[Verdict]:
-    """What every known engine makes of the model that a config.json describes."""
-    return [judge(config, engine) for engine in ENGINES]
+def judge_all(config: Mapping[str, Any], kept: Sequence[int] | None = None) -> list[Verdict]:
+    """What every known engine makes of a model; see `judge`."""
+    return [judge(config, engine, kept) for engine in ENGINES]
+
+
+def verdicts(config: Mapping[str, Any], kept: Sequence[int] | None = None) -> dict[str, str]:
+    """The same in words, by engine, for those of which something is known."""
+    found = judge_all(config, kept)
+    return {one.engine: one.in_words() for one in found if one.state != "unknown"}
+
+
+def refuse_wrong(config: Mapping[str, Any], engines: Iterable[str]) -> None:
+    """Raise InvalidPlanError unless all `engines` compute the model of a config.json right."""
+    for engine in check_engines(engines):
+        found = judge(config, engine)
+        if found.state != "right":
+            raise InvalidPlanError(
+                f"--serve-with {engine} cannot be promised for these layers: {found.reason}. "
+                "Remove others: without --layers, only sets that it computes right are considered."
+            )
 
 
 def named(layers: Sequence[int]) -> str:

@@ -37,6 +37,7 @@ def compare_cost(
     new_tokens: int = 32,
     repeats: int = ENOUGH,
     layers_path: str | None = None,
+    stored: tuple[int, int] | None = None,
 ) -> list[Comparison]:
     """Compare two models by size, and by the time and memory that generation takes.
 
@@ -54,6 +55,8 @@ def compare_cost(
         prompt_tokens, new_tokens: per sequence, lowered to what the models have positions for.
         repeats: timed runs of each model.
         layers_path: dotted name of the layer list, where it is not found.
+        stored: bytes of the weights of both, where the models in memory only stand in for what
+            is run elsewhere (GGUF); no speed is measured then.
 
     Raises:
         InvalidDataError: a count below 1, or fewer than 2 new tokens.
@@ -71,7 +74,9 @@ def compare_cost(
         )
     text = "Once upon a time there was a small town."
     prompt = (list(tokenizer(text)["input_ids"]) * prompt_tokens)[:prompt_tokens]
-    comparisons = _sizes(models, prompt[0], layers_path)
+    comparisons = _sizes(models, prompt[0], layers_path, stored)
+    if stored is not None:
+        return comparisons
     for size in dict.fromkeys((1, batch)):
         runs: list[list[dict[str, float]]] = [[], []]
         for _ in range(repeats + 1):
@@ -82,13 +87,17 @@ def compare_cost(
     return comparisons
 
 
-def _sizes(models: Sequence[Any], token: int, layers_path: str | None) -> list[Comparison]:
+def _sizes(
+    models: Sequence[Any], token: int, layers_path: str | None, stored: tuple[int, int] | None
+) -> list[Comparison]:
     values: list[tuple[str, str, list[float], bool | None]] = [
         ("layers", "", [len(LayerStack(model, layers_path)) for model in models], None),
         ("parameters", "", [count_parameters(model) for model in models], False),
-        ("weights", "MB", [count_bytes(model) / 1e6 for model in models], False),
-        ("cache per token", "bytes", [cache_bytes(model, token) for model in models], False),
+        ("weights", "MB", [size / 1e6 for size in stored or map(count_bytes, models)], False),
     ]
+    if stored is None:
+        cache = [cache_bytes(model, token) for model in models]
+        values.append(("cache per token", "bytes", cache, False))
     return [
         Comparison(name, "size", unit, before, after, better)
         for name, unit, (before, after), better in values

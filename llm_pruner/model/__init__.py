@@ -1,6 +1,6 @@
 """A model and its decoder layers: load, run, find, bypass, remove.
 
-Imports the ground, config.
+Imports the ground, config, storage.
 """
 
 from ..lazy_names import lazy_names

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config.gguf_metadata import find_blocks
 from ..distributed import launched_here
 from ..errors import LoadError, UnsupportedModelError
-from ..utils import explain_load_failure, get_device, resolve_model_id
+from ..storage.gguf_models import find_gguf, read_gguf_checkpoint, write_joined
+from ..utils import explain_load_failure, get_device, no_foreign_bars, resolve_model_id
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +72,7 @@ def load_model(
     """Load a causal language model or a wrapper around one, for evaluation, and its tokenizer.
 
     Args:
-        model_id: ``demo``, a local folder, or an id on the Hugging Face hub.
+        model_id: ``demo``, a local folder, a GGUF file, or an id on the Hugging Face hub.
         device: where to put the model; the best device of the machine if None; ``auto`` spreads
             it over all devices with accelerate.
         dtype: ``auto`` (as stored), or ``float32``, ``bfloat16``, ``float16``.
@@ -113,6 +117,8 @@ def read_model(
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
+    if paths := find_gguf(model_id):
+        return _read_gguf(paths, model_id, dtype=dtype, **placement)
     source, auto, _ = model_class(model_id, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
@@ -122,6 +128,11 @@ def read_model(
         )
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise LoadError(explain_load_failure("model", model_id, error)) from error
+    _refuse_missing(info, model_id)
+    return model, tokenizer
+
+
+def _refuse_missing(info: Mapping[str, Any], model_id: str) -> None:
     missing = sorted(map(str, info["missing_keys"]))
     if missing:
         raise LoadError(
@@ -129,6 +140,42 @@ def read_model(
             f"checkpoint and would be random, such as {missing[0]}. It is damaged, or not the "
             "checkpoint of a causal language model."
         )
+
+
+def _read_gguf(
+    paths: Sequence[Path], model_id: str, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in GGUF, its weights dequantised by transformers, and its tokenizer."""
+    import transformers
+
+    checkpoint = read_gguf_checkpoint(paths, model_id)  # a damaged file is refused here
+    find_blocks(checkpoint.values, checkpoint.tensors, model_id)
+    quantization = getattr(transformers, "GgufConfig", None)
+    if quantization is not None:
+        options["quantization_config"] = quantization(dequantize=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = paths[0]
+        if len(paths) > 1:  # transformers reads only one file
+            path = Path(folder, "model.gguf")
+            with path.open("wb") as target:
+                write_joined(checkpoint, target)
+        source, where = path.parent, {"gguf_file": path.name}
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
+            auto: Any = transformers.AutoModelForCausalLM
+            with no_foreign_bars():
+                model, info = auto.from_pretrained(
+                    source, output_loading_info=True, **where, **options
+                )
+        except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise LoadError(
+                f"transformers cannot read {model_id!r}, a GGUF of architecture "
+                f"{checkpoint.architecture!r}, so it cannot be scored: {reason} Score the original "
+                "model, or remove layers that you name (--layers), which needs no transformers."
+            ) from error
+    _refuse_missing(info, model_id)
+    model.config._name_or_path = str(paths[0])
     return model, tokenizer
 
 
@@ -153,6 +200,11 @@ def model_class(model_id: str, **options: Any) -> tuple[str, Any, Any]:
     import transformers
 
     source = resolve_model_id(model_id)
+    if find_gguf(source):
+        raise LoadError(
+            f"{model_id!r} is in GGUF, which has to be dequantised into memory as a whole: leave "
+            "--max-memory out, or use the original model."
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:

@@ -28,7 +28,7 @@ from ..results import DepthCurve, LayerScores, PruningPlan, Removes, check_layer
 from ..search.removal_quality import RemovalQuality
 from ..storage.origin import model_identity
 from ..utils import package_versions
-from .budget import Budget, Removable, serving_of
+from .budget import Budget, Removable, engines_of, serving_of
 from .healing_search import HealedModel
 from .residual_stream import read_stream
 
@@ -194,6 +194,7 @@ class BasePruner(ABC):
                 },
                 versions=package_versions(),
                 model=self.identity,
+                engines=self._engines(removed),
             )
 
         self.steps, self.partial_plan = [], None
@@ -386,7 +387,12 @@ class BasePruner(ABC):
             remove=tuple(layers),
             versions=package_versions(),
             model=self.identity,
+            engines=self._engines(layers),
         )
+
+    def _engines(self, removed: Sequence[int]) -> dict[str, str]:
+        kept = [index for index in range(self.num_layers) if index not in removed]
+        return engines_of(self.model, kept)
 
     def export_mergekit_yaml(
         self, layers: Sequence[int], yaml_path: str | Path, model_id: str

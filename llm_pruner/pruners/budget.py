@@ -8,9 +8,13 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from ..checkpoint.gguf import GgufModel, read_gguf_model
 from ..engines.layer_sets import LayerSets
+from ..engines.llama_cpp import LLAMA_CPP
 from ..engines.serving import Serving
-from ..errors import InvalidPlanError
+from ..engines.verdict import check_engines, verdicts
+from ..errors import InvalidPlanError, LoadError
+from ..storage.origin import gguf_of
 
 DEFAULT_PROTECT = (2, 2)
 
@@ -198,7 +202,39 @@ class Budget:
 def serving_of(model: Any, engines: Sequence[str]) -> Serving | None:
     """What the engines make of a model's layers; None if it need not be served by any.
 
+    A model in GGUF has to be right in llama.cpp.
+
     Raises:
         UnknownNameError, InvalidPlanError: see `Serving.of_config`.
+        LoadError: transformers reads the layers of a GGUF file otherwise than llama.cpp.
     """
-    return Serving.of_config(model.config.to_dict(), engines) if engines else None
+    names = check_engines(engines)
+    if paths := gguf_of(model):
+        others = [name for name in names if name != LLAMA_CPP.name]
+        if others:
+            raise InvalidPlanError(
+                f"--serve-with {','.join(others)}: a model in GGUF is for llama.cpp, which it is "
+                "always right in. Use the original model for other engines."
+            )
+        gguf = read_gguf_model(paths)
+        _refuse_other_kinds(gguf, model.config.to_dict())
+        return gguf.serving
+    return Serving.of_config(model.config.to_dict(), names) if names else None
+
+
+def _refuse_other_kinds(gguf: GgufModel, config: dict[str, Any]) -> None:
+    """transformers knows not every key by which a file says what its layers are."""
+    pairs = zip(gguf.layers.rules, gguf.layers.meant_by(config).rules, strict=True)
+    for (rule, kinds), (_, read) in pairs:
+        if list(kinds) != list(read):
+            raise LoadError(
+                f"transformers reads {rule} of {gguf.name!r} otherwise than llama.cpp, so scores "
+                "would mean another model: score the original model, or name the layers (--layers)."
+            )
+
+
+def engines_of(model: Any, kept: Sequence[int]) -> dict[str, str]:
+    """What serving engines make of a model of which the layers `kept` are left."""
+    if paths := gguf_of(model):
+        return read_gguf_model(paths).engines
+    return verdicts(model.config.to_dict(), kept) if hasattr(model, "config") else {}

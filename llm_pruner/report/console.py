@@ -27,6 +27,7 @@ def plan_text(plan: PruningPlan) -> str:
     lines.append(_headline("Would remove", plan))
     if plan.held_out:
         lines.append(f"Its cost: {held_out_text(plan.held_out)}")
+    lines += filter(None, [summary.engines_text(plan)])
     return "\n".join(lines) + "\n"
 
 
@@ -54,8 +55,15 @@ def manifest_text(manifest: Manifest, plan: PruningPlan, output_dir: str) -> str
         f"{_headline('Removed', plan)}\n\n"
         f"{manifest.bytes_after / 1e6:,.2f} of {manifest.bytes_before / 1e6:,.2f} MB kept, "
         f"{manifest.tensors} tensors, bit for bit ({how}).\n"
-        f"{_mtp(manifest)}{_left_behind(manifest)}Checkpoint: {output_dir}\n{_cost(plan)}\n"
+        f"{_mtp(manifest)}{_left_behind(manifest)}{_serving(plan)}Checkpoint: {output_dir}\n"
+        f"{_cost(plan)}\n"
     )
+
+
+def _serving(plan: PruningPlan) -> str:
+    """Which engines compute the result right, as a line; nothing where that is not known."""
+    text = summary.engines_text(plan)
+    return f"{text}\n" if text else ""
 
 
 def _mtp(manifest: Manifest) -> str:
@@ -78,8 +86,8 @@ def _left_behind(manifest: Manifest) -> str:
 def saved_text(plan: PruningPlan, output_dir: str) -> str:
     """That a plan was carried out in memory, without measuring the result."""
     return (
-        f"{_headline('Removed', plan)}\n\nCheckpoint, reloaded and verified: {output_dir}\n"
-        f"{_cost(plan)}\n"
+        f"{_headline('Removed', plan)}\n\n{_serving(plan)}"
+        f"Checkpoint, reloaded and verified: {output_dir}\n{_cost(plan)}\n"
     )
 
 
@@ -151,10 +159,12 @@ def _footnote(report: PruningReport) -> str:
         quality = heal["cut_quality"]
         mean = f", task mean {quality['tasks']['mean']:.3f}" if quality["tasks"] else ""
         healing.append(f"Without healing: perplexity {quality['perplexity']:,.3f}{mean}.")
+    checked = report.protocol.get("checkpoint", "reloaded and verified")
     lines = [
         _cost(report.plan, " (not healed)" if healing else ""),
         *healing,
         f"Quality on {summary.evaluated_on(report)}.",
-        f"Checkpoint, reloaded and verified: {report.output_dir}",
+        *filter(None, [summary.engines_text(report.plan)]),
+        f"Checkpoint, {checked}: {report.output_dir}",
     ]
     return "\n".join(lines)

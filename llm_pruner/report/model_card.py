@@ -44,7 +44,8 @@ def write_card(report: PruningReport, folder: str | Path) -> None:
             "another folder."
         )
     original = there or original_card(report.plan.model_id)
-    write_atomically(path, card_text(report.plan, original, report))
+    gguf = min((found.name for found in Path(folder).glob("*-pruned*.gguf")), default="")
+    write_atomically(path, card_text(report.plan, original, report, gguf=gguf))
 
 
 def original_card(model_id: str) -> str:
@@ -64,12 +65,15 @@ def original_card(model_id: str) -> str:
     return ""
 
 
-def card_text(plan: PruningPlan, original: str = "", report: PruningReport | None = None) -> str:
+def card_text(
+    plan: PruningPlan, original: str = "", report: PruningReport | None = None, *, gguf: str = ""
+) -> str:
     """The card of a model pruned by `plan`.
 
     Args:
         original: the card of the original model, whose metadata is carried over.
         report: what was measured, if something was.
+        gguf: name of the file, or of the first, of a model in GGUF.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -80,12 +84,13 @@ def card_text(plan: PruningPlan, original: str = "", report: PruningReport | Non
         meta |= {"base_model": plan.model_id, "base_model_relation": RELATION}
     tags = before.get("tags")
     theirs = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
-    name = f"{Path(plan.model_id).name or 'model'}-pruned"
+    name = f"{Path(plan.model_id).name.removesuffix('.gguf') or 'model'}-pruned"
     results = _eval_results(report.comparisons) if report else []
     if results:
         meta |= {"eval_results": results, "model_name": name}
-    data = ModelCardData(library_name="transformers", tags=[*TAGS, *theirs], **meta)
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report)}"))
+    library = "gguf" if gguf else "transformers"
+    data = ModelCardData(library_name=library, tags=[*TAGS, *theirs], **meta)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report, gguf)}"))
 
 
 def _metadata(card: str) -> dict[str, Any]:
@@ -130,13 +135,13 @@ def _eval_results(comparisons: list[Comparison]) -> list[EvalResult]:
     return results
 
 
-def _body(name: str, plan: PruningPlan, report: PruningReport | None) -> str:
+def _body(name: str, plan: PruningPlan, report: PruningReport | None, gguf: str) -> str:
     source = inert(plan.model_id if _is_hub_id(plan.model_id) else Path(plan.model_id).name)
-    folder = re.sub(r"[^\w./-]", "_", name, flags=re.ASCII)
+    serving = inert(summary.engines_text(plan))
     return f"""# {inert(name)}
 
-{source or "A model"} with {summary.removed_text(plan)} (0-based). It loads in every tool that \
-loads the original; nothing but the number of layers differs in its architecture.
+{source or "A model"} with {summary.removed_text(plan)} (0-based). Nothing but the number of \
+layers differs in its architecture.{" " if serving else ""}{serving}
 
 ## What it cost
 
@@ -144,17 +149,26 @@ loads the original; nothing but the number of layers differs in its architecture
 
 ## How to use it
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/{folder}")
-tokenizer = AutoTokenizer.from_pretrained("path/to/{folder}")
-```
+{_usage(name, gguf)}
 
 ## How it was made
 
 {_history(plan, report)}
 """
+
+
+def _usage(name: str, gguf: str) -> str:
+    """How to run the model, as a block of code."""
+    folder = re.sub(r"[^\w./-]", "_", name, flags=re.ASCII)
+    if gguf:
+        file = re.sub(r"[^\w./-]", "_", gguf, flags=re.ASCII)
+        return f"```bash\nllama-cli -m path/to/{file}\n```"
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/{folder}")
+tokenizer = AutoTokenizer.from_pretrained("path/to/{folder}")
+```"""
 
 
 def _cost(plan: PruningPlan, report: PruningReport | None) -> str:

@@ -27,6 +27,19 @@ def removed_text(plan: PruningPlan) -> str:
     return f"{len(plan.remove)} of {plan.num_layers} layers removed: {layers}"
 
 
+def engines_text(plan: PruningPlan) -> str:
+    """Which serving engines compute the result right, in one line; empty if nothing is known."""
+    right = [name for name, found in plan.engines.items() if found == "right"]
+    parts = [f"right in {', '.join(right)}"] if right else []
+    for name, found in plan.engines.items():
+        state, _, reason = found.partition(": ")
+        if state == "metadata":
+            parts.append(f"right in {name} once --fix-gguf has corrected the converted file")
+        elif state != "right":
+            parts.append(f"wrong in {name} ({reason}; --serve-with {name} avoids that)")
+    return f"Serving: {'; '.join(parts)}." if parts else ""
+
+
 def held_out_text(held_out: Mapping[str, Any]) -> str:
     """What a plan costs on held-out items, with its interval and unit."""
     return (

@@ -320,9 +320,10 @@ def write_gguf(
 
     Args:
         source: where the file is.
-        file: the file.
+        file: the file that the metadata comes from.
         fields: entries of its metadata, which are copied, and encoded ones.
-        tensors: in the order of their bytes, with their new names.
+        tensors: of this file, or of several of the same alignment, in the order of their bytes,
+            with their new names.
         target: an empty file.
     """
     entries = list(fields)
@@ -343,7 +344,7 @@ def write_gguf(
         target.write(b"\0" * (-target.tell() % file.alignment))
     for run in _runs([tensor for tensor, _ in tensors], file.alignment):
         start, end = run[0].start, run[-1].end
-        source.copy(file.name, start, end, target)
+        source.copy(run[0].file, start, end, target)
         target.seek(0, os.SEEK_END)
         target.write(b"\0" * (-(end - start) % file.alignment))
 
@@ -354,7 +355,8 @@ def _runs(tensors: Sequence[StoredTensor], alignment: int) -> list[list[StoredTe
     for tensor in tensors:
         if runs:
             before = runs[-1][-1].end
-            if tensor.start == before + -before % alignment:
+            same = tensor.file == runs[-1][-1].file
+            if same and tensor.start == before + -before % alignment:
                 runs[-1].append(tensor)
                 continue
         runs.append([tensor])

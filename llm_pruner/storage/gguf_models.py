@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import LoadError
-from .gguf_files import Field, GgufFile, read_gguf
+from .gguf_files import Field, GgufFile, read_gguf, write_gguf
 from .safetensors_files import Checkpoint, StoredTensor
 from .sources import LocalFolder
 
@@ -139,3 +139,11 @@ def read_gguf_checkpoint(paths: Sequence[Path], name: str = "") -> GgufCheckpoin
             paths[0].name, f"it says that the model has {total.value} tensors, not {len(tensors)}"
         )
     return GgufCheckpoint(source, tensors, {file: {} for file in files}, files)
+
+
+def write_joined(checkpoint: GgufCheckpoint, target: BinaryIO) -> None:
+    """Write the files of a split model as one."""
+    first = next(iter(checkpoint.files.values()))
+    fields = [entry for key, entry in first.fields.items() if key not in SPLIT_KEYS]
+    pairs = [(tensor, tensor.name) for tensor in checkpoint.tensors.values()]
+    write_gguf(checkpoint.source, first, fields, pairs, target)

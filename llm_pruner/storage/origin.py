@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config.config_file import find_layers
+from ..config.gguf_metadata import find_blocks
 from ..errors import LLMPrunerError
 from ..utils import logger
+from .gguf_models import find_gguf, read_gguf_checkpoint
 from .safetensors_files import Checkpoint, read_checkpoint
 from .sources import LocalFolder, Source, cached_source
 
@@ -22,11 +24,25 @@ def loaded_from(model: Any) -> Source | None:
     return cached_source(name, commit) if name and commit else None
 
 
+def gguf_of(model: Any) -> list[Path]:
+    """The GGUF files that a model was loaded from; none if it was not."""
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", "") or ""
+    settings = getattr(config, "quantization_config", None)
+    if isinstance(settings, dict) and settings.get("gguf_file"):  # as transformers notes it
+        name = str(Path(name) / settings["gguf_file"])
+    return find_gguf(name) if name.endswith(".gguf") else []
+
+
 def original_checkpoint(model: Any, num_layers: int) -> Checkpoint | None:
     """The checkpoint that a model of `num_layers` layers was loaded from, if it can be read.
 
     A model of another depth than the checkpoint's was not loaded from it, or has been changed.
     """
+    if paths := gguf_of(model):
+        gguf = read_gguf_checkpoint(paths)
+        names, _ = find_blocks(gguf.values, gguf.tensors, gguf.source.name)
+        return gguf if names.num_layers == num_layers else None
     source = loaded_from(model)
     if source is None:
         return None
