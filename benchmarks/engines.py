@@ -1,0 +1,318 @@
+"""Does a serving engine compute a pruned checkpoint as transformers does, and is it foreseen?
+
+    python benchmarks/engines.py --llama-cpp PYTHON --converter DIR --mlx PYTHON --vllm PYTHON
+    python benchmarks/engines.py --mlx PYTHON --only gemma3 cohere2
+
+PYTHON are interpreters that have xllamacpp and what the converter needs, mlx_lm, or vllm; DIR holds
+llama.cpp's `convert_hf_to_gguf.py`. An engine is measured if its interpreter is given; nothing is
+installed.
+
+Tiny random models of real depth patterns, longer input than their windows, in three variants: the
+original, without the layers of `SCATTERED`, and without layers after whose removal the engine's
+own pattern of layers still holds. A cell says the largest difference of log-probabilities and the
+share of positions with the same most likely token, as against transformers on the same folder,
+and what the rules foresee. The exit status is 1 if something was foreseen right and is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+import transformers
+from llm_pruner.engines.verdict import judge
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from llm_pruner.checkpoint.on_disk import prune_checkpoint
+
+transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+transformers.logging.disable_progress_bar()
+
+READERS = Path(__file__).with_name("engine_readers.py")
+WINDOW = 24
+VOCABULARY = 320
+TOKENS = torch.randint(3, 300, (200,), generator=torch.Generator().manual_seed(1)).tolist()
+READ = 0.98  # of the positions: an engine that agrees less on the original tells nothing
+KEPT = 0.99  # of what agreed on the original: so much agrees where a pruned checkpoint is right
+
+SCATTERED = (2, 5, 7, 8)
+PAIR = (2, 3)
+FOUR = (4, 5, 6, 7)
+SIX = (4, 5, 6, 7, 8, 9)
+
+# Of every model; a field that its config does not have is left out.
+FIELDS: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "intermediate_size_mlp": 192,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+LINEAR = {
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+WIDE_HEADS = {"head_dim": 128, "query_pre_attn_scalar": 32, "sliding_window": WINDOW}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 128,
+    "rope_theta": 150000.0,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model type, its layers, those of the third variant, and fields of its config."""
+
+    kind: str
+    depth: int = 12
+    periodic: tuple[int, ...] = FOUR
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+def case(kind: str, periodic: tuple[int, ...] = FOUR, depth: int = 12, **fields: Any) -> Case:
+    """A `Case`, in one line."""
+    return Case(kind, depth, periodic, fields)
+
+
+CASES = {
+    "gemma2": case("gemma2", PAIR, query_pre_attn_scalar=32, sliding_window=WINDOW),
+    "gemma2-46": case("gemma2", PAIR, 46, **WIDE_HEADS),
+    "gemma3": case("gemma3_text", SIX, query_pre_attn_scalar=32, sliding_window=WINDOW),
+    "gemma3-62": case("gemma3_text", SIX, 62, **WIDE_HEADS),
+    "cohere2": case("cohere2", sliding_window=WINDOW),
+    "gpt_oss": case("gpt_oss", PAIR, sliding_window=WINDOW, rope_parameters=YARN),
+    "smollm3": case("smollm3"),
+    "llama4-1": case("llama4_text", interleave_moe_layer_step=1, attention_chunk_size=WINDOW),
+    "llama4-2": case("llama4_text", interleave_moe_layer_step=2, attention_chunk_size=WINDOW),
+    "exaone4-64": case("exaone4", FOUR, 64, sliding_window=WINDOW, sliding_window_pattern=4),
+    "deepseek_v2-lite": case(
+        "deepseek_v2", (5,), 27, **LATENT, q_lora_rank=None, first_k_dense_replace=1
+    ),
+    "qwen3_next": case("qwen3_next", **LINEAR),
+    "llama": case("llama"),
+    "mistral": case("mistral", sliding_window=None),
+    "qwen2": case("qwen2"),
+    "qwen3": case("qwen3"),
+    "qwen3_moe": case("qwen3_moe"),
+    "mixtral": case("mixtral"),
+    "gemma": case("gemma"),
+    "phi3": case("phi3"),
+    "olmo2": case("olmo2"),
+    "olmo3": case("olmo3", sliding_window=WINDOW),
+    "granite": case("granite"),
+    "granitemoe": case("granitemoe"),
+    "cohere": case("cohere"),
+    "glm4": case("glm4"),
+    "glm4_moe": case("glm4_moe", num_nextn_predict_layers=0),
+    "stablelm": case("stablelm"),
+    "starcoder2": case("starcoder2"),
+    "hunyuan_v1_dense": case("hunyuan_v1_dense"),
+    "seed_oss": case("seed_oss"),
+    "nemotron": case("nemotron"),
+    "ernie4_5": case("ernie4_5"),
+    "deepseek_v3": case("deepseek_v3", **LATENT, q_lora_rank=48, n_group=1, topk_group=1),
+    "lfm2": case("lfm2", layer_types=["conv", "conv", "full_attention"] * 4),
+    "arcee": case("arcee"),
+}
+
+
+# Checkpoints
+
+
+def build(case: Case, folder: Path) -> None:
+    """Write a random model in which every layer matters, and a tokenizer."""
+    known = CONFIG_MAPPING[case.kind]().to_dict()
+    fields = {name: value for name, value in FIELDS.items() if name in known} | case.fields
+    config = CONFIG_MAPPING[case.kind](**fields, num_hidden_layers=case.depth)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    drawn = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=drawn)
+            is_norm = weight.ndim == 1 and "norm" in name and weight.mean() > 0.5
+            weight.copy_(1 + 0.2 * noise if is_norm else 0.1 * noise)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of as many words as the models have; llama.cpp wants merges."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [(first, second) for first in "aeiou" for second in "nrst"]
+    words = ["<pad>", "<s>", "</s>", *letters, *map("".join, merges)]
+    words += [f"<{number}>" for number in range(len(words), VOCABULARY)]
+    bpe = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, merges))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def checkpoints(name: str, work: Path) -> dict[str, Path]:
+    """Write the three variants of a case."""
+    case = CASES[name]
+    folders = {variant: work / f"{name}-{variant}" for variant in ("original", "A", "P")}
+    build(case, folders["original"])
+    prune_checkpoint(folders["original"], SCATTERED, folders["A"])
+    prune_checkpoint(folders["original"], case.periodic, folders["P"])
+    return folders
+
+
+# Measuring
+
+
+def reference(folder: Path) -> np.ndarray:
+    """The log-probabilities after every token, by transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([TOKENS]), use_cache=False).logits[0]
+    return logits.double().log_softmax(-1).numpy()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What an engine computes from a folder, and what is foreseen."""
+
+    foreseen: str
+    difference: float = float("nan")
+    agreement: float = 0.0
+    error: str = ""
+
+    def __str__(self) -> str:
+        return self.error or f"{self.difference:.1g} / {self.agreement:.3f}"
+
+
+def predicted(folder: Path, engine: str) -> str:
+    """What the rules say of the engine and the folder's config."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return judge(config, engine).state
+
+
+def measured(command: Sequence[str], folders: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
+    """What the readers tell of every folder, in their order; a crash costs its folder only."""
+    left = list(folders)
+    while left:
+        process = subprocess.Popen(
+            [*command, *map(str, left)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith('{"folder"'):
+                yield left.pop(0), json.loads(line)
+        process.wait()
+        if left:
+            yield left.pop(0), {"error": f"crash, exit status {process.returncode}"}
+
+
+def compared(found: Any, wanted: np.ndarray, foreseen: str) -> Cell:
+    """A cell of the table."""
+    if "error" in found:
+        return Cell(foreseen, error=found["error"])
+    got = np.array(found["log_probabilities"])[:, :VOCABULARY]
+    agreement = float((got.argmax(-1) == wanted.argmax(-1)).mean())
+    return Cell(foreseen, float(np.abs(got - wanted).max()), agreement)
+
+
+def outcome(cell: Cell, original: Cell) -> str:
+    """Foreseen and measured, in two words; nothing is measured if the original is not read."""
+    if original.error or original.agreement < READ:
+        return "no verdict"
+    right = not cell.error and cell.agreement >= KEPT * original.agreement
+    return f"{cell.foreseen} {'right' if right else 'wrong'}"
+
+
+def report(names: Sequence[str], engines: dict[str, list[str]], work: Path) -> int:
+    """Measure, print a line per case and variant, and count; the number of false promises."""
+    folders = {
+        (name, variant): folder
+        for name in names
+        for variant, folder in checkpoints(name, work).items()
+    }
+    wanted = {folder: reference(folder) for folder in folders.values()}
+    cells: dict[str, dict[Path, Cell]] = {}
+    for engine, command in engines.items():
+        cells[engine] = {
+            folder: compared(found, wanted[folder], predicted(folder, engine))
+            for folder, found in measured(command, list(folders.values()))
+        }
+    print(f"| model | variant | {' | '.join(engines)} |")
+    print("|---" * (2 + len(engines)) + "|")
+    count: Counter[str] = Counter()
+    for (name, variant), folder in folders.items():
+        shown = []
+        for own in cells.values():
+            found = outcome(own[folder], own[folders[name, "original"]])
+            count[found] += variant != "original" or found == "no verdict"
+            shown.append(f"{own[folder]}; {found}")
+        print(f"| {name} | {variant} | {' | '.join(shown)} |")
+    print("\nForeseen and measured: " + ", ".join(f"{count[key]} {key}" for key in sorted(count)))
+    return count["right wrong"]
+
+
+def main() -> int:
+    """Measure the engines that are given."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--llama-cpp", metavar="PYTHON")
+    parser.add_argument("--converter", metavar="DIR", help="of convert_hf_to_gguf.py")
+    parser.add_argument("--mlx", metavar="PYTHON")
+    parser.add_argument("--vllm", metavar="PYTHON")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument("--work", type=Path, help="keep the checkpoints here")
+    args = parser.parse_args()
+    if args.llama_cpp and not args.converter:
+        parser.error("--llama-cpp needs --converter")
+    pythons = {"llama.cpp": args.llama_cpp, "mlx": args.mlx, "vllm": args.vllm}
+    tokens = ",".join(map(str, TOKENS))
+    engines = {
+        engine: [python, str(READERS), engine, tokens, args.converter or ""]
+        for engine, python in pythons.items()
+        if python
+    }
+    with tempfile.TemporaryDirectory() as place:
+        return int(report(args.only, engines, args.work or Path(place)) > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
