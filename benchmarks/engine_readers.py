@@ -157,6 +157,7 @@ def convert(folder: str, gguf: Path, converter: str) -> None:
 
     def patched(*args: Any, **options: Any) -> Any:
         kind = find(*args, **options)
+        kind.no_mtp = True
         kind.set_vocab = TextModel._set_vocab_gpt2
         kind.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
         return kind

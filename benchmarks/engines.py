@@ -75,11 +75,11 @@ FIELDS: dict[str, Any] = {
     "pad_token_id": 0,
 }
 LATENT = {
-    "head_dim": 16,
+    "head_dim": 64,
     "num_key_value_heads": 4,
-    "kv_lora_rank": 64,
+    "kv_lora_rank": 512,
     "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
+    "qk_rope_head_dim": 64,
     "v_head_dim": 32,
 }
 LINEAR = {
@@ -89,15 +89,25 @@ LINEAR = {
     "linear_num_value_heads": 4,
 }
 WIDE_HEADS = {"head_dim": 128, "query_pre_attn_scalar": 32, "sliding_window": WINDOW}
+NO_GROUPS = {
+    "q_lora_rank": 48,
+    "n_group": 1,
+    "topk_group": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+ROPE = {"rope_type": "default", "rope_theta": 150000.0}
 YARN = {
     "rope_type": "yarn",
-    "factor": 32.0,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "truncate": False,
+    "rope_theta": 10000.0,
+    "factor": 40,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
     "original_max_position_embeddings": 128,
-    "rope_theta": 150000.0,
 }
+LITE = {"q_lora_rank": None, "first_k_dense_replace": 1, "rope_parameters": YARN}
 
 
 @dataclass(frozen=True)
@@ -121,14 +131,12 @@ CASES = {
     "gemma3": case("gemma3_text", SIX, query_pre_attn_scalar=32, sliding_window=WINDOW),
     "gemma3-62": case("gemma3_text", SIX, 62, **WIDE_HEADS),
     "cohere2": case("cohere2", sliding_window=WINDOW, rotary_pct=1.0, logit_scale=1.0),
-    "gpt_oss": case("gpt_oss", PAIR, sliding_window=WINDOW),
+    "gpt_oss": case("gpt_oss", PAIR, sliding_window=WINDOW, rope_parameters=ROPE),
     "smollm3": case("smollm3"),
     "llama4-1": case("llama4_text", interleave_moe_layer_step=1),
     "llama4-2": case("llama4_text", interleave_moe_layer_step=2),
     "exaone4-64": case("exaone4", FOUR, 64, sliding_window=WINDOW, head_dim=32),
-    "deepseek_v2-lite": case(
-        "deepseek_v2", (5,), 27, **LATENT, q_lora_rank=None, first_k_dense_replace=1
-    ),
+    "deepseek_v2-lite": case("deepseek_v2", (5,), 27, **LATENT, **LITE),
     "qwen3_next": case("qwen3_next", **LINEAR, num_experts=4),
     "llama": case("llama"),
     "mistral": case("mistral", sliding_window=None),
@@ -151,9 +159,7 @@ CASES = {
     "seed_oss": case("seed_oss"),
     "nemotron": case("nemotron"),
     "ernie4_5": case("ernie4_5"),
-    "deepseek_v3": case(
-        "deepseek_v3", **LATENT, q_lora_rank=48, n_group=1, topk_group=1, scoring_func="sigmoid"
-    ),
+    "deepseek_v3": case("deepseek_v3", **LATENT, **NO_GROUPS),
     "lfm2": case("lfm2", layer_types=["conv", "conv", "full_attention"] * 4, block_dim=128),
     "arcee": case("arcee"),
 }
@@ -177,13 +183,13 @@ def build(case: Case, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     file = folder / "config.json"
-    values = published(json.loads(file.read_text(encoding="utf-8"))) | case.fields
+    values = published(json.loads(file.read_text(encoding="utf-8")) | case.fields)
     file.write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
 def published(config: dict[str, Any]) -> dict[str, Any]:
     """The config with rope settings as they are published, which is what engines read."""
-    rope = config.pop("rope_parameters")
+    rope = dict(config.pop("rope_parameters"))
     if "full_attention" in rope:
         config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
