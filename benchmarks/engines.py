@@ -89,14 +89,15 @@ LINEAR = {
     "linear_num_value_heads": 4,
 }
 WIDE_HEADS = {"head_dim": 128, "query_pre_attn_scalar": 32, "sliding_window": WINDOW}
-NO_GROUPS = {
-    "q_lora_rank": 48,
-    "n_group": 1,
-    "topk_group": 1,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
+ROUNDED = {  # llama.cpp rounds the corrected range, whatever "truncate" says
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": True,
+    "original_max_position_embeddings": 128,
 }
-ROPE = {"rope_type": "default", "rope_theta": 150000.0}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -107,7 +108,9 @@ YARN = {
     "mscale_all_dim": 0.707,
     "original_max_position_embeddings": 128,
 }
-LITE = {"q_lora_rank": None, "first_k_dense_replace": 1, "rope_parameters": YARN}
+ONE_GROUP = {"n_group": 1, "topk_group": 1}
+LITE = {"q_lora_rank": None, "first_k_dense_replace": 1, "rope_parameters": YARN, **ONE_GROUP}
+SIGMOID = {"q_lora_rank": 48, "scoring_func": "sigmoid", "topk_method": "noaux_tc", **ONE_GROUP}
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ CASES = {
     "gemma3": case("gemma3_text", SIX, query_pre_attn_scalar=32, sliding_window=WINDOW),
     "gemma3-62": case("gemma3_text", SIX, 62, **WIDE_HEADS),
     "cohere2": case("cohere2", sliding_window=WINDOW, rotary_pct=1.0, logit_scale=1.0),
-    "gpt_oss": case("gpt_oss", PAIR, sliding_window=WINDOW, rope_parameters=ROPE),
+    "gpt_oss": case("gpt_oss", PAIR, sliding_window=WINDOW, rope_parameters=ROUNDED),
     "smollm3": case("smollm3"),
     "llama4-1": case("llama4_text", interleave_moe_layer_step=1),
     "llama4-2": case("llama4_text", interleave_moe_layer_step=2),
@@ -159,7 +162,7 @@ CASES = {
     "seed_oss": case("seed_oss"),
     "nemotron": case("nemotron"),
     "ernie4_5": case("ernie4_5"),
-    "deepseek_v3": case("deepseek_v3", **LATENT, **NO_GROUPS),
+    "deepseek_v3": case("deepseek_v3", **LATENT, **SIGMOID),
     "lfm2": case("lfm2", layer_types=["conv", "conv", "full_attention"] * 4, block_dim=128),
     "arcee": case("arcee"),
 }
