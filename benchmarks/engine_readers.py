@@ -11,7 +11,6 @@ package ``xllamacpp``; CONVERTER is the folder of its `convert_hf_to_gguf.py`.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import sys
@@ -27,123 +26,91 @@ import numpy as np
 
 Reader = Callable[[str, list[int]], np.ndarray]
 
-
-# llama.cpp
-
-
-class ModelParams(ctypes.Structure):
-    """`llama_model_params`, as far as it is set here."""
-
-    _fields_ = [
-        ("pointers", ctypes.c_void_p * 2),
-        ("n_gpu_layers", ctypes.c_int32),
-        ("rest", ctypes.c_int32 * 63),
-    ]
-
-
-class ContextParams(ctypes.Structure):
-    """`llama_context_params`, as far as it is set here; room is left for fields to come."""
-
-    _fields_ = [
-        ("n_ctx", ctypes.c_uint32),
-        ("n_batch", ctypes.c_uint32),
-        ("n_ubatch", ctypes.c_uint32),
-        ("counts", ctypes.c_int32 * 10),
-        ("flash_attn_type", ctypes.c_int32),
-        ("rope", ctypes.c_float * 8),
-        ("callback", ctypes.c_void_p * 2),
-        ("type_k", ctypes.c_int32),
-        ("type_v", ctypes.c_int32),
-        ("abort", ctypes.c_void_p * 2),
-        ("flags", ctypes.c_bool * 4),
-        ("swa_full", ctypes.c_bool),
-        ("rest", ctypes.c_int64 * 16),
-    ]
-
-
-class Batch(ctypes.Structure):
-    """`llama_batch`."""
-
-    _fields_ = [
-        ("n_tokens", ctypes.c_int32),
-        ("token", ctypes.POINTER(ctypes.c_int32)),
-        ("embd", ctypes.c_void_p),
-        ("pos", ctypes.POINTER(ctypes.c_int32)),
-        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
-        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
-        ("logits", ctypes.POINTER(ctypes.c_int8)),
-    ]
-
-
+# Of llama.h; where nothing is set, fields are run together. The ends leave room for more.
+DECLARATIONS = """
+struct model_params { char all[512]; };
+struct context_params {
+    uint32_t n_ctx, n_batch, n_ubatch, counts[10];
+    int32_t flash_attn_type;
+    float rope[8];
+    void *evaluated[2];
+    int32_t type_k, type_v;
+    void *aborted[2];
+    bool flags[4], swa_full;
+    char rest[256];
+};
+struct batch {
+    int32_t n_tokens, *token;
+    float *embd;
+    int32_t *pos, *n_seq_id, **seq_id;
+    int8_t *logits;
+};
+void llama_log_set(void (*)(int, const char *, void *), void *);
+void llama_backend_init(void);
+struct model_params llama_model_default_params(void);
+struct context_params llama_context_default_params(void);
+void *llama_model_load_from_file(const char *, struct model_params);
+void *llama_init_from_model(void *, struct context_params);
+void *llama_model_get_vocab(void *);
+int32_t llama_vocab_n_tokens(void *);
+struct batch llama_batch_init(int32_t, int32_t, int32_t);
+int32_t llama_decode(void *, struct batch);
+float *llama_get_logits(void *);
+void llama_batch_free(struct batch);
+void llama_free(void *);
+void llama_model_free(void *);
+"""
 LOG: list[str] = []
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-def _log(level: int, text: bytes, data: Any) -> None:
-    LOG.append(text.decode(errors="replace").strip())
-
-
 @cache
-def llama_library() -> Any:
-    """The C library of llama.cpp."""
+def llama_library() -> tuple[Any, Any, Any]:
+    """What calls C, llama.cpp's library, and what it calls back, which has to live on."""
     import xllamacpp
+    from cffi import FFI
 
-    folder = Path(xllamacpp.__file__).parent
-    library = ctypes.CDLL(str(next(folder.glob("*.so"))))
-    pointer = ctypes.c_void_p
-    for name, result, arguments in (
-        ("llama_model_default_params", ModelParams, ()),
-        ("llama_context_default_params", ContextParams, ()),
-        ("llama_model_load_from_file", pointer, (ctypes.c_char_p, ModelParams)),
-        ("llama_init_from_model", pointer, (pointer, ContextParams)),
-        ("llama_model_get_vocab", pointer, (pointer,)),
-        ("llama_vocab_n_tokens", ctypes.c_int32, (pointer,)),
-        ("llama_batch_init", Batch, (ctypes.c_int32,) * 3),
-        ("llama_decode", ctypes.c_int32, (pointer, Batch)),
-        ("llama_get_logits", ctypes.POINTER(ctypes.c_float), (pointer,)),
-        ("llama_batch_free", None, (Batch,)),
-        ("llama_free", None, (pointer,)),
-        ("llama_model_free", None, (pointer,)),
-    ):
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    library.llama_log_set(_log, None)
-    library.llama_backend_init()
-    defaults = library.llama_context_default_params()
-    if (defaults.n_ctx, defaults.n_batch, defaults.type_k, defaults.type_v) != (512, 2048, 1, 1):
+    c = FFI()
+    c.cdef(DECLARATIONS)
+    llama = c.dlopen(str(next(Path(xllamacpp.__file__).parent.glob("*.so"))))
+
+    @c.callback("void(int, const char *, void *)")
+    def log(level: int, text: Any, data: Any) -> None:
+        LOG.append(c.string(text).decode(errors="replace").strip())
+
+    llama.llama_log_set(log, c.NULL)
+    llama.llama_backend_init()
+    found = llama.llama_context_default_params()
+    if (found.n_ctx, found.n_batch, found.type_k, found.type_v) != (512, 2048, 1, 1):
         raise RuntimeError("the structures of this llama.cpp are laid out otherwise")
-    return library
+    return c, llama, log
 
 
 def llama_logits(gguf: Path, tokens: list[int]) -> np.ndarray:
-    """By llama.cpp on the CPU, in one batch, with keys and values in float32."""
-    library = llama_library()
+    """By llama.cpp in one batch, with keys and values in float32."""
+    c, llama, _ = llama_library()
     LOG.clear()
-    model = library.llama_model_load_from_file(
-        str(gguf).encode(), library.llama_model_default_params()
-    )
+    model = llama.llama_model_load_from_file(str(gguf).encode(), llama.llama_model_default_params())
     if not model:
         raise RuntimeError("; ".join(line for line in LOG if "error" in line) or "not loaded")
-    params = library.llama_context_default_params()
+    params = llama.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = 512
     params.flash_attn_type = params.type_k = params.type_v = 0
     params.swa_full = True
-    context = library.llama_init_from_model(model, params)
-    if not context:
-        raise RuntimeError("; ".join(LOG[-3:]))
-    batch = library.llama_batch_init(len(tokens), 0, 1)
+    context = llama.llama_init_from_model(model, params)
+    batch = llama.llama_batch_init(len(tokens), 0, 1)
     batch.n_tokens = len(tokens)
     for position, token in enumerate(tokens):
         batch.token[position], batch.pos[position] = token, position
         batch.n_seq_id[position], batch.logits[position] = 1, 1
         batch.seq_id[position][0] = 0
-    if library.llama_decode(context, batch):
+    if not context or llama.llama_decode(context, batch):
         raise RuntimeError("; ".join(LOG[-3:]))
-    shape = len(tokens), library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
-    logits = np.ctypeslib.as_array(library.llama_get_logits(context), shape).copy()
-    library.llama_batch_free(batch)
-    library.llama_free(context)
-    library.llama_model_free(model)
+    shape = len(tokens), llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+    memory = c.buffer(llama.llama_get_logits(context), 4 * shape[0] * shape[1])
+    logits = np.frombuffer(memory, np.float32).reshape(shape).copy()
+    llama.llama_batch_free(batch)
+    llama.llama_free(context)
+    llama.llama_model_free(model)
     return logits
 
 
@@ -180,9 +147,6 @@ def with_llama_cpp(converter: str) -> Reader:
             return llama_logits(gguf, tokens)
 
     return read
-
-
-# The others
 
 
 def with_mlx(folder: str, tokens: list[int]) -> np.ndarray:
@@ -234,7 +198,7 @@ def main() -> None:
             logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
             found = {"log_probabilities": logits.round(7).tolist()}
         except Exception as error:
-            found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"}
         print("\n" + json.dumps({"folder": folder, **found}), flush=True)
 
 
