@@ -104,8 +104,8 @@ CASES = {
     "cohere2": case("cohere2", sliding_window=WINDOW, rotary_pct=1.0, logit_scale=1.0),
     "gpt_oss": case("gpt_oss", PAIR, sliding_window=WINDOW, rope_parameters=YARN),
     "smollm3": case("smollm3"),
-    "llama4-1": case("llama4_text", interleave_moe_layer_step=1),
-    "llama4-2": case("llama4_text", interleave_moe_layer_step=2),
+    "llama4-1": case("llama4_text", interleave_moe_layer_step=1, num_experts_per_tok=1),
+    "llama4-2": case("llama4_text", interleave_moe_layer_step=2, num_experts_per_tok=1),
     "exaone4-64": case(
         "exaone4",
         FOUR,
@@ -131,7 +131,9 @@ CASES = {
     "cohere": case("cohere", logit_scale=1.0),
     "glm4_moe": case("glm4_moe", head_dim=32),
     "deepseek_v3": case("deepseek_v3", **LATENT, **SIGMOID),
-    "lfm2": case("lfm2", layer_types=["conv", "conv", "full_attention"] * 4, block_dim=128),
+    "lfm2": case(
+        "lfm2", layer_types=["conv", "conv", "full_attention"] * 4, block_dim=128, conv_dim=128
+    ),
 }
 AS_THEY_ARE = (
     "llama qwen2 qwen3 mixtral gemma phi3 olmo2 granite granitemoe glm4 stablelm starcoder2 "
@@ -194,8 +196,8 @@ def checkpoints(name: str, work: Path) -> dict[str, Path]:
     case = CASES[name]
     folders = {variant: work / f"{name}-{variant}" for variant in ("original", "A", "P")}
     build(case, folders["original"])
-    prune_checkpoint(folders["original"], SCATTERED, folders["A"])
-    prune_checkpoint(folders["original"], case.periodic, folders["P"])
+    prune_checkpoint(folders["original"], SCATTERED, folders["A"], overwrite=True)
+    prune_checkpoint(folders["original"], case.periodic, folders["P"], overwrite=True)
     return folders
 
 
