@@ -198,7 +198,7 @@ def main() -> None:
             logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
             found = {"log_probabilities": logits.round(7).tolist()}
         except Exception as error:
-            found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"}
+            found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
         print("\n" + json.dumps({"folder": folder, **found}), flush=True)
 
 

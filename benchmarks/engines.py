@@ -69,8 +69,6 @@ WIDTHS = {
 }
 FIELDS = {name: value for value, names in WIDTHS.items() for name in names.split()}
 SCALED = {"query_pre_attn_scalar": 32, "sliding_window": WINDOW}
-LATENT = {"head_dim": 64, "num_key_value_heads": 4}
-SIGMOID = {"q_lora_rank": 48, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -80,6 +78,12 @@ YARN = {
     "truncate": True,  # llama.cpp does, whatever a config says
     "original_max_position_embeddings": 128,
 }
+LATENT = {
+    "head_dim": 64,
+    "num_key_value_heads": 4,
+    "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+}
+SIGMOID = {"q_lora_rank": 48, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
 
 class Case(NamedTuple):
@@ -102,6 +106,8 @@ CASES = {
     "gemma3": case("gemma3_text", SIX, **SCALED),
     "gemma3-62": case("gemma3_text", SIX, 62, **SCALED, head_dim=128),
     "cohere2": case("cohere2", sliding_window=WINDOW, rotary_pct=1.0, logit_scale=1.0),
+    # vLLM's window is one wider; beyond the input, full layers still differ: they have no rope.
+    "cohere2-long": case("cohere2", sliding_window=512, rotary_pct=1.0, logit_scale=1.0),
     "gpt_oss": case("gpt_oss", PAIR, sliding_window=WINDOW, rope_parameters=YARN),
     "smollm3": case("smollm3"),
     "llama4-1": case("llama4_text", interleave_moe_layer_step=1, num_experts_per_tok=1),
@@ -122,7 +128,6 @@ CASES = {
         **LATENT,
         q_lora_rank=None,
         first_k_dense_replace=1,
-        rope_parameters=YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
     ),
     "qwen3_next": case("qwen3_next", num_experts=4),
     "mistral": case("mistral", sliding_window=None),
