@@ -1,11 +1,12 @@
 """What a serving engine computes from checkpoints, as JSON lines.
 
-    python engine_readers.py llama.cpp|mlx|vllm TOKENS CONVERTER FOLDER ...
+    python engine_readers.py llama.cpp|gguf|mlx|vllm TOKENS CONVERTER FOLDER ...
 
 A line per folder: the logarithms of the probabilities after every token, or why the engine could
 not read the folder. It runs in any interpreter that has the engine, and uses nothing else of the
 project. TOKENS are the ids, joined by commas. llama.cpp is called through the C library inside the
-package ``xllamacpp``; CONVERTER is the folder of its `convert_hf_to_gguf.py`.
+package ``xllamacpp``; CONVERTER is the folder of its `convert_hf_to_gguf.py`. ``gguf`` is llama.cpp
+too: a converted file stays beside its folder, with all blocks, and GGUF files are read as well.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def llama_logits(gguf: Path, tokens: list[int]) -> np.ndarray:
     return logits
 
 
-def convert(folder: str, gguf: Path, converter: str) -> None:
+def convert(folder: str, gguf: Path, converter: str, *, mtp: bool = False) -> None:
     """Write a folder as GGUF in float32; only token ids matter, so every tokenizer is GPT-2's."""
     sys.path.insert(0, converter)
     import convert_hf_to_gguf as script
@@ -124,7 +125,7 @@ def convert(folder: str, gguf: Path, converter: str) -> None:
 
     def patched(*args: Any, **options: Any) -> Any:
         kind = find(*args, **options)
-        kind.no_mtp = True
+        kind.no_mtp = not mtp
         kind.set_vocab = TextModel._set_vocab_gpt2
         kind.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
         return kind
@@ -145,6 +146,19 @@ def with_llama_cpp(converter: str) -> Reader:
             gguf = Path(place) / "model.gguf"
             convert(folder, gguf, converter)
             return llama_logits(gguf, tokens)
+
+    return read
+
+
+def with_gguf(converter: str) -> Reader:
+    """Read a GGUF file, or convert a folder into one beside it."""
+
+    def read(path: str, tokens: list[int]) -> np.ndarray:
+        gguf = Path(path)
+        if gguf.is_dir():
+            gguf = Path(f"{path}.gguf")
+            convert(path, gguf, converter, mtp=True)
+        return llama_logits(gguf, tokens)
 
     return read
 
@@ -184,13 +198,19 @@ def with_vllm(folder: str, tokens: list[int]) -> np.ndarray:
 def main() -> None:
     """Read every folder; a failure is told in its line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("engine", choices=("llama.cpp", "mlx", "vllm"))
+    parser.add_argument("engine", choices=("llama.cpp", "gguf", "mlx", "vllm"))
     parser.add_argument("tokens")
     parser.add_argument("converter")
     parser.add_argument("folders", nargs="+")
     args = parser.parse_args()
     tokens = [int(token) for token in args.tokens.split(",")]
-    read = {"mlx": with_mlx, "vllm": with_vllm}.get(args.engine) or with_llama_cpp(args.converter)
+    readers = {
+        "llama.cpp": with_llama_cpp(args.converter),
+        "gguf": with_gguf(args.converter),
+        "mlx": with_mlx,
+        "vllm": with_vllm,
+    }
+    read = readers[args.engine]
     for folder in args.folders:
         try:
             logits = read(folder, tokens).astype(np.float64)

@@ -172,7 +172,9 @@ def build(case: Case, folder: Path) -> None:
 
 def published(config: dict[str, Any]) -> dict[str, Any]:
     """The config with rope settings as they are published, which is what engines read."""
-    rope = dict(config.pop("rope_parameters"))
+    rope = dict(config.pop("rope_parameters", None) or {})
+    if not rope:
+        return config
     if "full_attention" in rope:
         config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
