@@ -55,52 +55,66 @@ from llm_pruner.storage.gguf_models import find_gguf, read_gguf_checkpoint
 
 SETS = {
     "scattered": SCATTERED,
-    "the first": (0, 1, 3),
+    "first": (0, 1, 3),
+    "last": (10, 11),
     "odd": (1, 3, 5, 7, 9, 11),
     "even": (0, 2, 4, 6, 8, 10),
+    "three of four": (0, 1, 2, 4, 5, 6, 8, 9, 10),
 }
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
-HYBRID = (["linear_attention"] * 3 + ["full_attention"]) * 3
-BLOCKS = ["linear_attention", "mlp", "full_attention", "mlp"] * 3
-BYTES = GGMLQuantizationType
 SWA = {"sliding_window": WINDOW}
-EXPERTS = {"num_experts": 4, "moe_intermediate_size": 64}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+NEMOTRON = {"mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2}
 MORE = {
     "granitemoehybrid": case(
-        "granitemoehybrid", **MAMBA, layer_types=HYBRID, shared_intermediate_size=64
+        "granitemoehybrid",
+        **MAMBA,
+        layer_types=(["mamba"] * 3 + ["attention"]) * 3,
+        shared_intermediate_size=64,
+        position_embedding_type="rope",
     ),
-    "bamba": case("bamba", **MAMBA, attn_layer_indices=[2, 6, 9]),
+    "bamba": case("bamba", **MAMBA, attn_layer_indices=[2, 6, 9], rope_parameters=ROPE),
     "nemotron_h": case(
-        "nemotron_h",
-        layers_block_type=BLOCKS,
-        mamba_num_heads=8,
-        mamba_head_dim=32,
-        ssm_state_size=16,
-        n_groups=2,
+        "nemotron_h", **NEMOTRON, layers_block_type=["mamba", "moe", "attention", "moe"] * 3
     ),
     "lfm2_moe": case(
-        "lfm2_moe",
-        layer_types=["conv", "conv", "full_attention"] * 4,
-        num_dense_layers=3,
+        "lfm2_moe", layer_types=["conv", "conv", "full_attention"] * 4, num_dense_layers=3
     ),
     "jamba": case("jamba", attn_layer_period=4, attn_layer_offset=2, mamba_dt_rank=8),
     "apertus": case("apertus"),
-    "falcon_h1": case("falcon_h1", **MAMBA, mamba_d_ssm=256),
+    "falcon_h1": case("falcon_h1", **MAMBA, mamba_d_ssm=256, head_dim=32),
     "cohere2_moe": case("cohere2_moe", **SWA),
-    "exaone_moe": case("exaone_moe", **SWA, num_experts=4),
-    "ernie4_5_moe": case("ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_layer_start_index=3),
-    "afmoe": case("afmoe", **SWA, num_dense_layers=3),
-    "dots1": case("dots1", first_k_dense_replace=3, n_shared_experts=1, n_routed_experts=4),
+    "exaone_moe": case("exaone_moe", **SWA, num_experts=4, scoring_func="sigmoid"),
+    "ernie4_5_moe": case(
+        "ernie4_5_moe",
+        moe_num_experts=4,
+        moe_k=2,
+        moe_layer_start_index=3,
+        intermediate_size=256,
+    ),
+    "afmoe": case("afmoe", **SWA, num_dense_layers=3, mup_enabled=True, route_norm=True),
+    "dots1": case(
+        "dots1",
+        first_k_dense_replace=3,
+        n_shared_experts=1,
+        n_routed_experts=4,
+        num_key_value_heads=4,
+        scoring_func="sigmoid",
+        norm_topk_prob=True,
+    ),
     "mamba": case("mamba", state_size=16, time_step_rank=8, intermediate_size=256),
     "mamba2": case("mamba2", num_heads=8, head_dim=32, state_size=16, n_groups=1),
     "deepseek_v3-mtp": case("deepseek_v3", **LATENT, **SIGMOID, num_nextn_predict_layers=1),
     "glm4_moe-mtp": case("glm4_moe", head_dim=32, num_nextn_predict_layers=1),
+    "olmoe": case("olmoe", num_key_value_heads=4),
+    "qwen2_moe": case("qwen2_moe"),
+    "bloom": case("bloom"),
     "deci": case("llama"),
     "llama-quantised": case("llama", hidden_size=256),
 }
-AS_THEY_ARE_TOO = "olmoe qwen2_moe phimoe minimax_m2 hunyuan_v1_moe gpt2 gpt_neox bloom falcon phi"
-ALL = CASES | MORE | {kind: case(kind) for kind in AS_THEY_ARE_TOO.split()}
-NO_ATTENTION, NO_FFN = (1, 4, 9), (3, 4, 7)  # layers of the model that is laid out as DeciLM
+ALL = CASES | MORE
+NO_ATTENTION, NO_NETWORK = (1, 4, 9), (4, 9)  # layers of the model that is laid out as DeciLM
+QUANTISED = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0)
 NAIVE = ("gemma3", "olmo3", "lfm2")
 FIXED = ("gemma2", "gemma3", "cohere2", "gpt_oss", "deepseek_v2-lite", "smollm3")
 
@@ -154,7 +168,7 @@ def author(
     for number, tensor in enumerate(reader.tensors):
         name, data, type = rename(tensor.name), tensor.data, tensor.tensor_type
         if quantised and data.ndim == 2:
-            type = (BYTES.Q8_0, BYTES.Q4_0)[number % 2]
+            type = QUANTISED[number % 2]
             data = quants.quantize(data, type)
         if name is not None:
             writer.add_tensor(name, data, raw_dtype=type)
@@ -175,14 +189,14 @@ def renamed(source: Path, target: Path, removed: Sequence[int], depth: int) -> P
 
 def as_deci(source: Path, target: Path, depth: int) -> Path:
     """Lay a Llama out as DeciLM, in which layers lack attention or the network after it."""
-    lost = {f"blk.{i}.attn_" for i in NO_ATTENTION} | {f"blk.{i}.ffn_" for i in NO_FFN}
+    lost = {f"blk.{i}.attn_" for i in NO_ATTENTION} | {f"blk.{i}.ffn_" for i in NO_NETWORK}
     values = read_gguf_checkpoint([source]).values
     changes = {
         f"llama.{key}": [0 if i in without else values[f"llama.{key}"] for i in range(depth)]
         for key, without in (
             ("attention.head_count", NO_ATTENTION),
             ("attention.head_count_kv", NO_ATTENTION),
-            ("feed_forward_length", NO_FFN),
+            ("feed_forward_length", NO_NETWORK),
         )
     }
     return author(
@@ -209,7 +223,7 @@ def silence(folder: Path) -> None:
     """Make layers of a Llama add nothing where those of DeciLM have nothing."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
-    for part, layers in (("self_attn.o_proj", NO_ATTENTION), ("mlp.down_proj", NO_FFN)):
+    for part, layers in (("self_attn.o_proj", NO_ATTENTION), ("mlp.down_proj", NO_NETWORK)):
         for layer in layers:
             tensors[f"model.layers.{layer}.{part}.weight"].zero_()
     save_file(tensors, file, {"format": "pt"})
@@ -261,8 +275,7 @@ def rows(name: str, case: Case, folder: Path, file: Path) -> Iterator[Row]:
     """What is done with a case."""
     if name == "deci":
         file = as_deci(file, file.with_name("as-deci.gguf"), case.depth)
-    sets = dict(SETS)
-    for what, layers in sets.items():
+    for what, layers in {**SETS, "periodic": case.periodic}.items():
         row = cut_row(name, what, folder, file, layers)
         yield row
         named = re.search(r"would be: \[\[(.*?)\]", row.told)

@@ -6,7 +6,8 @@ A line per folder: the logarithms of the probabilities after every token, or why
 not read the folder. It runs in any interpreter that has the engine, and uses nothing else of the
 project. TOKENS are the ids, joined by commas. llama.cpp is called through the C library inside the
 package ``xllamacpp``; CONVERTER is the folder of its `convert_hf_to_gguf.py`. ``gguf`` is llama.cpp
-too: a converted file stays beside its folder, with all blocks, and GGUF files are read as well.
+too: a converted file stays beside its folder, with blocks for multi-token prediction if there are
+any, and GGUF files are read as well.
 """
 
 from __future__ import annotations
@@ -156,8 +157,9 @@ def with_gguf(converter: str) -> Reader:
     def read(path: str, tokens: list[int]) -> np.ndarray:
         gguf = Path(path)
         if gguf.is_dir():
+            config = json.loads((gguf / "config.json").read_text(encoding="utf-8"))
             gguf = Path(f"{path}.gguf")
-            convert(path, gguf, converter, mtp=True)
+            convert(path, gguf, converter, mtp=bool(config.get("num_nextn_predict_layers")))
         return llama_logits(gguf, tokens)
 
     return read

@@ -160,6 +160,7 @@ def prune_metadata(
             after = value[num_layers:] if stay else []
             changed[key] = [*(value[index] for index in kept), *after]
     _refuse_lost_producers(values, before, removal)
+    _refuse_bare_end(values, before, removal)
     return {key: value for key, value in changed.items() if value != values[key]}
 
 
@@ -204,4 +205,15 @@ def _refuse_lost_producers(values: Mapping[str, Any], before: str, removal: Remo
         raise UnsupportedModelError(
             f"Layers {users} use the keys and values of layers {first - 2} and {first - 1}: keep "
             f"{lost}."
+        )
+
+
+def _refuse_bare_end(values: Mapping[str, Any], before: str, removal: Removal) -> None:
+    """In DeciLM, llama.cpp reads off the results in the network of the last layer."""
+    widths = values.get(f"{before}feed_forward_length")
+    last = removal.kept[-1]
+    if before == "deci." and isinstance(widths, list) and not widths[last]:
+        raise UnsupportedModelError(
+            f"Layer {last} has no feed-forward network ({before}feed_forward_length), and "
+            "llama.cpp cannot run a model whose last layer has none: keep a later layer."
         )

@@ -6,11 +6,10 @@ Read from its source and from its converter; `Rule.source` names a file in ``src
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .rules import (
-    ANY,
     FLOAT32,
     PATTERN,
     RECURRENT,
@@ -24,7 +23,6 @@ from .rules import (
     experts_every,
     linear_every,
     no_windows,
-    own_index,
     rotary_every,
     scale_by_count,
     windows,
@@ -69,13 +67,20 @@ def _positions(settings: Settings, index: int, count: int) -> str:
     return {32: "rotary", 40: "ALiBi"}.get(count, "none")
 
 
+def _exaone_rotary(config: Settings, count: int) -> Sequence[Any] | None:
+    return windows(config, count) if config.get("sliding_window") else [True] * count
+
+
 def _fixed(layers: float, source: str) -> Rule:
     """The first layers do what no others can."""
 
-    def derive(settings: Settings, index: int, count: int) -> Any:
-        return index if index < layers else ANY
+    def derive(settings: Settings, index: int, count: int) -> float:
+        return min(index, layers)
 
-    return Rule("role", own_index, derive, "is bound to the index", source)
+    def kinds(settings: Settings, count: int) -> Sequence[float]:
+        return [derive(settings, index, count) for index in range(count)]
+
+    return Rule("role", kinds, derive, "is bound to the index", source)
 
 
 COMPRESSED = Rule(
@@ -101,12 +106,21 @@ NORMED = Rule(
     f"follows from the number of layers, only from {NORMED_FROM} on",
     "command-r.cpp: attn_q_norm",
 )
-EXAONE = Rule(
-    "sliding-window attention",
-    windows,
-    lambda settings, index, count: count == LARGE_EXAONE and index % 4 != 3,
-    f"follows from the number of layers, only at {LARGE_EXAONE}",
-    "exaone4.cpp: load_swa_pattern",
+EXAONE = (
+    Rule(
+        "sliding-window attention",
+        windows,
+        lambda settings, index, count: count == LARGE_EXAONE and index % 4 != 3,
+        f"follows from the number of layers, only at {LARGE_EXAONE}",
+        "exaone4.cpp: load_swa_pattern",
+    ),
+    Rule(
+        "rotary position",
+        _exaone_rotary,
+        lambda settings, index, count: count != LARGE_EXAONE or index % 4 != 3,
+        f"follows from the number of layers, left out only at {LARGE_EXAONE}",
+        "exaone4.cpp: use_rope",
+    ),
 )
 RESIDUAL = Rule(  # of files from before the converter wrote it
     "scale of the residual stream",
@@ -140,7 +154,7 @@ ARCHITECTURES: dict[str, tuple[str, tuple[Rule, ...]]] = {
     "bloom": ("bloom", ()),
     "chatglm": ("glm", ()),
     "cohere2": ("cohere2", (_pattern(4, "cohere2.cpp: load_swa_pattern"),)),
-    "cohere2moe": ("cohere2_moe", ()),
+    "cohere2moe": ("cohere2_moe", (_pattern(4, "cohere2moe.cpp: load_swa_pattern", first=True),)),
     "command-r": ("cohere", (NORMED,)),
     "deci": ("", (_fixed(1, "llama-model.cpp: n_head(0)"),)),
     "deepseek": ("", ()),
@@ -148,8 +162,8 @@ ARCHITECTURES: dict[str, tuple[str, tuple[Rule, ...]]] = {
     "dots1": ("dots1", ()),
     "ernie4_5": ("ernie4_5", ()),
     "exaone": ("", ()),
-    "exaone-moe": ("exaone_moe", ()),
-    "exaone4": ("exaone4", (EXAONE,)),
+    "exaone-moe": ("exaone_moe", (_pattern(4, "exaone-moe.cpp: load_swa_pattern"),)),
+    "exaone4": ("exaone4", EXAONE),
     "falcon": ("falcon", ()),
     "falcon-h1": ("falcon_h1", ()),
     "gemma": ("gemma", ()),
@@ -205,7 +219,7 @@ ARCHITECTURES: dict[str, tuple[str, tuple[Rule, ...]]] = {
     "mamba": ("mamba", ()),
     "mamba2": ("mamba2", ()),
     "mellum": ("", (_pattern(4, "mellum.cpp: load_swa_pattern", switch=WINDOW),)),
-    "mimo2": ("mimo_v2_flash", ()),
+    "mimo2": ("mimo_v2_flash", (_pattern(1, "mimo2.cpp: is_swa_impl"),)),
     "minicpm": ("", (RESIDUAL,)),
     "minicpm3": ("", ()),
     "minimax-01": ("", (_fixed(math.inf, "minimax-01.cpp: slope_scale"),)),
@@ -249,11 +263,11 @@ ARCHITECTURES: dict[str, tuple[str, tuple[Rule, ...]]] = {
     "stablelm": ("stablelm", ()),
     "starcoder": ("gpt_bigcode", ()),
     "starcoder2": ("starcoder2", ()),
-    "step35": ("step3p5", ()),
+    "step35": ("step3p5", (_pattern(1, "step35.cpp: is_swa_impl"),)),
     "xverse": ("", ()),
 }
 # What the converter writes by itself, so that a config.json needs no rule for it.
-WRITTEN = ("olmo2",)
+WRITTEN = ("cohere2moe", "exaone-moe", "mimo2", "olmo2", "step35")
 BY_TYPE = {
     kind: () if architecture in WRITTEN else rules
     for architecture, (kinds, rules) in ARCHITECTURES.items()

@@ -155,11 +155,6 @@ def all_have(name: str) -> Kinds:
     return lambda config, count: [bool(config.get(name))] * count
 
 
-def own_index(config: Settings, count: int) -> Sequence[Any]:
-    """Every layer is unlike all others."""
-    return list(range(count))
-
-
 def anything(config: Settings, count: int) -> Sequence[Any]:
     """Whatever the engine takes the layers for."""
     return [ANY] * count
