@@ -49,20 +49,15 @@ SWA = {"sliding_window": engines.WINDOW}
 MTP = "num_nextn_predict_layers"
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
 STATES = {"mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2}
-ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 DENSE = {"first_k_dense_replace": 3, "n_shared_experts": 1, "n_routed_experts": 4}
 SIGMOID = {"scoring_func": "sigmoid", "norm_topk_prob": True}
 ERNIE = {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 3, "intermediate_size": 256}
-HYBRID = {
-    "layer_types": (["mamba"] * 3 + ["attention"]) * 3,
-    "shared_intermediate_size": 64,
-    "position_embedding_type": "rope",
-}
+HYBRID = {"layer_types": (["mamba"] * 3 + ["attention"]) * 3, "shared_intermediate_size": 64}
 BLOCKS = ["mamba", "moe", "attention", "moe"] * 3
 SHORT = ["conv", "conv", "full_attention"] * 4
 CASES = engines.CASES | {
     "granitemoehybrid": case("granitemoehybrid", **MAMBA, **HYBRID),
-    "bamba": case("bamba", **MAMBA, attn_layer_indices=[2, 6, 9], rope_parameters=ROPE),
+    "bamba": case("bamba", **MAMBA, attn_layer_indices=[2, 6, 9], attn_rotary_emb=16),
     "nemotron_h": case("nemotron_h", **STATES, layers_block_type=BLOCKS),
     "lfm2_moe": case("lfm2_moe", layer_types=SHORT, num_dense_layers=3),
     "jamba": case("jamba", attn_layer_period=4, attn_layer_offset=2, mamba_dt_rank=8),

@@ -212,7 +212,10 @@ ARCHITECTURES: dict[str, tuple[str, tuple[Rule, ...]]] = {
         "llama4 llama4_text",
         (
             _pattern(4, "llama4.cpp: load_swa_pattern", switch=WINDOW),
-            rotary_every(4, "llama4.cpp: n_no_rope_layer_step", switch=WINDOW, off=True),
+            # Without a layer that has none, it stops: nothing uses the scale of attention.
+            rotary_every(
+                4, "llama4.cpp: n_no_rope_layer_step", switch=WINDOW, off=True, complete=True
+            ),
             experts_every("interleave_moe_layer_step", "llama4.cpp: n_moe_layer_step"),
         ),
     ),
@@ -266,6 +269,11 @@ ARCHITECTURES: dict[str, tuple[str, tuple[Rule, ...]]] = {
     "step35": ("step3p5", (_pattern(1, "step35.cpp: is_swa_impl"),)),
     "xverse": ("", ()),
 }
+# Where a layer without keys and values is recurrent, unless it is nothing but a network.
+HYBRIDS = frozenset(
+    "bailingmoe3 glm5-next granitehybrid jamba kimi-k3 kimi-linear lfm2 lfm2moe nemotron_h "
+    "nemotron_h_moe plamo2".split()
+)
 # What the converter writes by itself, so that a config.json needs no rule for it.
 WRITTEN = ("cohere2moe", "exaone-moe", "mimo2", "olmo2", "step35")
 BY_TYPE = {

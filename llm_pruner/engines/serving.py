@@ -9,8 +9,8 @@ from typing import Any
 from ..config.config_file import decoder_part, layer_count
 from ..errors import InvalidPlanError, UnsupportedModelError
 from .layer_sets import LayerSets
-from .llama_cpp import ARCHITECTURES, LLAMA_CPP, gguf_settings
-from .rules import Rule, Said
+from .llama_cpp import ARCHITECTURES, HYBRIDS, LLAMA_CPP, gguf_settings
+from .rules import RECURRENT, Rule, Said
 from .verdict import ENGINES, check_engines, judge, named
 
 
@@ -31,6 +31,7 @@ class GgufLayers:
     def __init__(
         self, values: Mapping[str, Any], num_layers: int, vocabulary: int | None = None
     ) -> None:
+        self._num_layers = num_layers
         self._architecture = str(values.get("general.architecture"))
         self.known = self._architecture in ARCHITECTURES
         self.settings = gguf_settings(values, vocabulary)
@@ -73,6 +74,7 @@ class GgufLayers:
         Raises:
             UnsupportedModelError: a file cannot say it.
         """
+        self._refuse_lost_memory(kept)
         found: dict[str, tuple[int, Any]] = {}
         count = len(kept)
         for rule, kinds in self.rules:
@@ -96,6 +98,31 @@ class GgufLayers:
                 value = [*value, *[False] * extra]
             found[f"{self._architecture}.{rule.said.key}"] = (rule.said.type, value)
         return found
+
+    def _refuse_lost_memory(self, kept: Sequence[int]) -> None:
+        """llama.cpp stops where a hybrid model has no layer left of one of its two kinds."""
+        attention, recurrence = self._memory()
+        for kind, layers in (("attention", attention), ("recurrence", recurrence)):
+            if attention and recurrence and not layers & {*kept}:
+                raise UnsupportedModelError(
+                    f"llama.cpp cannot run {self._architecture} without any layer that has {kind}: "
+                    f"keep one of {sorted(layers)}."
+                )
+
+    def _memory(self) -> tuple[set[int], set[int]]:
+        """The layers of a hybrid model that attend, and the recurrent ones."""
+        for rule, kinds in self.rules:
+            if rule.said is RECURRENT:
+                recurrent = {index for index, kind in enumerate(kinds) if kind}
+                return {*range(len(kinds))} - recurrent, recurrent
+        heads = self.settings.get("attention.head_count_kv")
+        widths = self.settings.get("feed_forward_length")
+        if self._architecture not in HYBRIDS or not isinstance(heads, list):
+            return set(), set()
+        every = range(self._num_layers)
+        networks = {i for i in every if widths[i]} if isinstance(widths, list) else set()
+        attention = {i for i in every if heads[i]}
+        return attention, {*every} - attention - networks
 
 
 class Serving:

@@ -117,3 +117,44 @@ def test_a_layer_with_a_window_has_to_stay(
     values = read_gguf_checkpoint([cut(path, [0, 1, 2, 4, 5, 6, 8, 9])]).values
     key = f"{architecture}.attention.sliding_window_pattern"
     assert values[key] == [False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "entries", "lost"),
+    [
+        ("jamba", {"attention__head_count_kv": [0, 0, 2, 0]}, {"attention": 2}),
+        ("lfm2", {"attention__head_count_kv": [0, 2, 2, 2]}, {"recurrence": 0}),
+        ("qwen3next", {"full_attention_interval": 4}, {"attention": 3}),
+        ("qwen3next", {"attention__recurrent_layers": [False, True, False]}, {"recurrence": 1}),
+        (
+            "nemotron_h",  # its second and last layer are networks
+            {
+                "attention__head_count_kv": [0, 0, 2, 0],
+                "feed_forward_length": [0, 8, 0, 8],
+            },
+            {"attention": 2, "recurrence": 0},
+        ),
+    ],
+)
+def test_a_hybrid_keeps_a_layer_of_each_kind(
+    write: Write, architecture: str, entries: dict[str, Any], lost: dict[str, int]
+) -> None:
+    depth = max([4 if not isinstance(value, list) else len(value) for value in entries.values()])
+    path = write(architecture, depth, **entries)
+    for kind, layer in lost.items():
+        expected = rf"without any layer that has {kind}: keep one of \[{layer}\]"
+        with pytest.raises(UnsupportedModelError, match=expected):
+            cut(path, [layer])
+    cut(path, [next(layer for layer in range(depth) if layer not in lost.values())])
+
+
+def test_where_layers_without_keys_are_not_recurrent_all_may_attend(write: Write) -> None:
+    path = write("deci", 3, attention__head_count_kv=[2, 0, 2], feed_forward_length=[8, 8, 8])
+    assert read_gguf_checkpoint([cut(path, [1])]).values["deci.attention.head_count_kv"] == [2, 2]
+
+
+def test_llama_4_keeps_a_layer_without_rotary_positions(write: Write) -> None:
+    path = write("llama4", 12, interleave_moe_layer_step=1)
+    with pytest.raises(InvalidPlanError, match="rotary position of layers 0, 1, 2 follows"):
+        cut(path, list(range(3, 12)))
+    cut(path, list(range(4, 12)))
