@@ -154,7 +154,7 @@ ARCHITECTURES: dict[str, tuple[str, tuple[Rule, ...]]] = {
     "bloom": ("bloom", ()),
     "chatglm": ("glm", ()),
     "cohere2": ("cohere2", (_pattern(4, "cohere2.cpp: load_swa_pattern"),)),
-    "cohere2moe": ("cohere2_moe", (_pattern(4, "cohere2moe.cpp: load_swa_pattern", first=True),)),
+    "cohere2moe": ("cohere2_moe", ()),
     "command-r": ("cohere", (NORMED,)),
     "deci": ("", (_fixed(1, "llama-model.cpp: n_head(0)"),)),
     "deepseek": ("", ()),
@@ -162,7 +162,7 @@ ARCHITECTURES: dict[str, tuple[str, tuple[Rule, ...]]] = {
     "dots1": ("dots1", ()),
     "ernie4_5": ("ernie4_5", ()),
     "exaone": ("", ()),
-    "exaone-moe": ("exaone_moe", (_pattern(4, "exaone-moe.cpp: load_swa_pattern"),)),
+    "exaone-moe": ("exaone_moe", ()),
     "exaone4": ("exaone4", EXAONE),
     "falcon": ("falcon", ()),
     "falcon-h1": ("falcon_h1", ()),
@@ -222,7 +222,7 @@ ARCHITECTURES: dict[str, tuple[str, tuple[Rule, ...]]] = {
     "mamba": ("mamba", ()),
     "mamba2": ("mamba2", ()),
     "mellum": ("", (_pattern(4, "mellum.cpp: load_swa_pattern", switch=WINDOW),)),
-    "mimo2": ("mimo_v2_flash", (_pattern(1, "mimo2.cpp: is_swa_impl"),)),
+    "mimo2": ("mimo_v2_flash", ()),
     "minicpm": ("", (RESIDUAL,)),
     "minicpm3": ("", ()),
     "minimax-01": ("", (_fixed(math.inf, "minimax-01.cpp: slope_scale"),)),
@@ -266,7 +266,7 @@ ARCHITECTURES: dict[str, tuple[str, tuple[Rule, ...]]] = {
     "stablelm": ("stablelm", ()),
     "starcoder": ("gpt_bigcode", ()),
     "starcoder2": ("starcoder2", ()),
-    "step35": ("step3p5", (_pattern(1, "step35.cpp: is_swa_impl"),)),
+    "step35": ("step3p5", ()),
     "xverse": ("", ()),
 }
 # Where a layer without keys and values is recurrent, unless it is nothing but a network.
@@ -275,7 +275,7 @@ HYBRIDS = frozenset(
     "nemotron_h_moe plamo2".split()
 )
 # What the converter writes by itself, so that a config.json needs no rule for it.
-WRITTEN = ("cohere2moe", "exaone-moe", "mimo2", "olmo2", "step35")
+WRITTEN = ("olmo2",)
 BY_TYPE = {
     kind: () if architecture in WRITTEN else rules
     for architecture, (kinds, rules) in ARCHITECTURES.items()

@@ -84,7 +84,7 @@ class GgufLayers:
                 there = [listed[index] for index in kept]
             else:
                 there = [rule.derive(self.settings, place, count) for place in range(count)]
-            if rule.said is None or not rule.can_say(kinds):
+            if rule.said is None or there == now or not rule.can_say(kinds):
                 continue
             value = rule.said.value(now)
             if value is None:
@@ -92,8 +92,6 @@ class GgufLayers:
                     f"llama.cpp cannot run {self._architecture} without any layer that has "
                     f"{rule}: keep one of them."
                 )
-            if there == now:
-                continue
             if isinstance(value, list):
                 value = [*value, *[False] * extra]
             found[f"{self._architecture}.{rule.said.key}"] = (rule.said.type, value)
