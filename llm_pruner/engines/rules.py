@@ -206,8 +206,10 @@ def every(
         hit = index % length == (0 if first else length - 1)
         return special if hit else not special
 
-    number = _ordinal(period if isinstance(period, int) else default)
-    how = f"follows from position, every {number} layer {'with' if special else 'without'} it"
+    length = default if isinstance(period, str) else period
+    how = f"follows from position, every {_ordinal(length)} layer {'' if special else 'not '}so"
+    if length == 1:
+        how = f"follows from position, by {period}"
     return Rule(aspect, kinds, derive, how, source, said)
 
 

@@ -13,6 +13,8 @@ from .llama_cpp import ARCHITECTURES, LLAMA_CPP, gguf_settings
 from .rules import Rule, Said
 from .verdict import ENGINES, check_engines, judge, named
 
+NAMED = 2  # sets that an error names
+
 
 class GgufLayers:
     """What llama.cpp takes the layers of a GGUF file for, by the file's metadata.
@@ -185,10 +187,10 @@ class Serving:
         if not problem:
             return
         sets = LayerSets(num_layers, range(num_layers), self.fits)
-        near = dict.fromkeys(removed, -1.0)
-        sizes = sorted(sets.sizes, key=lambda size: (abs(size - len(removed)), size))
-        found = [sets.cheapest(near, size) for size in sizes[:2]]
-        close = [list(one) for one in found if one]
+        changes = {layer: -1.0 if layer in removed else 1.0 for layer in sets.candidates}
+        found = [one for size in sets.sizes if (one := sets.cheapest(changes, size))]
+        found.sort(key=lambda one: (sum(changes[layer] for layer in one), len(one)))
+        close = [list(one) for one in found[:NAMED]]
         raise InvalidPlanError(
             f"Without layers {sorted(removed)} the model would not be computed right ({problem}). "
             f"Sets close to this one that would be: {close or 'none'}."

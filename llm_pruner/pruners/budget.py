@@ -125,18 +125,19 @@ class Removable:
 
     def __str__(self) -> str:
         first, last = self.protect
-        number = self.sets.sizes_text.replace("from ", "").replace("one of ", "")
+        sizes = self.sets.sizes
         whole = (
             f"the model has {self.num_layers} layers, the first {first} and the last {last} are "
             "protected"
         )
         if self.serving is None or not self.serving.restricts:
-            return f"{whole}, so {number} can go"
+            return f"{whole}, so 1 to {self.most} can go"
         engines = " and ".join(self.serving.engines)
         runs = " that follow one another" if self.runs else ""
-        if not self.sets.sizes:
-            return f"{whole}, and {engines} computes it right without no set of the others{runs}"
-        return f"{whole}, and {engines} computes it right only if {number} layers{runs} go"
+        if not sizes:
+            return f"{whole}, and {engines} would compute the rest wrong, whichever others go{runs}"
+        number = ", ".join(map(str, sizes))
+        return f"{whole}, and {engines} computes the rest right only if {number} layers{runs} go"
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,8 @@ class Budget:
             InvalidPlanError: no layer, or a number that cannot go.
         """
         sizes = removable.sets.sizes
+        if not sizes:
+            raise InvalidPlanError(f"No layer can be removed: {removable}.")
         if self.ratio is not None:
             count = int(self.ratio * removable.num_layers + 1e-9)
             if count not in sizes:
@@ -194,8 +197,6 @@ class Budget:
             raise InvalidPlanError(
                 f"n_layers={self.n_layers} must be {removable.sets.sizes_text}: {removable}."
             )
-        if not sizes:
-            raise InvalidPlanError(f"No layer can be removed: {removable}.")
         return self.n_layers
 
 
