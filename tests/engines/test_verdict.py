@@ -136,7 +136,7 @@ def test_the_pruned_config_is_judged_as_the_layers_that_it_keeps():
 def test_a_verdict_says_which_layers_and_why():
     found = judge(gemma("gemma3_text", 6), "llama.cpp", kept(12, SCATTERED))
     assert found.reason == (
-        "sliding-window attention of its layers 4, 5 follows from position, every 6th layer not so"
+        "sliding-window attention of its layers 5, 7 follows from position, every 6th layer not so"
     )
     assert verdicts(config("llama")) == dict.fromkeys(("llama.cpp", "vllm", "mlx"), "right")
     assert verdicts(config("nobody_knows")) == {}
