@@ -70,16 +70,6 @@ def test_a_curve_has_the_depths_that_can_be(model):
         assert [point["n_layers"] for point in curve.points] == [4, 8]
 
 
-def test_a_tolerance_stops_between_the_depths_that_can_be(model):
-    pruner = get_strategy("smart")(model, word_tokenizer(), serve_with=["llama.cpp"])
-    assert len(pruner.optimize_selection(None, items(6), tolerance=9.0)) == 8
-    change = pruner.quality(items(6)).change
-    four, eight = (max(map(change, allowed(size, pruner.candidates))) for size in (4, 8))
-    assert eight < four
-    between = max(0.0, -(four + eight) / 2)
-    assert len(pruner.optimize_selection(None, items(6), tolerance=between)) == 4
-
-
 def test_impossible_numbers_are_refused_before_the_work_with_what_is_possible(model, monkeypatch):
     pruner = get_strategy("smart")(model, word_tokenizer(), serve_with=["llama.cpp"])
     monkeypatch.setattr(pruner, "quality", None)  # nothing is measured
