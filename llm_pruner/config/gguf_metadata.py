@@ -25,6 +25,11 @@ PER_LAYER = frozenset(
     "xielu.eps".split()
 )
 LONGER = ("attention.compress_ratios",)  # lists that may go on after the last layer
+# What else has to be a number, or a list of some.
+NUMBERS = (
+    "embedding_length expert_gating_func residual_scale attention.key_length "
+    "attention.sliding_window n_deepstack_layers".split()
+)
 BARE = "xielu."  # begins keys that lack the architecture's name
 # Lists that are not per layer, even if they happen to have as many entries as there are layers.
 NOT_PER_LAYER = ("rope.", "adapters.", "ple.", "classifier.", "target_layers")
@@ -35,6 +40,8 @@ RULES: dict[str, Rule] = {
     "attention.shared_kv_layers": Removal.suffix,
     "ple.layers": partial(Removal.renumber, first=0),
 }
+INDICES = ("ple.layers",)  # which of them are lists
+DEEPSTACK = "deepstack_mapping"  # a list that may end before the last layer
 # What divides the layers by their index in a way that no other value of the key expresses.
 BOUND_TO_INDEX = (
     "attn_res.block_size",
@@ -42,6 +49,8 @@ BOUND_TO_INDEX = (
     "moe_every_n_layers",
     "rescale_every_n_layers",
 )
+NOT_READ = (("step35", "moe_every_n_layers"),)  # though the converter writes it
+MOST_BLOCKS = 99_999
 ONE_FOR_ALL = "per_layer_"  # begins the names of tensors that hold a part for every layer
 TWO_STACKS = ("enc.", "dec.")  # begin the names of tensors of encoder-decoder models
 # What a file is, where it is no language model, and what to do with it.
@@ -68,7 +77,7 @@ def find_blocks(
 
     Raises:
         UnsupportedModelError: it is no decoder-only language model.
-        LoadError: tensors and metadata contradict each other.
+        LoadError: tensors and metadata contradict each other, or the metadata itself.
     """
     architecture = values.get("general.architecture")
     kind = next(
@@ -90,7 +99,8 @@ def find_blocks(
             f"{name!r} ({architecture}) is an encoder-decoder model; only decoder-only language "
             "models are supported."
         )
-    if type(count) is not int or type(extra) is not int or not 0 <= extra < count:
+    whole = type(count) is int and type(extra) is int
+    if not whole or not 0 <= extra < count <= MOST_BLOCKS:
         raise LoadError(
             f"{name!r} does not say how many layers it has: {architecture}.{COUNT} is {count!r}, "
             f"{architecture}.{MTP_COUNT} is {extra!r}. Convert the model again."
@@ -102,18 +112,39 @@ def find_blocks(
             f"{name!r} contradicts itself: its metadata counts {count} blocks, and the last one "
             f"that has tensors is number {last} (0-based). Convert the model again."
         )
-    whole = sorted(tensor for tensor in tensors if tensor.startswith(ONE_FOR_ALL))
-    if whole:
+    shared = min((tensor for tensor in tensors if tensor.startswith(ONE_FOR_ALL)), default=None)
+    if shared is not None:
         raise UnsupportedModelError(
-            f"{name!r} ({architecture}) keeps a part for every layer in one tensor ({whole[0]}), "
+            f"{name!r} ({architecture}) keeps a part for every layer in one tensor ({shared}), "
             "whose bytes cannot be divided: prune the original model, and convert the result."
         )
+    for key, value in values.items():
+        _check(key, key.removeprefix(f"{architecture}."), value, count - extra, extra)
     return LayerNames((BLOCKS,), count - extra), extra
 
 
 def _indices(tensors: Iterable[str]) -> set[int]:
     parts = (tensor.split(".", 2)[1] for tensor in tensors if tensor.startswith(BLOCKS))
-    return {int(part) for part in parts if part.isdecimal() and len(part) < 6}
+    return {int(part) for part in parts if part.isdecimal() and len(part) <= len(str(MOST_BLOCKS))}
+
+
+def _check(key: str, name: str, value: Any, num_layers: int, extra: int) -> None:
+    """Raise LoadError if it is no number where one has to be, or a list of a wrong length."""
+    entries = value if isinstance(value, list) else [value]
+    known = name in PER_LAYER or name in RULES or name in NUMBERS
+    if known and value is not None and not all(isinstance(one, int | float) for one in entries):
+        raise LoadError(f"{key} holds no numbers: convert the model again.")
+    if name in RULES and value is not None and isinstance(value, list) != (name in INDICES):
+        kind = "list" if name in INDICES else "single number"
+        raise LoadError(f"{key} is no {kind}: convert the model again.")
+    if name not in PER_LAYER or name == DEEPSTACK or not isinstance(value, list):
+        return
+    fits = len(value) in {num_layers, num_layers + extra}
+    if not fits and not (name in LONGER and len(value) > num_layers):
+        raise LoadError(
+            f"{key} has {len(value)} entries, and the model {num_layers} layers: convert the model "
+            "again."
+        )
 
 
 def prune_metadata(
@@ -122,14 +153,14 @@ def prune_metadata(
     """The entries of a GGUF file's metadata that are others for the layers `kept`, by key.
 
     Args:
-        values: the metadata by key.
+        values: the metadata by key, in which `find_blocks` has found the layers.
         kept: 0-based indices of the layers that stay, ascending.
         num_layers: how many there are, without those for multi-token prediction.
         drop_mtp: the blocks for multi-token prediction go.
 
     Raises:
-        UnsupportedModelError: the kept layers cannot work without the removed ones.
-        LoadError: a list does not have as many entries as there are layers.
+        UnsupportedModelError: the kept layers cannot work without the removed ones, or it is not
+            known whether a list follows them.
     """
     removal = Removal(tuple(kept), num_layers)
     architecture = values.get("general.architecture")
@@ -145,17 +176,20 @@ def prune_metadata(
             changed[key] = len(kept) + stay
         elif name == MTP_COUNT:
             changed[key] = stay
-        elif name in BOUND_TO_INDEX and value:
+        elif name in BOUND_TO_INDEX and value and (architecture, name) not in NOT_READ:
             raise UnsupportedModelError(
                 f"{architecture} divides its layers by their index ({key} = {value}), so none can "
                 "be removed."
             )
-        elif name in ("n_deepstack_layers", "deepstack_mapping"):
+        elif name in ("n_deepstack_layers", DEEPSTACK):
             _refuse_image_layers(name, value, kept)
             if isinstance(value, list):
-                changed[key] = [*(value[index] for index in kept), *value[num_layers:]]
+                after = value[num_layers:] if stay else []
+                changed[key] = [*(value[i] for i in kept if i < len(value)), *after]
         elif name in RULES and value is not None:
             changed[key] = RULES[name](removal, value)
+            if name in INDICES and len(changed[key]) < len(value):
+                raise UnsupportedModelError(f"Layers {value} have to stay ({key}).")
         elif isinstance(value, list) and _is_per_layer(key, name, value, num_layers, extra):
             after = value[num_layers:] if stay else []
             changed[key] = [*(value[index] for index in kept), *after]
@@ -178,14 +212,9 @@ def _refuse_image_layers(name: str, value: Any, kept: Sequence[int]) -> None:
 
 def _is_per_layer(key: str, name: str, value: list[Any], num_layers: int, extra: int) -> bool:
     """Whether a list has an entry per layer, and perhaps more for what follows the last one."""
-    fits = len(value) in {num_layers, num_layers + extra}
     if name in PER_LAYER:
-        if not fits and not (name in LONGER and len(value) > num_layers):
-            raise LoadError(
-                f"{key} has {len(value)} entries, and the model {num_layers} layers: convert the "
-                "model again."
-            )
         return True
+    fits = len(value) in {num_layers, num_layers + extra}
     if fits and not name.startswith(NOT_PER_LAYER):
         raise UnsupportedModelError(
             f"{key} has as many entries as the model has layers, and is not known to llm_pruner, "
