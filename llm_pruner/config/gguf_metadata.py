@@ -25,10 +25,10 @@ PER_LAYER = frozenset(
     "xielu.eps".split()
 )
 LONGER = ("attention.compress_ratios",)  # lists that may go on after the last layer
-# What else has to be a number, or a list of some.
+# What else has to be a number.
 NUMBERS = (
     "embedding_length expert_gating_func residual_scale attention.key_length "
-    "attention.sliding_window n_deepstack_layers".split()
+    "attention.sliding_window".split()
 )
 BARE = "xielu."  # begins keys that lack the architecture's name
 # Lists that are not per layer, even if they happen to have as many entries as there are layers.
@@ -41,7 +41,10 @@ RULES: dict[str, Rule] = {
     "ple.layers": partial(Removal.renumber, first=0),
 }
 INDICES = ("ple.layers",)  # which of them are lists
-DEEPSTACK = "deepstack_mapping"  # a list that may end before the last layer
+# Where features of images are added: at so many leading layers, or, of a list that may end before
+# the last layer, at those whose number is not negative.
+IMAGE_LAYERS, IMAGE_STREAMS = "n_deepstack_layers", "deepstack_mapping"
+COUNTS = (*(name for name in RULES if name not in INDICES), IMAGE_LAYERS)
 # What divides the layers by their index in a way that no other value of the key expresses.
 BOUND_TO_INDEX = (
     "attn_res.block_size",
@@ -130,14 +133,22 @@ def _indices(tensors: Iterable[str]) -> set[int]:
 
 def _check(key: str, name: str, value: Any, num_layers: int, extra: int) -> None:
     """Raise LoadError if it is no number where one has to be, or a list of a wrong length."""
-    entries = value if isinstance(value, list) else [value]
-    known = name in PER_LAYER or name in RULES or name in NUMBERS
-    if known and value is not None and not all(isinstance(one, int | float) for one in entries):
-        raise LoadError(f"{key} holds no numbers: convert the model again.")
-    if name in RULES and value is not None and isinstance(value, list) != (name in INDICES):
-        kind = "list" if name in INDICES else "single number"
-        raise LoadError(f"{key} is no {kind}: convert the model again.")
-    if name not in PER_LAYER or name == DEEPSTACK or not isinstance(value, list):
+    if value is None:
+        return
+    listed = isinstance(value, list)
+    entries = value if listed else [value]
+    wanted = ""
+    if name in INDICES and not (listed and all(type(entry) is int for entry in entries)):
+        wanted = "list of whole numbers"
+    elif name in COUNTS and type(value) is not int:
+        wanted = "whole number"
+    elif name in NUMBERS and not isinstance(value, int | float):
+        wanted = "number"
+    elif name in PER_LAYER and not all(isinstance(entry, int | float) for entry in entries):
+        wanted = "number or list of numbers"
+    if wanted:
+        raise LoadError(f"{key} is no {wanted}: convert the model again.")
+    if name not in PER_LAYER or name == IMAGE_STREAMS or not listed:
         return
     fits = len(value) in {num_layers, num_layers + extra}
     if not fits and not (name in LONGER and len(value) > num_layers):
@@ -181,11 +192,13 @@ def prune_metadata(
                 f"{architecture} divides its layers by their index ({key} = {value}), so none can "
                 "be removed."
             )
-        elif name in ("n_deepstack_layers", DEEPSTACK):
-            _refuse_image_layers(name, value, kept)
-            if isinstance(value, list):
-                after = value[num_layers:] if stay else []
-                changed[key] = [*(value[i] for i in kept if i < len(value)), *after]
+        elif name == IMAGE_LAYERS and value is not None:
+            _refuse_image_layers(name, range(min(value, num_layers)), kept)
+        elif name == IMAGE_STREAMS and isinstance(value, list):
+            at = [index for index, stream in enumerate(value[:num_layers]) if stream >= 0]
+            _refuse_image_layers(name, at, kept)
+            after = value[num_layers:] if stay else []
+            changed[key] = [*(value[index] for index in kept if index < len(value)), *after]
         elif name in RULES and value is not None:
             changed[key] = RULES[name](removal, value)
             if name in INDICES and len(changed[key]) < len(value):
@@ -197,16 +210,11 @@ def prune_metadata(
     return {key: value for key, value in changed.items() if value != values[key]}
 
 
-def _refuse_image_layers(name: str, value: Any, kept: Sequence[int]) -> None:
-    """Image features are added at the first layers, or at those that a list names."""
-    if isinstance(value, list):
-        at = {index for index, stream in enumerate(value) if stream >= 0}
-    else:
-        at = {*range(value or 0)}
-    lost = sorted(at - {*kept})
+def _refuse_image_layers(name: str, at: Sequence[int], kept: Sequence[int]) -> None:
+    lost = sorted({*at} - {*kept})
     if lost:
         raise UnsupportedModelError(
-            f"Image features are added at layers {sorted(at)} ({name}): {lost} have to stay."
+            f"Image features are added at layers {list(at)} ({name}): {lost} have to stay."
         )
 
 
