@@ -25,11 +25,6 @@ PER_LAYER = frozenset(
     "xielu.eps".split()
 )
 LONGER = ("attention.compress_ratios",)  # lists that may go on after the last layer
-# What else has to be a number.
-NUMBERS = (
-    "embedding_length expert_gating_func residual_scale attention.key_length "
-    "attention.sliding_window".split()
-)
 BARE = "xielu."  # begins keys that lack the architecture's name
 # Lists that are not per layer, even if they happen to have as many entries as there are layers.
 NOT_PER_LAYER = ("rope.", "adapters.", "ple.", "classifier.", "target_layers")
@@ -44,7 +39,15 @@ INDICES = ("ple.layers",)  # which of them are lists
 # Where features of images are added: at so many leading layers, or, of a list that may end before
 # the last layer, at those whose number is not negative.
 IMAGE_LAYERS, IMAGE_STREAMS = "n_deepstack_layers", "deepstack_mapping"
-COUNTS = (*(name for name in RULES if name not in INDICES), IMAGE_LAYERS)
+# What has to be a whole number, and a number.
+WHOLE = (
+    *(name for name in RULES if name not in INDICES),
+    IMAGE_LAYERS,
+    "attention.key_length",
+    "embedding_length",
+    "expert_gating_func",
+)
+NUMBERS = ("residual_scale",)
 # What divides the layers by their index in a way that no other value of the key expresses.
 BOUND_TO_INDEX = (
     "attn_res.block_size",
@@ -53,7 +56,7 @@ BOUND_TO_INDEX = (
     "rescale_every_n_layers",
 )
 NOT_READ = (("step35", "moe_every_n_layers"),)  # though the converter writes it
-MOST_BLOCKS = 99_999
+MOST_BLOCKS = 999  # llama.cpp runs 512
 ONE_FOR_ALL = "per_layer_"  # begins the names of tensors that hold a part for every layer
 TWO_STACKS = ("enc.", "dec.")  # begin the names of tensors of encoder-decoder models
 # What a file is, where it is no language model, and what to do with it.
@@ -140,7 +143,7 @@ def _check(key: str, name: str, value: Any, num_layers: int, extra: int) -> None
     wanted = ""
     if name in INDICES and not (listed and all(type(entry) is int for entry in entries)):
         wanted = "list of whole numbers"
-    elif name in COUNTS and type(value) is not int:
+    elif name in WHOLE and type(value) is not int:
         wanted = "whole number"
     elif name in NUMBERS and not isinstance(value, int | float):
         wanted = "number"

@@ -7,15 +7,19 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 from ggufs import contents, llama_tensors, make_gguf, metadata
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llm_pruner import PruningPlan
 from llm_pruner.checkpoint.gguf import fix_gguf, read_gguf_model
 from llm_pruner.checkpoint.on_disk import MANIFEST_FILE, check_manifest, prune_checkpoint
 from llm_pruner.errors import (
     InvalidPlanError,
+    LLMPrunerError,
     LoadError,
     OutputError,
     UnsupportedModelError,
@@ -126,6 +130,20 @@ def test_neither_torch_nor_transformers_is_loaded(source, tmp_path):
     subprocess.run([sys.executable, "-c", code, str(written)], check=True)
 
 
+def test_a_kernel_that_cannot_copy(source, tmp_path, monkeypatch):
+    def unable(*args):
+        raise OSError(95, "Operation not supported")
+
+    def written(name):
+        prune_checkpoint(source, REMOVED, tmp_path / name)
+        return (tmp_path / name / "m-pruned.gguf").read_bytes()
+
+    copied = written("kernel")
+    for number, call in enumerate(("copy_file_range", "sendfile")):
+        monkeypatch.setattr(os, call, unable, raising=False)
+        assert written(f"other{number}") == copied
+
+
 # --- what is refused ---------------------------------------------------------------------------
 @pytest.mark.parametrize("layers", [[8], [-1], [], [1, 1], range(8)])
 def test_impossible_layers_are_refused(source, tmp_path, layers):
@@ -190,6 +208,24 @@ def test_names_that_become_one_are_refused(tmp_path):
     with pytest.raises(LoadError, match=r"tensor 'blk\.0\.attn_norm\.weight' is there twice"):
         prune_checkpoint(source, (0,), tmp_path / "out")
     assert os.listdir(tmp_path) == ["source"]
+
+
+@given(st.data())
+@settings(
+    max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_damaged_metadata_is_pruned_or_refused_and_nothing_else(source, tmp_path, data):
+    """No other error, and whatever is written can be read."""
+    raw = bytearray(source.read_bytes())
+    end = min(x.start for x in read_gguf_model([source]).checkpoint.tensors.values())
+    places = st.tuples(st.integers(0, end - 1), st.integers(0, 255))
+    for place, value in data.draw(st.lists(places, min_size=1, max_size=4)):
+        raw[place] = value
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(raw)
+    with suppress(LLMPrunerError):
+        prune_checkpoint(path, REMOVED, tmp_path / "out", overwrite=True)
+        check_manifest(tmp_path / "out")
 
 
 # --- split models ------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from llm_pruner.config.gguf_metadata import BOUND_TO_INDEX, PER_LAYER, find_blocks, prune_metadata
@@ -179,6 +181,8 @@ def test_a_list_of_another_length_is_refused(key, size):
         ("embedding_length", [32]),
         ("n_deepstack_layers", 1.0),
         ("expert_gating_func", "softmax"),
+        ("expert_gating_func", math.nan),
+        ("residual_scale", "1"),
         ("leading_dense_block_count", "1"),
         ("leading_dense_block_count", [1, 0, 0, 0]),
         ("attention.shared_kv_layers", [1]),
