@@ -57,8 +57,10 @@ BOUND_TO_INDEX = (
 )
 NOT_READ = (("step35", "moe_every_n_layers"),)  # though the converter writes it
 MOST_BLOCKS = 999  # llama.cpp runs 512
+OWN_INDEXERS = ("dots3note",)  # whose layers never use the indexer of one before them
 ONE_FOR_ALL = "per_layer_"  # begins the names of tensors that hold a part for every layer
 TWO_STACKS = ("enc.", "dec.")  # begin the names of tensors of encoder-decoder models
+ENCODERS = ("gemma-embedding", "wavtokenizer-dec")  # and all whose names have "bert" in them
 # What a file is, where it is no language model, and what to do with it.
 OTHER_FILES = {
     "mmproj": "a projector of images or sound, which has no decoder layers: give the model it "
@@ -100,6 +102,11 @@ def find_blocks(
         values.get(f"{architecture}.{key}", missing)
         for key, missing in ((COUNT, None), (MTP_COUNT, 0))
     )
+    if "bert" in str(architecture) or architecture in ENCODERS:
+        raise UnsupportedModelError(
+            f"{name!r} ({architecture}) is an encoder; only decoder-only language models are "
+            "supported."
+        )
     if any(tensor.startswith(TWO_STACKS) for tensor in tensors):
         raise UnsupportedModelError(
             f"{name!r} ({architecture}) is an encoder-decoder model; only decoder-only language "
@@ -210,6 +217,7 @@ def prune_metadata(
             after = value[num_layers:] if stay else []
             changed[key] = [*(value[index] for index in kept), *after]
     _refuse_lost_producers(values, before, removal)
+    _refuse_lost_kinds(values, before, removal)
     return {key: value for key, value in changed.items() if value != values[key]}
 
 
@@ -244,4 +252,24 @@ def _refuse_lost_producers(values: Mapping[str, Any], before: str, removal: Remo
         raise UnsupportedModelError(
             f"Layers {users} use the keys and values of layers {first - 2} and {first - 1}: keep "
             f"{lost}."
+        )
+
+
+def _refuse_lost_kinds(values: Mapping[str, Any], before: str, removal: Removal) -> None:
+    """llama.cpp stops without a window where it expects some, or an indexer before its users."""
+    architecture = before.removesuffix(".")
+    windows = values.get(f"{before}attention.sliding_window_pattern")
+    if isinstance(windows, list) and values.get(f"{before}attention.sliding_window", True):
+        having = [index for index, window in enumerate(windows[: removal.num_layers]) if window]
+        if having and not {*having} & {*removal.kept}:
+            raise UnsupportedModelError(
+                f"llama.cpp cannot run {architecture} without any layer that has sliding-window "
+                f"attention: keep one of {having}."
+            )
+    indexers = values.get(f"{before}attention.indexer.types")
+    shared = isinstance(indexers, list) and architecture not in OWN_INDEXERS
+    if shared and indexers[0] and not indexers[removal.kept[0]]:
+        own = [index for index, kind in enumerate(indexers[: removal.num_layers]) if kind]
+        raise UnsupportedModelError(
+            f"The first kept layer must have an indexer of its own, one of {own}."
         )

@@ -451,8 +451,9 @@ def test_a_model_without_windows_needs_no_list(tmp_path):
     assert f"gemma3.{PATTERN}" not in metadata(*files(tmp_path / "out"))
 
 
-def test_a_model_with_windows_keeps_one(tmp_path):
-    source = gemma(tmp_path / "m.gguf")
+@pytest.mark.parametrize("said", [None, 6, windows(13)])
+def test_a_model_with_windows_keeps_one(tmp_path, said):
+    source = gemma(tmp_path / "m.gguf", **{f"gemma3.{PATTERN}": said})
     with pytest.raises(UnsupportedModelError, match=r"without any layer that has sliding-window"):
         prune_checkpoint(source, [i for i in range(13) if i not in (5, 11)], tmp_path / "out")
 

@@ -92,6 +92,8 @@ def test_metadata_without_an_architecture_is_refused(values):
         ({"general.type": "adapter"}, ["blk.0.a.lora_a"], r"merge it .*\(llama-export-lora\)"),
         (metadata("t5"), ["enc.blk.0.a", "dec.blk.0.a"], "encoder-decoder"),
         (metadata("t5encoder"), ["enc.blk.0.a"], "encoder-decoder"),
+        (metadata("nomic-bert-moe"), blocks(4), "is an encoder; only decoder-only"),
+        (metadata("gemma-embedding"), blocks(4), "is an encoder; only decoder-only"),
         (
             metadata("gemma3n"),
             [*blocks(4), "per_layer_token_embd.weight", "per_layer_model_proj.weight"],
@@ -257,6 +259,25 @@ def test_indices_of_layers_are_renumbered_and_their_layers_have_to_stay():
     assert pruned([0, 2, 3], ple__layers=[2])["ple.layers"] == [1]
     with pytest.raises(UnsupportedModelError, match=r"Layers \[1\] have to stay \(a\.ple"):
         pruned([0, 2, 3], ple__layers=[1])
+
+
+def test_one_layer_with_a_window_has_to_stay_where_there_are_some():
+    key = "attention__sliding_window_pattern"
+    with pytest.raises(UnsupportedModelError, match=r"run a without .*: keep one of \[1, 3\]"):
+        pruned([0, 2], **{key: [0, 1, 0, 1]})
+    assert pruned([0, 3], **{key: [0, 1, 0, 1]})[key.replace("__", ".")] == [0, 1]
+    assert pruned([0, 2], **{key: [0, 0, 0, 0]})[key.replace("__", ".")] == [0, 0]
+    off = {"attention__sliding_window": 0}
+    assert pruned([0, 2], **{key: [0, 1, 0, 1]}, **off)[key.replace("__", ".")] == [0, 0]
+
+
+def test_a_layer_that_uses_another_indexer_cannot_come_first():
+    key = "attention__indexer__types"
+    with pytest.raises(UnsupportedModelError, match=r"indexer of its own, one of \[0, 2\]"):
+        pruned([1, 2, 3], **{key: [1, 0, 1, 0]})
+    for kept, architecture, left in (([2, 3], "a", [1, 0]), ([1, 2], "dots3note", [0, 1])):
+        found = pruned(kept, architecture, **{key: [1, 0, 1, 0]})
+        assert found[key.replace("__", ".")] == left
 
 
 # --- what does not -----------------------------------------------------------------------------
