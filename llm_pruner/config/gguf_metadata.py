@@ -267,8 +267,9 @@ def _refuse_lost_kinds(values: Mapping[str, Any], before: str, removal: Removal)
                 f"attention: keep one of {having}."
             )
     indexers = values.get(f"{before}attention.indexer.types")
-    shared = isinstance(indexers, list) and architecture not in OWN_INDEXERS
-    if shared and indexers[0] and not indexers[removal.kept[0]]:
+    if not isinstance(indexers, list) or architecture in OWN_INDEXERS:
+        return
+    if indexers[0] and not indexers[removal.kept[0]]:
         own = [index for index, kind in enumerate(indexers[: removal.num_layers]) if kind]
         raise UnsupportedModelError(
             f"The first kept layer must have an indexer of its own, one of {own}."

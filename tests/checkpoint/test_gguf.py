@@ -17,6 +17,9 @@ from hypothesis import strategies as st
 from llm_pruner import PruningPlan
 from llm_pruner.checkpoint.gguf import fix_gguf, read_gguf_model
 from llm_pruner.checkpoint.on_disk import MANIFEST_FILE, check_manifest, prune_checkpoint
+from llm_pruner.engines.llama_cpp import ARCHITECTURES
+from llm_pruner.engines.rules import PATTERN as WINDOWS
+from llm_pruner.engines.rules import RECURRENT
 from llm_pruner.errors import (
     InvalidPlanError,
     LLMPrunerError,
@@ -488,6 +491,31 @@ def test_an_architecture_that_is_not_known_is_pruned_with_a_warning(tmp_path, ca
     prune_checkpoint(source, REMOVED, tmp_path / "out")
     assert "of a brandnew model: compare its output" in caplog.text
     assert PruningPlan.load(tmp_path / "out" / "pruning_plan.json").engines == {}
+
+
+LISTED = sorted(
+    architecture
+    for architecture, (_, rules) in ARCHITECTURES.items()
+    if rules and all(rule.said in (WINDOWS, RECURRENT) for rule in rules)
+)
+
+
+@pytest.mark.parametrize("architecture", LISTED)
+@pytest.mark.parametrize("removed", [(0,), (2, 3, 9), (0, 1, 2, 3), (11,)])
+@pytest.mark.parametrize("mtp", [0, 1])
+def test_layers_stay_what_they_were_whatever_is_removed(tmp_path, architecture, removed, mtp):
+    values = {
+        f"{architecture}.attention.sliding_window": 512,
+        f"{architecture}.nextn_predict_layers": mtp,
+        f"{architecture}.block_count": 12 + mtp,
+    }
+    options = {"architecture": architecture, "layers": 12 + mtp}
+    source = make_gguf(tmp_path / "m.gguf", values, **options)
+    prune_checkpoint(source, removed, tmp_path / "out")
+    before, after = (read_gguf_model([x]).layers for x in (source, *files(tmp_path / "out")))
+    for (_, were), (_, are) in zip(before.rules, after.rules, strict=True):
+        assert list(are) == [kind for index, kind in enumerate(were) if index not in removed]
+        assert len(set(were)) == 2
 
 
 # --- fix_gguf ----------------------------------------------------------------------------------
