@@ -46,16 +46,11 @@ class GgufLayers:
     def meant_by(self, config: Mapping[str, Any]) -> GgufLayers:
         """The same layers with the kinds that the config.json of their checkpoint gives them."""
         meant = copy.copy(self)
-        count = layer_count(dict(config)) or 0
-        meant.rules = [
-            (
-                rule,
-                kinds
-                if (given := rule.kinds(decoder_part(dict(config)), count)) is None
-                else given,
-            )
-            for rule, kinds in self.rules
-        ]
+        part, count = decoder_part(dict(config)), layer_count(dict(config)) or 0
+        meant.rules = []
+        for rule, kinds in self.rules:
+            given = rule.kinds(part, count)
+            meant.rules.append((rule, kinds if given is None else given))
         return meant
 
     def _listed(self, said: Said | None) -> list[Any] | None:

@@ -227,3 +227,20 @@ def test_the_table_in_the_documents_is_what_the_rules_say():
             for engine in ENGINES
         ]
         assert [cell.split(" (")[0].strip() for cell in cells.split("|")] == want
+
+
+def test_a_switch_that_is_off_makes_all_layers_alike():
+    """Of windows none has one then; of rotary positions all have them."""
+    for arch in ("llama4", "smallthinker"):
+        values = {"general.architecture": arch, f"{arch}.attention.sliding_window": 0}
+        windows, rotary, *_ = GgufLayers(values, 8).rules
+        assert list(windows[1]) == [False] * 8
+        assert list(rotary[1]) == [True] * 8
+    assert not all(GgufLayers({"general.architecture": "llama4"}, 8).rules[1][1])
+
+
+def test_a_published_config_may_leave_out_what_the_class_knows():
+    values = gemma("gemma3_text", 6)
+    for name in ("head_dim", "num_attention_heads", "query_pre_attn_scalar"):
+        del values[name]
+    assert judge(values, "llama.cpp").state == "right"
