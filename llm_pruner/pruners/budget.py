@@ -238,4 +238,5 @@ def engines_of(model: Any, kept: Sequence[int]) -> dict[str, str]:
     """What serving engines make of a model of which the layers `kept` are left."""
     if paths := gguf_of(model):
         return read_gguf_model(paths).engines
-    return verdicts(model.config.to_dict(), kept) if hasattr(model, "config") else {}
+    describe = getattr(getattr(model, "config", None), "to_dict", None)  # no custom class has to
+    return verdicts(describe(), kept) if describe else {}
