@@ -55,7 +55,8 @@ def find_gguf(model_id: str | Path) -> list[Path]:
     in GGUF and no checkpoint of another form.
 
     Raises:
-        LoadError: there is no such file, a part is missing, or a folder holds several models.
+        LoadError: there is no such file, a part is missing, or a folder holds several models, or
+            folders with some.
     """
     path = Path(model_id).expanduser()
     if path.is_dir():
@@ -89,6 +90,12 @@ def _in_folder(folder: Path) -> list[Path]:
     if pickled or any(name.endswith(".safetensors") for name in names):
         return []
     files = [name for name in names if name.endswith(".gguf") and (folder / name).is_file()]
+    below = sorted(folder.glob("*/*.gguf")) if not files and "config.json" not in names else []
+    if below:
+        raise LoadError(
+            f"{str(folder)!r} holds models in GGUF in folders of their own: name one of these, "
+            f"e.g. {str(below[0].parent)!r}."
+        )
     models: dict[str, str] = {}  # the first file of each
     for name in [name for name in files if not is_companion(name)] or files:
         match = PART.fullmatch(name)

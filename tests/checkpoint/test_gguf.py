@@ -314,6 +314,14 @@ def test_what_lies_beside_a_file_is_left_alone_and_named(surrounded, tmp_path):
     assert "m.gguf" not in manifest.left_behind
 
 
+def test_a_projector_need_not_say_its_type(source, tmp_path):
+    tensors = {"v.blk.1.attn_q.weight": ("F16", 2, 32)}
+    old = source.parent / "mmproj-old.gguf"
+    make_gguf(old, architecture="clip", tensors=tensors)
+    prune_checkpoint(source.parent, REMOVED, tmp_path / "out")
+    assert (tmp_path / "out" / old.name).read_bytes() == old.read_bytes()
+
+
 def test_a_companion_by_name_alone_stays_behind(source, tmp_path):
     make_gguf(source.parent / "m-imatrix-Q4_K.gguf", layers=LAYERS)
     make_gguf(source.parent / "imatrix.gguf", {"general.architecture": 4}, layers=LAYERS)

@@ -143,6 +143,16 @@ def test_a_folder_with_a_checkpoint_of_another_form_is_that_one(tmp_path, others
 
 
 def test_a_folder_without_models_holds_none(tmp_path):
+    (tmp_path / "more").mkdir()
+    assert find_gguf(tmp_path) == []
+
+
+def test_models_in_folders_below_are_named(tmp_path):
+    for name in ("Q4_K", "Q8_0"):
+        make_gguf(tmp_path / name / "m.gguf")
+    with pytest.raises(LoadError, match=r"in folders of their own: name one .*Q4_K"):
+        find_gguf(tmp_path)
+    (tmp_path / "config.json").touch()  # a checkpoint without its weights
     assert find_gguf(tmp_path) == []
 
 
