@@ -215,7 +215,7 @@ def test_names_that_become_one_are_refused(tmp_path):
 
 @given(st.data())
 @settings(
-    max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_damaged_metadata_is_pruned_or_refused_and_nothing_else(source, tmp_path, data):
     """No other error, and whatever is written can be read."""
@@ -509,7 +509,7 @@ LISTED = sorted(
 
 
 @pytest.mark.parametrize("architecture", LISTED)
-@pytest.mark.parametrize("removed", [(0,), (2, 3, 9), (0, 1, 2, 3), (11,)])
+@pytest.mark.parametrize("removed", [(0,), (2, 3, 9)])
 @pytest.mark.parametrize("mtp", [0, 1])
 def test_layers_stay_what_they_were_whatever_is_removed(tmp_path, architecture, removed, mtp):
     values = {

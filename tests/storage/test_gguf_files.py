@@ -404,7 +404,7 @@ SMALL = file_of(
     end=st.integers(0, len(SMALL)) | st.just(len(SMALL)),
 )
 @settings(
-    max_examples=500, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=400, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_whatever_the_bytes_are_they_are_a_file_or_refused(tmp_path, changes, end):
     raw = bytearray(SMALL)
