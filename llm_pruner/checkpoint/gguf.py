@@ -7,7 +7,7 @@ where the format has a key for it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,10 @@ from ..atomic_output import PLAN_FILE, replaced_file
 from ..config.config_file import decoder_part, is_mtp, layer_count
 from ..config.gguf_metadata import find_blocks, prune_metadata
 from ..config.layer_names import LayerNames
-from ..engines.llama_cpp import ARCHITECTURES
+from ..engines.llama_cpp import ARCHITECTURES, LLAMA_CPP
 from ..engines.serving import GgufLayers, Serving
-from ..errors import LoadError, UnsupportedModelError
+from ..engines.verdict import check_engines
+from ..errors import InvalidPlanError, LoadError, UnsupportedModelError
 from ..results import PruningPlan
 from ..storage.gguf_files import Field, GgufFile, encode_field, read_gguf, write_gguf
 from ..storage.gguf_models import (
@@ -126,6 +127,16 @@ class GgufModel:
             key: (entry.type, [(new if key == NAMED_TENSORS else entry.value)[i] for i in stay])
             for key, entry in lists.items()
         }
+
+
+def refuse_other_engines(names: Iterable[str]) -> None:
+    """Raise InvalidPlanError if others than llama.cpp are to serve a model in GGUF."""
+    others = [name for name in check_engines(names) if name != LLAMA_CPP.name]
+    if others:
+        raise InvalidPlanError(
+            f"--serve-with {','.join(others)}: a model in GGUF is for llama.cpp, in which it is "
+            "always right. Use the original model for other engines."
+        )
 
 
 def read_gguf_model(paths: Sequence[Path], name: str = "") -> GgufModel:

@@ -14,6 +14,7 @@ from .rules import Rule, Said
 from .verdict import ENGINES, check_engines, judge, named
 
 NAMED = 2  # sets that an error names
+TRIED = 24  # sizes of sets that are looked at for it, the nearest
 
 
 class GgufLayers:
@@ -183,7 +184,8 @@ class Serving:
             return
         sets = LayerSets(num_layers, range(num_layers), self.fits)
         changes = {layer: -1.0 if layer in removed else 1.0 for layer in sets.candidates}
-        found = [one for size in sets.sizes if (one := sets.cheapest(changes, size))]
+        sizes = sorted(range(1, num_layers), key=lambda size: abs(size - len(removed)))[:TRIED]
+        found = [one for size in sizes if (one := sets.cheapest(changes, size))]
         found.sort(key=lambda one: (sum(changes[layer] for layer in one), len(one)))
         close = [list(one) for one in found[:NAMED]]
         raise InvalidPlanError(

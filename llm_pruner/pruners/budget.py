@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from ..checkpoint.gguf import GgufModel, read_gguf_model
+from ..checkpoint.gguf import GgufModel, read_gguf_model, refuse_other_engines
 from ..engines.layer_sets import LayerSets
-from ..engines.llama_cpp import LLAMA_CPP
 from ..engines.serving import Serving
 from ..engines.verdict import check_engines, verdicts
 from ..errors import InvalidPlanError, LoadError
@@ -211,12 +210,7 @@ def serving_of(model: Any, engines: Sequence[str]) -> Serving | None:
     """
     names = check_engines(engines)
     if paths := gguf_of(model):
-        others = [name for name in names if name != LLAMA_CPP.name]
-        if others:
-            raise InvalidPlanError(
-                f"--serve-with {','.join(others)}: a model in GGUF is for llama.cpp, which it is "
-                "always right in. Use the original model for other engines."
-            )
+        refuse_other_engines(names)
         gguf = read_gguf_model(paths)
         _refuse_other_kinds(gguf, model.config.to_dict())
         return gguf.serving

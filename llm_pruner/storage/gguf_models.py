@@ -59,7 +59,7 @@ def find_gguf(model_id: str | Path) -> list[Path]:
             folders with some.
     """
     path = Path(model_id).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # which no text is too long or too odd for
         return _in_folder(path)
     if path.suffix != ".gguf":
         return []

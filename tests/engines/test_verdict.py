@@ -244,3 +244,19 @@ def test_a_published_config_may_leave_out_what_the_class_knows():
     for name in ("head_dim", "num_attention_heads", "query_pre_attn_scalar"):
         del values[name]
     assert judge(values, "llama.cpp").state == "right"
+
+
+def test_a_file_that_says_it_has_no_query_compression_is_believed():
+    """What was cut once can be cut again, to whatever depth."""
+    values = {"general.architecture": "deepseek2", "deepseek2.attention.q_lora_rank": 0}
+    layers = GgufLayers(values, 30)
+    assert Serving.of_gguf(layers).problem(range(27)) == ""
+    assert layers.said(range(27)) == {}
+    assert gguf_settings({"general.architecture": "a", "a.attention.head_count": [0, 0]})
+
+
+def test_refusing_a_deep_model_takes_a_moment():
+    kinds = every(4, FULL, WINDOW, 512)
+    serving = Serving.of_config(config("cohere2", 512, layer_types=kinds), ["llama.cpp"])
+    with pytest.raises(InvalidPlanError, match=r"\[\[100, 101, 102, 103\], "):
+        serving.refuse_misplaced([100, 101, 102], 512)
