@@ -7,11 +7,13 @@ PYTHON are interpreters that have xllamacpp and what the converter needs, mlx_lm
 llama.cpp's `convert_hf_to_gguf.py`. An engine is measured if its interpreter is given; nothing is
 installed.
 
-Tiny random models of real depth patterns, longer input than their windows, in three variants: the
-original, without the layers of `SCATTERED`, and without layers after whose removal the engine's
-own pattern of layers still holds. A cell says the largest difference of log-probabilities and the
-share of positions with the same most likely token, as against transformers on the same folder,
-and what the rules foresee. The exit status is 1 if something was foreseen right and is wrong.
+Tiny random models of real depth patterns, longer input than their windows, in four variants: the
+original; A, without the layers of `SCATTERED`; P, without layers after whose removal the engine's
+own pattern of layers still holds; S, without those that Block Influence chooses with
+``serve_with=("llama.cpp",)``, where there are such sets. A cell says the largest difference of
+log-probabilities and the share of positions with the same most likely token, as against
+transformers on the same folder, and what the rules foresee. The exit status is 1 if something was
+foreseen right and is wrong.
 """
 
 from __future__ import annotations
@@ -33,10 +35,17 @@ import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from llm_pruner.checkpoint.on_disk import prune_checkpoint
 from llm_pruner.engines.verdict import judge
+from llm_pruner.errors import InvalidPlanError
+from llm_pruner.pruners.similarity import BlockInfluencePruner
 
 transformers.logging.set_verbosity(transformers.logging.CRITICAL)
 transformers.logging.disable_progress_bar()
@@ -44,6 +53,7 @@ transformers.logging.disable_progress_bar()
 READERS = Path(__file__).with_name("engine_readers.py")
 WINDOW = 24
 TOKENS = torch.randint(3, 300, (200,), generator=torch.Generator().manual_seed(1)).tolist()
+TEXTS = [" ".join(f"<{(7 * i + j * j) % 40 + 275}>" for j in range(60)) for i in range(8)]
 READ = 0.98  # of the positions: an engine that agrees less on the original tells nothing
 TIE = 0.02  # log-probabilities so near count as equal: engines approximate GELU and the like
 KEPT = 0.99  # of what agreed on the original: so much agrees where a pruned checkpoint is right
@@ -199,13 +209,28 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def checkpoints(name: str, work: Path) -> dict[str, Path]:
-    """Write the three variants of a case."""
+    """Write the variants of a case."""
     case = CASES[name]
     folders = {variant: work / f"{name}-{variant}" for variant in ("original", "A", "P")}
     build(case, folders["original"])
     prune_checkpoint(folders["original"], SCATTERED, folders["A"], overwrite=True)
     prune_checkpoint(folders["original"], case.periodic, folders["P"], overwrite=True)
+    if served := chosen(folders["original"], len(case.periodic)):
+        folders["S"] = work / f"{name}-S"
+        prune_checkpoint(folders["original"], served, folders["S"], overwrite=True)
     return folders
+
+
+def chosen(folder: Path, n_layers: int) -> tuple[int, ...]:
+    """Layers that a strategy removes so that llama.cpp stays right; none where it cannot."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    words = AutoTokenizer.from_pretrained(folder)
+    try:
+        pruner = BlockInfluencePruner(model, words, serve_with=("llama.cpp",))
+        return pruner.plan(TEXTS, n_layers=n_layers).remove
+    except InvalidPlanError as error:
+        print(f"{folder.name}: {error}")
+        return ()
 
 
 # Measuring

@@ -31,6 +31,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "visualization.models": "plot_activation_comparison plot_semantic_comparison",
         "report.html_page": "write_html",
         "report.model_card": "write_card",
+        "checkpoint.gguf": "fix_gguf",
         "checkpoint.on_disk": "check_manifest prune_checkpoint",
         "pruners.base": "BasePruner",
         "pruners.measured": "AblationPruner SmartPruner",

@@ -78,6 +78,7 @@ def carry_out(
     start = time.monotonic()
     pruner.layers.require_weights("carrying a plan out")
     plan.check_model(pruner.num_layers, pruner.identity)
+    pruner.removable.refuse_misplaced(plan.remove)
     require_language_model(pruner.model, "comparing both models")
     check_saveable(pruner.model, pruner.num_layers, heals=heal != "none")
     check_items(held_out)

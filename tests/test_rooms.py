@@ -32,8 +32,8 @@ ROOMS = {
     "pruners": "config engines storage model offload data evaluation search healing checkpoint",
     "workflow": "model data evaluation healing visualization report checkpoint pruners",
     "cli_arguments": "engines pruners",
-    "cli": "config storage model offload data healing visualization report checkpoint pruners workflow "
-    "cli_arguments",
+    "cli": "config storage model offload data healing visualization report checkpoint pruners "
+    "workflow cli_arguments",
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())

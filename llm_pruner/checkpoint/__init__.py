@@ -8,6 +8,7 @@ from ..lazy_names import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "gguf": "fix_gguf",
         "on_disk": "check_manifest prune_checkpoint",
         "mergekit": "write_mergekit_yaml",
         "verify": "verify_checkpoint verify_removal",

@@ -7,19 +7,20 @@ where the format has a key for it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..atomic_output import PLAN_FILE, replaced_file
-from ..config.config_file import decoder_part, layer_count
+from ..config.config_file import decoder_part, is_mtp, layer_count
 from ..config.gguf_metadata import find_blocks, prune_metadata
 from ..config.layer_names import LayerNames
-from ..engines.llama_cpp import ARCHITECTURES
+from ..engines.llama_cpp import ARCHITECTURES, LLAMA_CPP
 from ..engines.serving import GgufLayers, Serving
-from ..errors import LoadError, UnsupportedModelError
+from ..engines.verdict import check_engines
+from ..errors import InvalidPlanError, LoadError, UnsupportedModelError
 from ..results import PruningPlan
 from ..storage.gguf_files import Field, GgufFile, encode_field, read_gguf, write_gguf
 from ..storage.gguf_models import (
@@ -28,13 +29,13 @@ from ..storage.gguf_models import (
     SPLIT_NUMBER,
     SPLIT_TENSORS,
     GgufCheckpoint,
+    find_gguf,
     is_companion,
     part_name,
     read_gguf_checkpoint,
 )
 from ..storage.manifest import Manifest, kept_tensors, new_manifest
 from ..storage.safetensors_files import Pair
-from ..storage.sources import LocalFolder
 from ..utils import logger
 from .side_files import side_files
 
@@ -42,6 +43,8 @@ MANIFEST_FILE = "pruning_manifest.json"
 TOKENS = "tokenizer.ggml.tokens"
 NAMED_TENSORS = "general.tensor_extra.name"  # a list that others go along with
 ALONGSIDE = "general.tensor_extra."
+UINT16, INT32 = 2, 5  # types of values
+PROJECTORS = ("mmproj", "clip")  # what a file says it is
 
 
 @dataclass(frozen=True)
@@ -111,15 +114,29 @@ class GgufModel:
         given = fields.get(NAMED_TENSORS)
         if given is None:
             return {}
-        if given.value is None:
-            raise LoadError(f"{NAMED_TENSORS} of {self.name!r} is too long to be read.")
-        new = [self.names.rename(name, plan.keep) for name in given.value]
+        lists = {key: entry for key, entry in fields.items() if key.startswith(ALONGSIDE)}
+        for key, entry in lists.items():
+            if not isinstance(entry.value, list) or entry.count != given.count:
+                raise LoadError(
+                    f"{key} of {self.name!r} is not a list as long as {NAMED_TENSORS}, or too long "
+                    "to be read."
+                )
+        new = [_new_name(str(name), self.names, plan) for name in given.value]
         stay = [place for place, name in enumerate(new) if name is not None]
         return {
             key: (entry.type, [(new if key == NAMED_TENSORS else entry.value)[i] for i in stay])
-            for key, entry in fields.items()
-            if key.startswith(ALONGSIDE) and isinstance(entry.value, list)
+            for key, entry in lists.items()
         }
+
+
+def refuse_other_engines(names: Iterable[str]) -> None:
+    """Raise InvalidPlanError if others than llama.cpp are to serve a model in GGUF."""
+    others = [name for name in check_engines(names) if name != LLAMA_CPP.name]
+    if others:
+        raise InvalidPlanError(
+            f"--serve-with {','.join(others)}: a model in GGUF is for llama.cpp, in which it is "
+            "always right. Use the original model for other engines."
+        )
 
 
 def read_gguf_model(paths: Sequence[Path], name: str = "") -> GgufModel:
@@ -163,12 +180,14 @@ def write_pruned_gguf(
     names = _new_names([file for file, _ in parts])
     total = sum(len(pairs) for _, pairs in parts)
     for number, (file, pairs) in enumerate(parts):
-        split = {SPLIT_NUMBER: number, SPLIT_COUNT: len(parts), SPLIT_TENSORS: total}
+        split = {
+            SPLIT_NUMBER: (UINT16, number),
+            SPLIT_COUNT: (UINT16, len(parts)),
+            SPLIT_TENSORS: (INT32, total),
+        }
         found = original.files[file]
-        said = {
-            key: (found.fields[key].type, value)
-            for key, value in split.items()
-            if key in found.fields
+        said: dict[str, tuple[int, Any]] = {
+            key: value for key, value in split.items() if key in found.fields
         }
         if file == first:
             said |= changes
@@ -177,7 +196,7 @@ def write_pruned_gguf(
         original,
         model.names,
         plan,
-        {name: pairs for name, (_, pairs) in zip(names, parts, strict=True) if pairs},
+        {name: pairs for name, (_, pairs) in zip(names, parts, strict=True)},
         hashed=hashed,
     )
     left = _surround(stage, model, plan) if folder else _beside(model)
@@ -191,6 +210,11 @@ def stored_bytes(folder: Path) -> tuple[int, int] | None:
     """Bytes of the weights before and after the cut that made a folder; None if it is no GGUF."""
     manifest = Manifest.load(folder / MANIFEST_FILE) if any(folder.glob("*.gguf")) else None
     return (manifest.bytes_before, manifest.bytes_after) if manifest else None
+
+
+def _new_name(name: str, names: LayerNames, plan: PruningPlan) -> str | None:
+    """What a tensor is called without the layers of a plan; None if it goes with them."""
+    return None if plan.drop_mtp and is_mtp(name, names) else names.rename(name, plan.keep)
 
 
 def _new_names(files: Sequence[str]) -> list[str]:
@@ -224,7 +248,8 @@ def _entries(file: GgufFile, changes: Mapping[str, tuple[int, Any]]) -> list[Fie
 def _beside(model: GgufModel) -> list[str]:
     """Files beside a model that was named itself which may go with it; they are left alone."""
     folder = model.checkpoint.source.folder
-    return sorted(filter(is_companion, os.listdir(folder))) if folder else []
+    others = {*os.listdir(folder)} - model.checkpoint.files.keys() if folder else ()
+    return sorted(filter(is_companion, others))
 
 
 def _surround(stage: Path, model: GgufModel, plan: PruningPlan) -> list[str]:
@@ -236,13 +261,20 @@ def _surround(stage: Path, model: GgufModel, plan: PruningPlan) -> list[str]:
     source = model.checkpoint.source
     carried, left = side_files(source, model.checkpoint.files)
     for file in list(left):
-        if not (file.endswith(".gguf") and is_companion(file)):
+        if "/" in file or not (file.endswith(".gguf") and is_companion(file)):
             continue
         companion = read_gguf(source, file)
+        kinds = {
+            companion.fields[key].value
+            for key in ("general.type", "general.architecture")
+            if key in companion.fields and isinstance(companion.fields[key].value, str)
+        }
         pairs = [(tensor, tensor.name) for tensor in companion.tensors]
-        if companion.fields["general.type"].value == "imatrix":
-            renamed = ((old, model.names.rename(name, plan.keep)) for old, name in pairs)
+        if "imatrix" in kinds:
+            renamed = ((old, _new_name(name, model.names, plan)) for old, name in pairs)
             pairs = [(old, name) for old, name in renamed if name is not None]
+        elif not kinds.intersection(PROJECTORS):
+            continue  # another model, whatever its name says
         with (stage / file).open("wb") as target:
             write_gguf(source, companion, companion.fields.values(), pairs, target)
         left.remove(file)
@@ -259,7 +291,7 @@ def fix_gguf(path: str | Path, config: Mapping[str, Any]) -> list[str]:
     The file is replaced in one step; its tensors are copied byte for byte.
 
     Args:
-        path: the GGUF file, or the first part of a split one.
+        path: the GGUF file, or any part of a split one.
         config: the contents of the config.json that it was converted from.
 
     Returns:
@@ -270,23 +302,20 @@ def fix_gguf(path: str | Path, config: Mapping[str, Any]) -> list[str]:
         UnsupportedModelError: no metadata makes llama.cpp compute this model right.
         OutputError: the file cannot be written.
     """
-    folder, name = Path(path).parent, Path(path).name
-    source = LocalFolder(folder, str(path))
-    file = read_gguf(source, name)
-    values = {key: entry.value for key, entry in file.fields.items()}
-    tensors = [tensor.name for tensor in file.tensors]
-    architecture = str(values.get("general.architecture"))
+    paths = find_gguf(path) or [Path(path)]
+    checkpoint = read_gguf_checkpoint(paths, str(path))
+    architecture, values = checkpoint.architecture, checkpoint.values
     types, _ = ARCHITECTURES.get(architecture, ("", ()))
     kinds = {str(part.get("model_type")) for part in (config, decoder_part(dict(config)))}
     count = layer_count(dict(config))
-    names, extra = find_blocks(values, tensors, str(path))
+    names, extra = find_blocks(values, checkpoint.tensors, str(path))
     if not kinds & {*types.split()} or count != names.num_layers:
         raise LoadError(
             f"{str(path)!r} is not what this config.json describes: {architecture} of "
             f"{names.num_layers} layers, not {' or '.join(sorted(kinds))} of {count}. Convert the "
             "pruned model first (convert_hf_to_gguf.py), and give both."
         )
-    tokens = file.fields.get(TOKENS)
+    tokens = checkpoint.fields.get(TOKENS)
     layers = GgufLayers(values, names.num_layers, tokens.count if tokens else None)
     meant = layers.meant_by(config)
     every = range(names.num_layers)
@@ -298,7 +327,9 @@ def fix_gguf(path: str | Path, config: Mapping[str, Any]) -> list[str]:
         )
     changes = meant.said(every, extra)
     if changes:
+        first = paths[0]  # the one that has the metadata
+        file, source = checkpoint.files[first.name], checkpoint.source
         pairs = [(tensor, tensor.name) for tensor in file.tensors]
-        with replaced_file(path, need=source.size(name)) as target:
+        with replaced_file(first, need=source.size(first.name)) as target:
             write_gguf(source, file, _entries(file, changes), pairs, target)
     return sorted(changes)

@@ -47,7 +47,7 @@ from ..storage.sources import (
     with_all_files,
 )
 from ..utils import logger, package_versions, progress
-from .gguf import MANIFEST_FILE, read_gguf_model, write_pruned_gguf
+from .gguf import MANIFEST_FILE, read_gguf_model, refuse_other_engines, write_pruned_gguf
 from .pruned_config import pruned_config
 from .side_files import side_files
 
@@ -128,6 +128,7 @@ def prune_on_disk(
     """`prune_checkpoint`, and the plan as it was carried out."""
     check_output(output_dir, overwrite=overwrite)
     if paths := find_gguf(model_id):
+        refuse_other_engines(serve_with)
         if link:
             raise InvalidPlanError(
                 "link (--link) is for safetensors: every file of a pruned GGUF model is another."

@@ -50,6 +50,8 @@ def _recurrent(default: int, source: str) -> Rule:
 
 
 def _compressed(settings: Settings, index: int, count: int) -> bool:
+    if settings.get("attention.q_lora_rank") == 0:  # as a file says that has none
+        return False
     return count not in LITE and (count, settings.get("vocab_size")) != LITE_WITH
 
 
@@ -303,7 +305,8 @@ def gguf_settings(values: Mapping[str, Any], vocabulary: int | None = None) -> d
     if "llama4." not in before:  # which has windows unless it says 0
         found.setdefault(WINDOW, 0)
     heads = found.get("attention.head_count")
-    found["num_attention_heads"] = max(heads) if isinstance(heads, list) else heads or 1
+    most = max(heads, default=0) if isinstance(heads, list) else heads
+    found["num_attention_heads"] = most or 1
     found["hidden_size"] = width = found.get("embedding_length") or 0
     found["head_dim"] = found.get("attention.key_length") or width // found["num_attention_heads"]
     found.setdefault("vocab_size", vocabulary)

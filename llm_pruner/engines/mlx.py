@@ -43,8 +43,9 @@ MLX = Engine(
         **dict.fromkeys(
             "apertus cohere deepseek_v2 deepseek_v3 dots1 ernie4_5 falcon_h1 gemma glm glm4 "
             "glm4_moe gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granitemoe helium "
-            "hunyuan_v1_dense kimi_k2 llama mamba mamba2 minimax_m2 mistral mixtral nemotron olmo2 "
-            "olmo3 olmoe phi phi3 phimoe qwen3_moe seed_oss smollm3 stablelm starcoder2".split(),
+            "hunyuan_v1_dense kimi_k2 lfm2 llama mamba mamba2 minimax_m2 mistral mixtral nemotron "
+            "olmo2 olmo3 olmoe phi phi3 phimoe qwen3_moe seed_oss smollm3 stablelm "
+            "starcoder2".split(),
             (),
         ),
         "cohere2": (windows_every(PATTERN, "cohere2.py", default=4, complete=True),),

@@ -58,7 +58,6 @@ class Rule:
         how: how it does so, in words that follow the names of layers.
         source: where that stands in the engine's code.
         said: how a GGUF file can say it instead, if it can.
-        engine: name of the engine.
     """
 
     aspect: str
@@ -67,7 +66,6 @@ class Rule:
     how: str
     source: str = ""
     said: Said | None = None
-    engine: str = ""
 
     def __str__(self) -> str:
         return self.aspect
@@ -109,6 +107,14 @@ def _as_list(kinds: Sequence[Any]) -> list[bool] | None:
 
 PATTERN = Said("attention.sliding_window_pattern", BOOL, _as_list)
 RECURRENT = Said("attention.recurrent_layers", BOOL, lambda kinds: [bool(kind) for kind in kinds])
+
+# What the classes of Gemma-2 and Gemma-3 take where a published config leaves it out.
+GEMMA = {
+    "hidden_size": 2304,
+    "num_attention_heads": 8,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+}
 
 # What a config says of its layers.
 
@@ -160,10 +166,9 @@ def anything(config: Settings, count: int) -> Sequence[Any]:
     return [ANY] * count
 
 
-def scales(config: Settings, count: int) -> Sequence[Any] | None:
+def scales(config: Settings, count: int) -> Sequence[Any]:
     """What attention is divided by the root of."""
-    scalar = config.get("query_pre_attn_scalar")
-    return None if scalar is None else [float(scalar)] * count
+    return [float(config.get("query_pre_attn_scalar") or GEMMA["query_pre_attn_scalar"])] * count
 
 
 # What engines take for it.
@@ -193,7 +198,7 @@ def every(
 
     def derive(settings: Settings, index: int, count: int) -> bool | None:
         if switch and not settings.get(switch, True):
-            return special
+            return off
         given = settings.get(period, default) if isinstance(period, str) else period
         length = given if type(given) is int and given > 0 else 1
         if complete and count < length:
@@ -201,8 +206,10 @@ def every(
         hit = index % length == (0 if first else length - 1)
         return special if hit else not special
 
-    number = _ordinal(period if isinstance(period, int) else default)
-    how = f"follows from position, every {number} layer {'with' if special else 'without'} it"
+    length = default if isinstance(period, str) else period
+    how = f"follows from position, every {_ordinal(length)} layer {'' if special else 'not '}so"
+    if length == 1:
+        how = f"follows from position, by {period}"
     return Rule(aspect, kinds, derive, how, source, said)
 
 
@@ -240,8 +247,11 @@ def scale_by_count(special: int, source: str) -> Rule:
     """Gemma: attention has another scale at the depth of the largest model."""
 
     def derive(settings: Settings, index: int, count: int) -> float:
-        whole = settings["hidden_size"] // settings["num_attention_heads"]
-        return float(whole if count == special else settings["head_dim"])
+        width, heads, head = (
+            settings.get(name) or GEMMA[name]
+            for name in ("hidden_size", "num_attention_heads", "head_dim")
+        )
+        return float(width // heads if count == special else head)
 
     how = f"follows from the number of layers (another one at {special})"
     return Rule("attention scale", scales, derive, how, source)

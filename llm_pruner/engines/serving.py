@@ -13,6 +13,9 @@ from .llama_cpp import ARCHITECTURES, HYBRIDS, LLAMA_CPP, gguf_settings
 from .rules import RECURRENT, Rule, Said
 from .verdict import ENGINES, check_engines, judge, named
 
+NAMED = 2  # sets that an error names
+TRIED = 24  # sizes of sets that are looked at for it, the nearest
+
 
 class GgufLayers:
     """What llama.cpp takes the layers of a GGUF file for, by the file's metadata.
@@ -45,16 +48,11 @@ class GgufLayers:
     def meant_by(self, config: Mapping[str, Any]) -> GgufLayers:
         """The same layers with the kinds that the config.json of their checkpoint gives them."""
         meant = copy.copy(self)
-        count = layer_count(dict(config)) or 0
-        meant.rules = [
-            (
-                rule,
-                kinds
-                if (given := rule.kinds(decoder_part(dict(config)), count)) is None
-                else given,
-            )
-            for rule, kinds in self.rules
-        ]
+        part, count = decoder_part(dict(config)), layer_count(dict(config)) or 0
+        meant.rules = []
+        for rule, kinds in self.rules:
+            given = rule.kinds(part, count)
+            meant.rules.append((rule, kinds if given is None else given))
         return meant
 
     def _listed(self, said: Said | None) -> list[Any] | None:
@@ -212,10 +210,11 @@ class Serving:
         if not problem:
             return
         sets = LayerSets(num_layers, range(num_layers), self.fits)
-        near = dict.fromkeys(removed, -1.0)
-        sizes = sorted(sets.sizes, key=lambda size: (abs(size - len(removed)), size))
-        found = [sets.cheapest(near, size) for size in sizes[:2]]
-        close = [list(one) for one in found if one]
+        changes = {layer: -1.0 if layer in removed else 1.0 for layer in sets.candidates}
+        sizes = sorted(range(1, num_layers), key=lambda size: abs(size - len(removed)))[:TRIED]
+        found = [one for size in sizes if (one := sets.cheapest(changes, size))]
+        found.sort(key=lambda one: (sum(changes[layer] for layer in one), len(one)))
+        close = [list(one) for one in found[:NAMED]]
         raise InvalidPlanError(
             f"Without layers {sorted(removed)} the model would not be computed right ({problem}). "
             f"Sets close to this one that would be: {close or 'none'}."

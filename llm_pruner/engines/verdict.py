@@ -87,7 +87,7 @@ def judge(config: Mapping[str, Any], engine: str, kept: Sequence[int] | None = N
             sayable = sayable and rule.can_say(kinds)
     if not wrong:
         return Verdict(engine, "right")
-    reasons = (f"{rule} of {named(places)} {rule.how}" for rule, places in wrong)
+    reasons = (f"{rule} of its {named(places)} {rule.how}" for rule, places in wrong)
     return Verdict(engine, "metadata" if sayable else "wrong", "; ".join(reasons))
 
 

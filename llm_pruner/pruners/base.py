@@ -13,7 +13,7 @@ import torch
 
 from ..atomic_output import check_output
 from ..checkpoint.mergekit import write_mergekit_yaml
-from ..checkpoint.save import save_checkpoint
+from ..checkpoint.save import check_saveable, save_checkpoint
 from ..checkpoint.verify import verify_removal
 from ..config.outer_rules import injected_layers
 from ..data.items import EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap
@@ -327,6 +327,7 @@ class BasePruner(ABC):
     ) -> tuple[PreTrainedModel, PruningPlan]:
         """`prune_and_save` for a plan: the pruned model, and the plan with the healing's record."""
         on_first(lambda: check_output(output_dir, overwrite=overwrite))
+        check_saveable(self.model, self.num_layers, heals=heal != "none")
         pruned, done = self.carry_out(plan, heal, heal_data, lora)
         files = pruned, self.tokenizer, done, output_dir
         on_first(lambda: save_checkpoint(*files, overwrite=overwrite))

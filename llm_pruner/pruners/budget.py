@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from ..checkpoint.gguf import GgufModel, read_gguf_model
+from ..checkpoint.gguf import GgufModel, read_gguf_model, refuse_other_engines
 from ..engines.layer_sets import LayerSets
-from ..engines.llama_cpp import LLAMA_CPP
 from ..engines.serving import Serving
 from ..engines.verdict import check_engines, verdicts
 from ..errors import InvalidPlanError, LoadError
@@ -125,18 +124,19 @@ class Removable:
 
     def __str__(self) -> str:
         first, last = self.protect
-        number = self.sets.sizes_text.replace("from ", "").replace("one of ", "")
+        sizes = self.sets.sizes
         whole = (
             f"the model has {self.num_layers} layers, the first {first} and the last {last} are "
             "protected"
         )
         if self.serving is None or not self.serving.restricts:
-            return f"{whole}, so {number} can go"
+            return f"{whole}, so 1 to {self.most} can go"
         engines = " and ".join(self.serving.engines)
         runs = " that follow one another" if self.runs else ""
-        if not self.sets.sizes:
-            return f"{whole}, and {engines} computes it right without no set of the others{runs}"
-        return f"{whole}, and {engines} computes it right only if {number} layers{runs} go"
+        if not sizes:
+            return f"{whole}, and {engines} would compute the rest wrong, whichever others go{runs}"
+        number = ", ".join(map(str, sizes))
+        return f"{whole}, and {engines} computes the rest right only if {number} layers{runs} go"
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,8 @@ class Budget:
             InvalidPlanError: no layer, or a number that cannot go.
         """
         sizes = removable.sets.sizes
+        if not sizes:
+            raise InvalidPlanError(f"No layer can be removed: {removable}.")
         if self.ratio is not None:
             count = int(self.ratio * removable.num_layers + 1e-9)
             if count not in sizes:
@@ -194,8 +196,6 @@ class Budget:
             raise InvalidPlanError(
                 f"n_layers={self.n_layers} must be {removable.sets.sizes_text}: {removable}."
             )
-        if not sizes:
-            raise InvalidPlanError(f"No layer can be removed: {removable}.")
         return self.n_layers
 
 
@@ -210,12 +210,7 @@ def serving_of(model: Any, engines: Sequence[str]) -> Serving | None:
     """
     names = check_engines(engines)
     if paths := gguf_of(model):
-        others = [name for name in names if name != LLAMA_CPP.name]
-        if others:
-            raise InvalidPlanError(
-                f"--serve-with {','.join(others)}: a model in GGUF is for llama.cpp, which it is "
-                "always right in. Use the original model for other engines."
-            )
+        refuse_other_engines(names)
         gguf = read_gguf_model(paths)
         _refuse_other_kinds(gguf, model.config.to_dict())
         return gguf.serving
@@ -237,4 +232,5 @@ def engines_of(model: Any, kept: Sequence[int]) -> dict[str, str]:
     """What serving engines make of a model of which the layers `kept` are left."""
     if paths := gguf_of(model):
         return read_gguf_model(paths).engines
-    return verdicts(model.config.to_dict(), kept) if hasattr(model, "config") else {}
+    describe = getattr(getattr(model, "config", None), "to_dict", None)  # no custom class has to
+    return verdicts(describe(), kept) if describe else {}

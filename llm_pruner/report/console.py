@@ -50,7 +50,8 @@ def manifest_text(manifest: Manifest, plan: PruningPlan, output_dir: str) -> str
     """What pruning on disk has written."""
     how = "compared by name, shape and size"
     if manifest.sha256:
-        how = "every byte compared, reloaded"
+        gguf = any(file.endswith(".gguf") for file in manifest.files)
+        how = f"every byte compared, {'re-read' if gguf else 'reloaded'}"
     return (
         f"{_headline('Removed', plan)}\n\n"
         f"{manifest.bytes_after / 1e6:,.2f} of {manifest.bytes_before / 1e6:,.2f} MB kept, "

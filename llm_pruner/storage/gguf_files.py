@@ -25,10 +25,14 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32  # where ``general.alignment`` does not say another
 MOST_FIELDS = 100_000  # a file that claims more is damaged
-MOST_TENSORS = 1_000_000
+MOST_TENSORS = 100_000
+MOST_TEXTS = 10_000_000  # of all lists
 MOST_DIMENSIONS = 4
-LONGEST_NAME = 65_535  # bytes
+MOST_ALIGNMENT = 2**16
+LONGEST_KEY = 65_535  # bytes
+LONGEST_NAME = 1024  # of a tensor; llama.cpp reads 63
 LARGEST_VALUE = 2**20  # bytes of a value that is kept in memory
+MOST_KEPT = 2**24  # bytes of all that are
 WINDOW = 2**20  # bytes read at once
 NUMBERS = {
     0: "B",
@@ -43,7 +47,7 @@ NUMBERS = {
     11: "q",
     12: "d",
 }
-STRING, ARRAY = 8, 9
+UINT32, STRING, ARRAY = 4, 8, 9
 
 
 @dataclass(frozen=True)
@@ -122,18 +126,32 @@ def read_gguf(source: Source, file: str) -> GgufFile:
         count_tensors = cursor.count("tensors", MOST_TENSORS)
         count_fields = cursor.count("entries of metadata", MOST_FIELDS)
         fields: dict[str, Field] = {}
+        kept = 0
         for _ in range(count_fields):
             entry = _read_field(cursor)
             if entry.key in fields:
                 cursor.fail(f"{entry.key!r} is there twice")
             fields[entry.key] = entry
-        given = fields.get("general.alignment")
-        alignment = given.value if given else ALIGNMENT
-        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-            cursor.fail(f"its alignment is {alignment!r}, which is no power of 2")
+            kept += len(entry.key) if entry.value is None else entry.end - entry.start
+            if kept > MOST_KEPT:
+                cursor.fail(
+                    f"its metadata has more than {MOST_KEPT:,} bytes, lists of tokens aside"
+                )
+        alignment = _alignment(cursor, fields.get("general.alignment"))
         listed = [_read_tensor(cursor, sizes) for _ in range(count_tensors)]
         base = cursor.position + -cursor.position % alignment
     return GgufFile(file, version, alignment, fields, _placed(cursor, listed, base, alignment))
+
+
+def _alignment(cursor: _Cursor, given: Field | None) -> int:
+    if given is None:
+        return ALIGNMENT
+    value = given.value
+    if given.type != UINT32 or type(value) is not int or value < 1 or value & (value - 1):
+        cursor.fail(f"its alignment is {value!r}, which is no power of 2")
+    if value > MOST_ALIGNMENT:
+        cursor.fail(f"its alignment is {value:,} bytes")
+    return value
 
 
 class _Cursor:
@@ -142,6 +160,7 @@ class _Cursor:
     def __init__(self, source: Source, file: str, read: Read) -> None:
         self.source, self.file, self.size = source, file, source.size(file)
         self._read, self._window, self._start, self.position = read, b"", 0, 0
+        self._texts = 0  # that were passed over
 
     def fail(self, reason: str) -> NoReturn:
         raise self.source.broken(self.file, reason)
@@ -196,6 +215,9 @@ class _Cursor:
 
     def skip_texts(self, count: int) -> None:
         """Pass over texts with their lengths before them."""
+        self._texts += count
+        if self._texts > MOST_TEXTS:
+            self.fail(f"at byte {self.position:,} it announces {count:,} texts")
         self.require(8 * count, "texts")
         unpack = struct.Struct("<Q").unpack_from
         while count:
@@ -210,17 +232,20 @@ class _Cursor:
             if count and self.position - self._start > limit:
                 self._window = self._read(self.position, self.position + WINDOW)
                 self._start = self.position
+                if len(self._window) < 8:
+                    self.fail(f"it ends at byte {self._start + len(self._window):,}")
 
 
 def _read_field(cursor: _Cursor) -> Field:
     start = cursor.position
-    key = cursor.text(LONGEST_NAME)
+    key = cursor.text(LONGEST_KEY)
     kind, count = cursor.number("I"), None
     if kind == ARRAY:
         kind, count = cursor.number("I"), cursor.number("Q")
     if kind not in NUMBERS and kind != STRING:
         cursor.fail(f"{key!r} is of type {kind}, which does not exist")
     value: Any = None
+    keep = not key.startswith("tokenizer.")  # lists of which can be long
     if count is None:
         if kind == STRING:
             before = cursor.position
@@ -233,11 +258,11 @@ def _read_field(cursor: _Cursor) -> Field:
         else:
             value = cursor.number(NUMBERS[kind])
     elif kind == STRING:
-        value = _read_texts(cursor, count, keep=not key.startswith("tokenizer."))
+        value = _read_texts(cursor, count, keep=keep)
     else:
         size = count * struct.calcsize(f"<{NUMBERS[kind]}")
         cursor.require(size, f"{key!r}, a list")
-        if size <= LARGEST_VALUE:
+        if keep and size <= LARGEST_VALUE:
             value = list(struct.unpack(f"<{count}{NUMBERS[kind]}", cursor.take(size)))
         else:
             cursor.skip(size)
@@ -279,8 +304,9 @@ def _read_tensor(cursor: _Cursor, sizes: dict[int, tuple[str, int, int]]) -> _Li
             "(pip install -U gguf)"
         )
     dtype, block, size = sizes[kind]
-    if shape and shape[0] % block:
-        cursor.fail(f"tensor {name!r} has rows of {shape[0]}, no multiple of {block} ({dtype})")
+    row = shape[0] if shape else 1
+    if row % block:
+        cursor.fail(f"tensor {name!r} has rows of {row}, no multiple of {block} ({dtype})")
     return _Listed(name, dtype, shape, math.prod(shape) // block * size, offset)
 
 
@@ -322,8 +348,7 @@ def write_gguf(
         source: where the file is.
         file: the file that the metadata comes from.
         fields: entries of its metadata, which are copied, and encoded ones.
-        tensors: of this file, or of several of the same alignment, in the order of their bytes,
-            with their new names.
+        tensors: of this file, or of several, in the order of their bytes, with their new names.
         target: an empty file.
     """
     entries = list(fields)
@@ -350,16 +375,17 @@ def write_gguf(
 
 
 def _runs(tensors: Sequence[StoredTensor], alignment: int) -> list[list[StoredTensor]]:
-    """The tensors in groups whose bytes follow one another in the file."""
+    """The tensors in groups whose bytes lie in the file as they have to lie in the new one."""
     runs: list[list[StoredTensor]] = []
+    length = 0  # of the last run, with what fills it up
     for tensor in tensors:
-        if runs:
-            before = runs[-1][-1].end
-            same = tensor.file == runs[-1][-1].file
-            if same and tensor.start == before + -before % alignment:
-                runs[-1].append(tensor)
-                continue
-        runs.append([tensor])
+        first = runs[-1][0] if runs else None
+        if first and tensor.file == first.file and tensor.start == first.start + length:
+            runs[-1].append(tensor)
+        else:
+            runs.append([tensor])
+            length = 0
+        length += tensor.size + -tensor.size % alignment
     return runs
 
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from ..errors import LoadError
 from .gguf_files import Field, GgufFile, read_gguf, write_gguf
 from .safetensors_files import Checkpoint, StoredTensor
-from .sources import LocalFolder
+from .sources import PICKLES, LocalFolder
 
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # of a model that is split into files
 SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS = SPLIT_KEYS = (
@@ -55,19 +55,20 @@ def find_gguf(model_id: str | Path) -> list[Path]:
     in GGUF and no checkpoint of another form.
 
     Raises:
-        LoadError: there is no such file, a part is missing, or a folder holds several models.
+        LoadError: there is no such file, a part is missing, or a folder holds several models, or
+            folders with some.
     """
     path = Path(model_id).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # which no text is too long or too odd for
         return _in_folder(path)
     if path.suffix != ".gguf":
         return []
     if not path.is_file():
         raise LoadError(f"There is no file {str(path)!r}: give the path of a GGUF file.")
     match = PART.fullmatch(path.name)
-    if match is None:
+    count = int(match[3]) if match else 0
+    if match is None or not 0 < int(match[2]) <= count:
         return [path]
-    count = int(match[3])
     parts = [path.with_name(part_name(match[1], number, count)) for number in range(count)]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
@@ -85,14 +86,20 @@ def part_name(stem: str, number: int, count: int) -> str:
 
 def _in_folder(folder: Path) -> list[Path]:
     names = sorted(os.listdir(folder))
-    files = [name for name in names if name.endswith(".gguf")]
-    if any(name == "config.json" or name.endswith(".safetensors") for name in names):
+    pickled = "config.json" in names and any(name.endswith(PICKLES) for name in names)
+    if pickled or any(name.endswith(".safetensors") for name in names):
         return []
+    files = [name for name in names if name.endswith(".gguf") and (folder / name).is_file()]
+    below = sorted(folder.glob("*/*.gguf")) if not files and "config.json" not in names else []
+    if below:
+        raise LoadError(
+            f"{str(folder)!r} holds models in GGUF in folders of their own: name one of these, "
+            f"e.g. {str(below[0].parent)!r}."
+        )
     models: dict[str, str] = {}  # the first file of each
-    for name in files:
+    for name in [name for name in files if not is_companion(name)] or files:
         match = PART.fullmatch(name)
-        if not is_companion(name):
-            models.setdefault(match[1] if match else name, name)
+        models.setdefault(part_name(match[1], 0, int(match[3])) if match else name, name)
     if len(models) > 1:
         raise LoadError(
             f"{str(folder)!r} holds {len(models)} models in GGUF ({', '.join([*models][:4])}): "
@@ -121,12 +128,19 @@ def read_gguf_checkpoint(paths: Sequence[Path], name: str = "") -> GgufCheckpoin
     files = {path.name: read_gguf(source, path.name) for path in paths}
     tensors: dict[str, StoredTensor] = {}
     for number, (file, found) in enumerate(files.items()):
-        said = [found.fields[key].value for key in SPLIT_KEYS if key in found.fields]
-        if len(files) > 1 and said[:2] != [number, len(files)]:
-            raise source.broken(file, f"it says to be part {said[:2]}, not {[number, len(files)]}")
-        if len(files) == 1 and len(said) > 1 and said[1] > 1:
+        place, count = (
+            found.fields[key].value if key in found.fields else None
+            for key in (SPLIT_NUMBER, SPLIT_COUNT)
+        )
+        if len(files) > 1 and (place, count) != (number, len(files)):
             raise source.broken(
-                file, f"it is one of {said[1]} parts of a model, by its metadata: keep their names"
+                file,
+                f"its metadata says that it is part {place} of {count} (from 0 on), and its name "
+                f"that it is {number} of {len(files)}",
+            )
+        if len(files) == 1 and type(count) is int and count > 1:
+            raise source.broken(
+                file, f"it is one of {count} parts of a model, by its metadata: keep their names"
             )
         for tensor in found.tensors:
             if tensor.name in tensors:

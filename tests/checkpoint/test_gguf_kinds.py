@@ -16,7 +16,7 @@ from llm_pruner.storage.gguf_models import find_gguf, read_gguf_checkpoint
 
 gguf = pytest.importorskip("gguf")
 
-WINDOWS = [True, True, True, False]  # EXAONE-4, OLMo-3
+WINDOWS = [True, True, True, False]
 Write = Callable[..., Path]
 
 
@@ -72,7 +72,7 @@ def test_gemma_3n_keeps_its_first_twenty_layers(write: Write) -> None:
 
 
 def test_the_large_exaone_has_layers_without_rotary_positions_only_whole(write: Write) -> None:
-    path = write("exaone4", 64, attention__sliding_window_pattern=WINDOWS * 16)
+    path = write("exaone4", 64)
     with_windows = [layer for layer in range(64) if layer % 4 != 3]
     with pytest.raises(InvalidPlanError, match="rotary position of layers 3, 7") as caught:
         cut(path, with_windows)

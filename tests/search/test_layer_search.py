@@ -258,6 +258,39 @@ def test_swaps_that_could_not_save_a_cut_are_not_kept():
     assert all(step["change"] >= -0.15 for step in steps if step["kept"])
 
 
+def every_other(index, place, count):
+    """Two kinds of layers in turn, also of those that are kept."""
+    return index % 2 == place % 2
+
+
+def allowed(removed, layers):
+    kept = [index for index in range(layers) if index not in removed]
+    return all(every_other(index, place, len(kept)) for place, index in enumerate(kept))
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "want"), [(0.02, []), (0.035, [1, 2]), (0.11, [1, 2]), (0.13, [1, 2, 3, 4])]
+)
+def test_a_cut_takes_as_many_layers_as_an_engine_demands(tolerance, want):
+    """Pairs of layers of both kinds, or the last one alone, which is dear here."""
+    quality, steps = Costs([0.3, 0.01, 0.02, 0.03, 0.06, 0.5]), []
+    options = {"tolerance": tolerance, "fits": every_other, "on_step": steps.append}
+    assert search_layers(quality, range(5), **options) == want
+    assert [len(step["layers"]) for step in steps if step["action"] == "cut"][:1] == [2]
+    assert all(allowed(step["removed"], 6) for step in steps)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("n_layers", [2, 4])
+def test_the_best_set_that_an_engine_computes_right_is_found(seed, n_layers):
+    quality = random_costs(seed, 8)
+    sets = filter(lambda one: allowed(one, 8), itertools.combinations(range(1, 7), n_layers))
+    best = max(map(quality.change, sets))
+    found = search_layers(quality, range(1, 7), n_layers=n_layers, fits=every_other)
+    assert allowed(found, 8)
+    assert quality.change(found) == pytest.approx(best)
+
+
 @pytest.mark.parametrize("tolerance", [math.nan, -0.1])
 def test_an_impossible_tolerance_is_refused(tolerance):
     with pytest.raises(InvalidPlanError, match=f"tolerance={tolerance}"):
