@@ -23,10 +23,13 @@ from .rules import (
     experts_every,
     linear_every,
     no_windows,
+    reads,
+    recurrent,
     rotary_every,
     scale_by_count,
     windows,
     windows_every,
+    windows_if_any,
 )
 
 WINDOW = "attention.sliding_window"
@@ -276,14 +279,15 @@ HYBRIDS = frozenset(
     "bailingmoe3 glm5-next granitehybrid jamba kimi-k3 kimi-linear lfm2 lfm2moe nemotron_h "
     "nemotron_h_moe plamo2".split()
 )
-# What the converter writes by itself, so that a config.json needs no rule for it.
-WRITTEN = ("olmo2",)
-BY_TYPE = {
-    kind: () if architecture in WRITTEN else rules
-    for architecture, (kinds, rules) in ARCHITECTURES.items()
-    for kind in kinds.split()
-}
-BY_TYPE |= dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), ())
+BY_TYPE = {kind: rules for kinds, rules in ARCHITECTURES.values() for kind in kinds.split()}
+# Of these the converter writes lists, and a layer of each kind has to be there.
+WINDOWED = reads("sliding-window attention", windows_if_any, "llama-model.cpp: is_swa_any", True)
+HYBRID = reads("a recurrent state", recurrent, "llama-memory-hybrid.cpp", True, False)
+BY_TYPE |= dict.fromkeys("olmo3 cohere2_moe exaone_moe".split(), (WINDOWED,))
+BY_TYPE |= {"olmo2": ()}
+BY_TYPE |= dict.fromkeys(
+    "qwen3_next qwen3_5_text qwen3_5_moe_text lfm2 lfm2_moe granitemoehybrid".split(), (HYBRID,)
+)
 LLAMA_CPP = Engine("llama.cpp", "commit 0c1e570, 1 October 2026", BY_TYPE)
 
 

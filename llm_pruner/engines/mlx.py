@@ -9,9 +9,12 @@ from .rules import (
     experts_every,
     linear_every,
     no_windows,
+    reads,
+    recurrent,
     rotary_every,
     windows,
     windows_every,
+    windows_if_any,
 )
 
 
@@ -42,12 +45,21 @@ MLX = Engine(
     {
         **dict.fromkeys(
             "apertus cohere deepseek_v2 deepseek_v3 dots1 ernie4_5 falcon_h1 gemma glm glm4 "
-            "glm4_moe gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granitemoe helium "
-            "hunyuan_v1_dense kimi_k2 lfm2 llama mamba mamba2 minimax_m2 mistral mixtral nemotron "
-            "olmo2 olmo3 olmoe phi phi3 phimoe qwen3_moe seed_oss smollm3 stablelm "
+            "glm4_moe gpt2 gpt_bigcode gpt_neox gptj granite granitemoe helium "
+            "hunyuan_v1_dense kimi_k2 mamba mamba2 minimax_m2 mixtral nemotron "
+            "olmo2 olmoe phi phi3 phimoe qwen3_moe seed_oss stablelm "
             "starcoder2".split(),
             (),
         ),
+        **dict.fromkeys(
+            ("llama", "mistral", "smollm3"),
+            (reads("sliding-window attention", windows_if_any, "llama.py: fa_idx", False),),
+        ),
+        **dict.fromkeys(
+            ("gpt_oss", "olmo3"),
+            (reads("sliding-window attention", windows_if_any, "olmo3.py: swa_idx", True, False),),
+        ),
+        "lfm2": (reads("a recurrent state", recurrent, "lfm2.py: fa_idx", True, False),),
         "cohere2": (windows_every(PATTERN, "cohere2.py", default=4, complete=True),),
         "exaone4": (EXAONE,),
         "gemma2": (no_windows("gemma2.py"),),

@@ -58,6 +58,7 @@ class Rule:
         how: how it does so, in words that follow the names of layers.
         source: where that stands in the engine's code.
         said: how a GGUF file can say it instead, if it can.
+        needs: kinds of which one layer has to stay: the engine stops, or goes wrong, without.
     """
 
     aspect: str
@@ -66,9 +67,15 @@ class Rule:
     how: str
     source: str = ""
     said: Said | None = None
+    needs: tuple[bool, ...] = ()
 
     def __str__(self) -> str:
         return self.aspect
+
+    def lacks(self, whole: Sequence[Any], left: Sequence[Any]) -> str:
+        """What the kinds that are left lack of those of the whole model, in words."""
+        lost = [kind for kind in self.needs if kind in whole and kind not in left]
+        return " and ".join(f"{'with' if kind else 'without'} {self}" for kind in lost)
 
     def can_say(self, kinds: Sequence[Any]) -> bool:
         """Whether a GGUF file can say that these are the kinds of its layers."""
@@ -140,6 +147,12 @@ def windows_if_any(config: Settings, count: int) -> Sequence[Any]:
     return windows(config, count) or [False] * count
 
 
+def recurrent(config: Settings, count: int) -> Sequence[Any]:
+    """Whether a layer has a state instead of attention, in a hybrid model."""
+    found = by_type("linear_attention", "mamba", "conv")(config, count)
+    return [False] * count if found is None else found
+
+
 def rotary(config: Settings, count: int) -> Sequence[Any] | None:
     """Whether `no_rope_layers` gives a layer rotary positions, as it does despite its name."""
     kinds = config.get("no_rope_layers")
@@ -187,6 +200,7 @@ def every(
     off: bool = False,
     complete: bool = False,
     said: Said | None = None,
+    needs: tuple[bool, ...] = (),
 ) -> Rule:
     """The last layer of every period, or the first, is `special`, and all others are not.
 
@@ -194,6 +208,7 @@ def every(
         period: the number of layers, or the field that has it (`default` without one).
         switch: a field; if it is there, and 0, no layer has it, or all do (`off`).
         complete: the engine stops unless there is one whole period.
+        needs: see `Rule`.
     """
 
     def derive(settings: Settings, index: int, count: int) -> bool | None:
@@ -210,7 +225,12 @@ def every(
     how = f"follows from position, every {_ordinal(length)} layer {'' if special else 'not '}so"
     if length == 1:
         how = f"follows from position, by {period}"
-    return Rule(aspect, kinds, derive, how, source, said)
+    return Rule(aspect, kinds, derive, how, source, said, needs)
+
+
+def reads(aspect: str, kinds: Kinds, source: str, *needs: bool) -> Rule:
+    """The engine reads what the config says, and needs a layer of each of these kinds."""
+    return Rule(aspect, kinds, lambda s, i, c: ANY, "", source, needs=needs)
 
 
 def _ordinal(number: int) -> str:

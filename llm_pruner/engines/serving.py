@@ -141,7 +141,7 @@ class Serving:
         settings: Mapping[str, Any],
     ) -> None:
         self.engines, self._rules, self._settings = tuple(engines), list(rules), settings
-        self.restricts = bool(self._rules)
+        self.restricts = any(rule.how for _, rule, _ in self._rules)
         self._derived: dict[tuple[int, int], tuple[Any, ...]] = {}
 
     @classmethod
@@ -199,6 +199,8 @@ class Serving:
             ]
             if wrong:
                 found.append(f"{engine}: {rule} of {named(wrong)} {rule.how}")
+            if lacking := rule.lacks(kinds, [kinds[index] for index in kept]):
+                found.append(f"{engine}: it needs a layer {lacking}")
         return "; ".join(found)
 
     def refuse_misplaced(self, removed: Sequence[int], num_layers: int) -> None:

@@ -13,7 +13,6 @@ from ..config.config_file import decoder_part, layer_count
 from ..errors import InvalidPlanError, UnknownNameError
 from .llama_cpp import LLAMA_CPP
 from .mlx import MLX
-from .rules import Rule
 from .vllm import VLLM
 
 ENGINES = {engine.name: engine for engine in (LLAMA_CPP, VLLM, MLX)}
@@ -74,7 +73,7 @@ def judge(config: Mapping[str, Any], engine: str, kept: Sequence[int] | None = N
         return Verdict(engine, "unknown", f"nothing is known of {kind} there")
     left = range(depth) if kept is None else kept
     count = len(left)
-    wrong: list[tuple[Rule, list[int]]] = []
+    reasons: list[str] = []
     sayable = True
     for rule in rules:
         whole = rule.kinds(part, depth)
@@ -83,11 +82,13 @@ def judge(config: Mapping[str, Any], engine: str, kept: Sequence[int] | None = N
         kinds = [whole[index] for index in left]
         places = [i for i in range(count) if rule.derive(part, i, count) != kinds[i]]
         if places:
-            wrong.append((rule, places))
+            reasons.append(f"{rule} of its {named(places)} {rule.how}")
             sayable = sayable and rule.can_say(kinds)
-    if not wrong:
+        if lacking := rule.lacks(whole, kinds):
+            reasons.append(f"it needs a layer {lacking}")
+            sayable = False
+    if not reasons:
         return Verdict(engine, "right")
-    reasons = (f"{rule} of its {named(places)} {rule.how}" for rule, places in wrong)
     return Verdict(engine, "metadata" if sayable else "wrong", "; ".join(reasons))
 
 

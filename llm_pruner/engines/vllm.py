@@ -5,7 +5,7 @@ Models that it runs by the code of transformers are computed as there.
 
 from __future__ import annotations
 
-from .rules import Engine, experts_every, no_windows, windows_every
+from .rules import Engine, experts_every, no_windows, reads, windows_every, windows_if_any
 
 VLLM = Engine(
     "vllm",
@@ -13,13 +13,17 @@ VLLM = Engine(
     {
         **dict.fromkeys(
             "afmoe apertus arcee bloom cohere cohere2 dbrx deepseek_v2 deepseek_v3 ernie4_5 "
-            "exaone4 exaone_moe falcon falcon_h1 gemma gemma2 gemma3 gemma3_text glm glm4 glm4_moe "
+            "falcon falcon_h1 gemma gemma2 gemma3 gemma3_text glm glm4 glm4_moe "
             "gpt2 gpt_bigcode gpt_neox gptj granite granitemoe granitemoehybrid hunyuan_v1_dense "
             "hunyuan_v1_moe jamba kimi_k2 lfm2 lfm2_moe llama mamba mamba2 minimax_m2 ministral "
             "mistral mixtral nemotron nemotron_h olmo olmo2 olmo3 olmoe opt phi phi3 phimoe "
             "qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 stablelm "
             "starcoder2".split(),
             (),
+        ),
+        **dict.fromkeys(
+            ("exaone4", "exaone_moe"),
+            (reads("sliding-window attention", windows_if_any, "exaone4.py: rotary_emb", True),),
         ),
         "gpt_oss": (windows_every(2, "gpt_oss.py: sliding_window"),),
         **dict.fromkeys(

@@ -260,3 +260,31 @@ def test_refusing_a_deep_model_takes_a_moment():
     serving = Serving.of_config(config("cohere2", 512, layer_types=kinds), ["llama.cpp"])
     with pytest.raises(InvalidPlanError, match=r"\[\[100, 101, 102, 103\], "):
         serving.refuse_misplaced([100, 101, 102], 512)
+
+
+@pytest.mark.parametrize(
+    ("values", "removed", "engine"),
+    [
+        (
+            config("olmo3", layer_types=every(4, FULL, WINDOW)),
+            {0, 1, 2, 4, 5, 6, 8, 9, 10},
+            "llama.cpp",
+        ),
+        (config("qwen3_next", layer_types=every(4, FULL, LINEAR)), {3, 7, 11}, "llama.cpp"),
+        (config("lfm2", layer_types=every(3, FULL, "conv")), {2, 5, 8, 11}, "mlx"),
+        (config("gpt_oss", layer_types=every(2, FULL, WINDOW)), {1, 3, 5, 7, 9, 11}, "mlx"),
+        (
+            config("exaone4", layer_types=every(4, FULL, WINDOW)),
+            {0, 1, 2, 4, 5, 6, 8, 9, 10},
+            "vllm",
+        ),
+    ],
+)
+def test_some_engines_need_a_layer_of_each_kind(values, removed, engine):
+    found = judge(values, engine, kept(12, removed))
+    assert found.state == "wrong"
+    assert "it needs a layer with" in found.reason
+    serving = Serving.of_config(values, [engine])
+    assert "it needs a layer with" in serving.problem(kept(12, removed))
+    assert serving.problem(kept(12, {1})) == ""
+    assert not serving.restricts

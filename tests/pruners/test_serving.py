@@ -86,6 +86,7 @@ def test_impossible_numbers_are_refused_before_the_work_with_what_is_possible(mo
 def test_where_no_set_can_be_that_is_said():
     kinds = (["sliding_attention"] * 3 + ["full_attention"]) * 16
     config = {"model_type": "exaone4", "num_hidden_layers": 64, "layer_types": kinds}
+    config |= {"sliding_window": 4}
     serving = Serving.of_config(config, ["llama.cpp"])
     removable = Removable.of(64, None, serving=serving)
     with pytest.raises(InvalidPlanError, match=r"llama\.cpp would compute the rest wrong, which"):
