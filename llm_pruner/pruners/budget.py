@@ -134,7 +134,12 @@ class Removable:
         engines = " and ".join(self.serving.engines)
         runs = " that follow one another" if self.runs else ""
         if not sizes:
-            return f"{whole}, and {engines} would compute the rest wrong, whichever others go{runs}"
+            rest = [layer for layer in range(self.num_layers) if layer != self.candidates[0]]
+            why = self.serving.problem(rest)
+            return (
+                f"{whole}, and {engines} would compute the rest wrong, whichever others go{runs} "
+                f"(without layer {self.candidates[0]}: {why})"
+            )
         number = ", ".join(map(str, sizes))
         return f"{whole}, and {engines} computes the rest right only if {number} layers{runs} go"
 

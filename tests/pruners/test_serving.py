@@ -89,7 +89,9 @@ def test_where_no_set_can_be_that_is_said():
     config |= {"sliding_window": 4}
     serving = Serving.of_config(config, ["llama.cpp"])
     removable = Removable.of(64, None, serving=serving)
-    with pytest.raises(InvalidPlanError, match=r"llama\.cpp would compute the rest wrong, which"):
+    with pytest.raises(
+        InvalidPlanError, match=r"would compute the rest wrong, .*follows from the n"
+    ):
         Budget(n_layers=4).count(removable)
 
 
