@@ -13,6 +13,7 @@ from ..config.rules import COUNT_FIELDS, text_config
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..model.layer_stack import LayerStack
 from ..results import check_layers
+from ..storage.gguf_models import find_gguf
 from ..utils import logger
 
 
@@ -29,7 +30,7 @@ def write_mergekit_yaml(
         UnsupportedModelError: the model is one in GGUF.
     """
     removed = check_layers(layers, len(stack))
-    if model_id.endswith(".gguf"):
+    if find_gguf(model_id):
         raise UnsupportedModelError("MergeKit does not read GGUF: leave the recipe out.")
     if not removed:
         raise InvalidPlanError("layers=[]: the recipe removes nothing. Name at least one layer.")

@@ -21,7 +21,8 @@ from ..config.module_patterns import (
     follow_removal,
     module_names,
 )
-from ..engines.verdict import refuse_wrong, verdicts
+from ..engines.serving import Serving
+from ..engines.verdict import judge, refuse_wrong, verdicts
 from ..errors import InvalidPlanError, LoadError, VerificationError
 from ..report.model_card import CARD_FILE, card_text, original_card
 from ..results import PruningPlan, check_layers
@@ -156,6 +157,9 @@ def prune_on_disk(
         checkpoint, names, plan, trust_remote_code=trust_remote_code, verify=verify
     )
     plan = replace(plan, engines=verdicts(config))
+    if all(judge(checkpoint.config, engine).state == "right" for engine in serve_with):
+        serving = Serving.of_config(checkpoint.config, serve_with)
+        serving.refuse_misplaced(plan.remove, names.num_layers)
     refuse_wrong(config, serve_with)
     kept = kept_tensors(checkpoint, names, plan)
     files = with_all_files(source)

@@ -222,9 +222,10 @@ def every(
         return special if hit else not special
 
     length = default if isinstance(period, str) else period
-    how = f"follows from position, every {_ordinal(length)} layer {'' if special else 'not '}so"
+    kind = "with" if special else "without"
+    how = f"follows from position (every {_ordinal(length)} layer is {kind})"
     if length == 1:
-        how = f"follows from position, by {period}"
+        how = f"follows from position (by {period})"
     return Rule(aspect, kinds, derive, how, source, said, needs)
 
 

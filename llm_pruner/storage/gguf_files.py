@@ -113,8 +113,8 @@ def read_gguf(source: Source, file: str) -> GgufFile:
     sizes = _type_sizes()
     with source.opened(file) as read:
         cursor = _Cursor(source, file, read)
-        if cursor.take(4) != MAGIC:
-            cursor.fail("it does not begin with 'GGUF'")
+        if cursor.size < len(MAGIC) or cursor.take(len(MAGIC)) != MAGIC:
+            cursor.fail("it does not begin with 'GGUF', as a GGUF file does")
         version = cursor.number("I")
         if version not in VERSIONS:
             big = int.from_bytes(version.to_bytes(4, "big"), "little") in VERSIONS

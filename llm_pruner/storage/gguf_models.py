@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import LoadError
-from .gguf_files import Field, GgufFile, read_gguf, write_gguf
+from .gguf_files import MAGIC, Field, GgufFile, read_gguf, write_gguf
 from .safetensors_files import Checkpoint, StoredTensor
 from .sources import PICKLES, LocalFolder
 
@@ -61,7 +61,7 @@ def find_gguf(model_id: str | Path) -> list[Path]:
     path = Path(model_id).expanduser()
     if os.path.isdir(path):  # which no text is too long or too odd for
         return _in_folder(path)
-    if path.suffix != ".gguf":
+    if path.suffix.lower() != ".gguf" and not _begins_as_gguf(path):
         return []
     if not path.is_file():
         raise LoadError(f"There is no file {str(path)!r}: give the path of a GGUF file.")
@@ -77,6 +77,17 @@ def find_gguf(model_id: str | Path) -> list[Path]:
             f"beside it, such as {missing[0]!r}: fetch them all."
         )
     return parts
+
+
+def _begins_as_gguf(path: Path) -> bool:
+    """Whether it is a file that says so itself, as those of some programs do under other names."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:  # what cannot be read, other errors tell
+        return False
 
 
 def part_name(stem: str, number: int, count: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def gguf_of(model: Any) -> list[Path]:
     settings = getattr(config, "quantization_config", None)
     if isinstance(settings, dict) and settings.get("gguf_file"):  # as transformers notes it
         name = str(Path(name) / settings["gguf_file"])
-    return find_gguf(name) if name.endswith(".gguf") else []
+    return find_gguf(name) if os.path.isfile(name) else []
 
 
 def original_checkpoint(model: Any, num_layers: int) -> Checkpoint | None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from llm_pruner.checkpoint.on_disk import prune_checkpoint
 from llm_pruner.engines.llama_cpp import ARCHITECTURES, gguf_settings
 from llm_pruner.engines.serving import GgufLayers, Serving
 from llm_pruner.engines.verdict import ENGINES, judge, refuse_wrong, verdicts
@@ -136,7 +140,8 @@ def test_the_pruned_config_is_judged_as_the_layers_that_it_keeps():
 def test_a_verdict_says_which_layers_and_why():
     found = judge(gemma("gemma3_text", 6), "llama.cpp", kept(12, SCATTERED))
     assert found.reason == (
-        "sliding-window attention of its layers 5, 7 follows from position, every 6th layer not so"
+        "sliding-window attention of its layers 5, 7 follows from position "
+        "(every 6th layer is without)"
     )
     assert verdicts(config("llama")) == dict.fromkeys(("llama.cpp", "vllm", "mlx"), "right")
     assert verdicts(config("nobody_knows")) == {}
@@ -288,3 +293,13 @@ def test_some_engines_need_a_layer_of_each_kind(values, removed, engine):
     assert "it needs a layer with" in serving.problem(kept(12, removed))
     assert serving.problem(kept(12, {1})) == ""
     assert not serving.restricts
+
+
+def test_on_disk_too_sets_that_work_are_named(tmp_path):
+    values = config("cohere2", layer_types=every(4, FULL, WINDOW))
+    tensors = {f"model.layers.{i}.norm.weight": np.ones(2) for i in range(12)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InvalidPlanError, match=r"Sets close to this one .*\[4, 5, 6, 7\]"):
+        prune_checkpoint(tmp_path, [4, 5, 6], tmp_path / "out", serve_with=["llama.cpp"])
+    assert prune_checkpoint(tmp_path, [4, 5, 6, 7], tmp_path / "out", serve_with=["mlx"])

@@ -222,3 +222,13 @@ def test_a_damaged_part_is_named(parts):
     parts[2].write_bytes(parts[2].read_bytes()[:-40])
     with pytest.raises(LoadError, match=rf"'{parts[2].name}' of"):
         read_gguf_checkpoint(find_gguf(parts[0].parent))
+
+
+def test_a_file_is_known_by_its_beginning_whatever_it_is_called(tmp_path):
+    (tmp_path / "sha256-abc").write_bytes(b"GGUF and more")
+    (tmp_path / "MODEL.GGUF").write_bytes(b"hi")
+    (tmp_path / "notes.txt").write_text("GG")
+    assert find_gguf(tmp_path / "sha256-abc") == [tmp_path / "sha256-abc"]
+    assert find_gguf(tmp_path / "notes.txt") == []
+    with pytest.raises(LoadError, match="does not begin with 'GGUF'"):
+        read_gguf_checkpoint(find_gguf(tmp_path / "MODEL.GGUF"))
