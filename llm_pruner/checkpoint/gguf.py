@@ -220,7 +220,8 @@ def _new_name(name: str, names: LayerNames, plan: PruningPlan) -> str | None:
 def _new_names(files: Sequence[str]) -> list[str]:
     match = PART.fullmatch(files[0])
     if match is None:
-        return [f"{files[0].removesuffix('.gguf')}-pruned.gguf"]
+        stem = files[0][:-5] if files[0].lower().endswith(".gguf") else files[0]
+        return [f"{stem}-pruned.gguf"]
     return [part_name(f"{match[1]}-pruned", number, len(files)) for number in range(len(files))]
 
 
