@@ -142,7 +142,8 @@ def _add_choice(group: Any) -> None:
     add(
         "--serve-with",
         type=_names,
-        default=(),
+        action="extend",
+        default=[],
         metavar="E,E",
         help=f"only sets of layers without which these engines compute the model right: "
         f"{', '.join(ENGINES)}; several work out what a layer is from its position",
@@ -359,6 +360,7 @@ class Request:
             ("--heal", None if self.heal == "none" else self.heal),
             ("--push-to-hub", self.push_to_hub),
             ("--serve-with", self.serve_with or None),
+            ("--dry-run", self.dry_run or None),
         ]
         for name, value, has_none, reason in (
             ("--heal-data", self.heal_data, self.heal == "none", no_healing),
@@ -425,6 +427,7 @@ def parse_request(words: Sequence[str]) -> Request:
         tolerance=values.pop("tolerance"),
     )
     values["option"] = dict(values["option"])
+    values["serve_with"] = tuple(dict.fromkeys(values["serve_with"]))
     return Request(**values, budget=budget, words=tuple(words))
 
 

@@ -154,3 +154,11 @@ def test_help_names_every_option(capsys):
     --quiet"""
     assert all(option in text for option in contract.split())
     assert "./pruned_model" in text
+
+
+def test_engines_add_up_and_a_dry_run_fixes_nothing():
+    request = parsed("--serve-with llama.cpp --serve-with vllm,llama.cpp")
+    assert request.serve_with == ("llama.cpp", "vllm")
+    assert parsed("").serve_with == ()
+    with pytest.raises(InvalidPlanError, match="--dry-run has no effect with --fix-gguf"):
+        parsed("--fix-gguf model.gguf --dry-run")

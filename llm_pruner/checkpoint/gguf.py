@@ -20,7 +20,7 @@ from ..config.layer_names import LayerNames
 from ..engines.llama_cpp import ARCHITECTURES, LLAMA_CPP
 from ..engines.serving import GgufLayers, Serving
 from ..engines.verdict import check_engines
-from ..errors import InvalidPlanError, LoadError, UnsupportedModelError
+from ..errors import InvalidPlanError, LoadError, OutputError, UnsupportedModelError
 from ..results import PruningPlan
 from ..storage.gguf_files import Field, GgufFile, encode_field, read_gguf, write_gguf
 from ..storage.gguf_models import (
@@ -329,6 +329,8 @@ def fix_gguf(path: str | Path, config: Mapping[str, Any]) -> list[str]:
     changes = meant.said(every, extra)
     if changes:
         first = paths[0]  # the one that has the metadata
+        if not first.stat().st_mode & 0o222:
+            raise OutputError(f"{str(first)!r} is write-protected: allow writing, or fix a copy.")
         file, source = checkpoint.files[first.name], checkpoint.source
         pairs = [(tensor, tensor.name) for tensor in file.tensors]
         with replaced_file(first, need=source.size(first.name)) as target:

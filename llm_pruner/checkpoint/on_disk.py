@@ -22,7 +22,7 @@ from ..config.module_patterns import (
     module_names,
 )
 from ..engines.serving import Serving
-from ..engines.verdict import judge, refuse_wrong, verdicts
+from ..engines.verdict import check_engines, judge, refuse_wrong, verdicts
 from ..errors import InvalidPlanError, LoadError, VerificationError
 from ..report.model_card import CARD_FILE, card_text, original_card
 from ..results import PruningPlan, check_layers
@@ -128,6 +128,7 @@ def prune_on_disk(
 ) -> tuple[PruningPlan, Manifest]:
     """`prune_checkpoint`, and the plan as it was carried out."""
     check_output(output_dir, overwrite=overwrite)
+    serve_with = check_engines(serve_with)
     if paths := find_gguf(model_id):
         refuse_other_engines(serve_with)
         if link:

@@ -47,7 +47,7 @@ def check_engines(names: Iterable[str]) -> tuple[str, ...]:
     Raises:
         UnknownNameError: there is no such engine.
     """
-    found = tuple(dict.fromkeys(names))
+    found = tuple(dict.fromkeys([names] if isinstance(names, str) else names))
     for name in found:
         if name not in ENGINES:
             raise UnknownNameError.of("engine", name, ENGINES)
