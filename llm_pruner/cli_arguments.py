@@ -17,10 +17,11 @@ from . import __version__
 from .atomic_output import check_output
 from .distributed import TIMEOUT, on_first
 from .engines.verdict import ENGINES, check_engines
-from .errors import InvalidPlanError, MissingDependencyError, OutputError
+from .errors import InvalidPlanError, MissingDependencyError, OutputError, UnsupportedModelError
 from .hub import check_upload
 from .pruners.budget import Budget
 from .pruners.registry import BUILTIN, check_strategy_name
+from .storage.gguf_models import find_gguf
 from .utils import parse_bytes
 
 EPILOG = """\
@@ -354,7 +355,7 @@ class Request:
         given = "--layers" if self.layers is not None else "--plan"
         is_given = self.layers is not None or self.plan is not None
         sweeps, tolerance = self.sweep is not None, self.budget.tolerance
-        extra: list[tuple[str, Any]] = [
+        others: list[tuple[str, Any]] = [
             ("--eval-dataset", self.eval_dataset),
             ("--export-yaml", self.export_yaml),
             ("--heal", None if self.heal == "none" else self.heal),
@@ -374,7 +375,10 @@ class Request:
             ("--push-to-hub", self.push_to_hub, self.dry_run, "with --dry-run"),
             ("--push-to-hub", self.push_to_hub, sweeps, "with --sweep"),
             ("--drop-mtp", self.drop_mtp or None, sweeps, "with --sweep"),
-            *((name, value, self.fix_gguf is not None, "with --fix-gguf") for name, value in extra),
+            *(
+                (name, value, self.fix_gguf is not None, "with --fix-gguf")
+                for name, value in others
+            ),
         ):
             if value is not None and has_none:
                 raise InvalidPlanError(f"{name} has no effect {reason}: leave it out.")
@@ -438,6 +442,7 @@ def check_request(request: Request) -> None:
         UnknownNameError, LoadError: no such strategy.
         MissingDependencyError: an optional package is needed.
         OutputError, HubError: the output cannot be written or uploaded.
+        UnsupportedModelError, LoadError: not with a model in GGUF, or there is no such file.
     """
     check_strategy_name(request.strategy)
     if request.output.endswith(".gguf"):
@@ -445,6 +450,15 @@ def check_request(request: Request) -> None:
             f"--output {request.output} must be a folder, into which a pruned GGUF is written with "
             "its plan and card: name one without .gguf."
         )
+    for name, asked, why in (
+        ("--heal", request.heal != "none", "heal the original model, and convert the result"),
+        ("--max-memory", request.max_memory is not None, "it is dequantised as a whole"),
+        ("--export-yaml", request.export_yaml is not None, "MergeKit does not read it"),
+    ):
+        if asked and find_gguf(request.model):
+            raise UnsupportedModelError(
+                f"{name} is not for a model in GGUF: {why}. Leave {name} out."
+            )
     if request.heal == "lora" and importlib.util.find_spec("peft") is None:
         raise MissingDependencyError("--heal lora needs peft: pip install 'llm_pruner[heal]'.")
     if Path(request.output).resolve() == Path(request.model).resolve():

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import gguf
 import pytest
 import torch
 from gguf_twin import write_demo_gguf
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_pruner import BlockInfluencePruner, check_manifest, load_data, load_model
 from llm_pruner.cli import main
 from llm_pruner.errors import InvalidPlanError, LoadError, UnsupportedModelError
+from llm_pruner.pruners.budget import serving_of
 from llm_pruner.results import PruningPlan, PruningReport
 
 pytestmark = pytest.mark.slow
@@ -120,8 +123,9 @@ def test_in_a_script(file, loaded, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        ("--n-layers 3 --heal linear", 3, "in GGUF cannot be healed"),
-        ("--n-layers 3 --max-memory 4GiB", 3, "leave --max-memory out"),
+        ("--n-layers 3 --heal linear", 3, "heal the original model, and convert the result"),
+        ("--n-layers 3 --max-memory 4GiB", 3, "Leave --max-memory out"),
+        ("--n-layers 3 --export-yaml recipe.yaml", 3, "MergeKit does not read it"),
         ("--layers 2,3 --output pruned.gguf", 4, "must be a folder, into which a pruned GGUF"),
         ("--layers 2,3 --link", 2, "is for safetensors"),
         ("--layers 2,99", 2, "99"),
@@ -132,8 +136,35 @@ def test_what_cannot_be_is_refused(file, tmp_path, monkeypatch, capsys, words, c
     monkeypatch.chdir(tmp_path)
     data = [] if "--layers" in words else ["--eval-dataset", "demo", "--n-samples", "4"]
     assert main(["--model", str(file), "--device", "cpu", *data, *words.split()]) == code
-    assert message in capsys.readouterr().err
+    assert message in (told := capsys.readouterr().err)
+    assert "serve-with" in words or "Loading" not in told
     assert not any(tmp_path.iterdir())
+
+
+def test_a_model_that_a_script_loaded_with_transformers_is_one_in_gguf_too(file, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    BlockInfluencePruner(model, tokenizer).prune_and_save(LAYERS, tmp_path / "out", str(file))
+    assert_is_cut(tmp_path / "out" / "demo.Q8_0-pruned.gguf", file, LAYERS)
+
+
+def test_layers_that_transformers_takes_for_others_are_not_scored(tmp_path):
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "gpt-oss")
+    writer.add_block_count(4)
+    for index in range(4):
+        writer.add_tensor(f"blk.{index}.attn_norm.weight", torch.ones(4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    kinds = ["sliding_attention", "full_attention"]
+    values = {"model_type": "gpt_oss", "num_hidden_layers": 4, "layer_types": kinds * 2}
+    config = SimpleNamespace(_name_or_path=str(path), to_dict=lambda: values)
+    assert serving_of(SimpleNamespace(config=config), []) is not None
+    values["layer_types"] = kinds[::-1] * 2
+    with pytest.raises(LoadError, match=r"reads sliding-window attention .* otherwise than llama"):
+        serving_of(SimpleNamespace(config=config), [])
 
 
 def test_an_architecture_that_transformers_does_not_read_can_still_be_cut(tmp_path):

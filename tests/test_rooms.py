@@ -31,7 +31,7 @@ ROOMS = {
     "checkpoint": "config engines storage model report",
     "pruners": "config engines storage model offload data evaluation search healing checkpoint",
     "workflow": "model data evaluation healing visualization report checkpoint pruners",
-    "cli_arguments": "engines pruners",
+    "cli_arguments": "engines storage pruners",
     "cli": "config storage model offload data healing visualization report checkpoint pruners "
     "workflow cli_arguments",
 }

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..atomic_output import PLAN_FILE, replaced_file
 from ..config.config_file import decoder_part, is_mtp, layer_count
-from ..config.gguf_metadata import find_blocks, prune_metadata
+from ..config.gguf_metadata import INT32, UINT16, find_blocks, prune_metadata
 from ..config.layer_names import LayerNames
 from ..engines.llama_cpp import ARCHITECTURES, LLAMA_CPP
 from ..engines.serving import GgufLayers, Serving
@@ -43,7 +43,6 @@ MANIFEST_FILE = "pruning_manifest.json"
 TOKENS = "tokenizer.ggml.tokens"
 NAMED_TENSORS = "general.tensor_extra.name"  # a list that others go along with
 ALONGSIDE = "general.tensor_extra."
-UINT16, INT32 = 2, 5  # types of values
 PROJECTORS = ("mmproj", "clip")  # what a file says it is
 
 
@@ -305,28 +304,24 @@ def fix_gguf(path: str | Path, config: Mapping[str, Any]) -> list[str]:
     """
     paths = find_gguf(path) or [Path(path)]
     checkpoint = read_gguf_checkpoint(paths, str(path))
-    architecture, values = checkpoint.architecture, checkpoint.values
+    model, architecture = GgufModel(checkpoint), checkpoint.architecture
     types, _ = ARCHITECTURES.get(architecture, ("", ()))
     kinds = {str(part.get("model_type")) for part in (config, decoder_part(dict(config)))}
-    count = layer_count(dict(config))
-    names, extra = find_blocks(values, checkpoint.tensors, str(path))
-    if not kinds & {*types.split()} or count != names.num_layers:
+    count, depth = layer_count(dict(config)), model.names.num_layers
+    if not kinds & {*types.split()} or count != depth:
         raise LoadError(
             f"{str(path)!r} is not what this config.json describes: {architecture} of "
-            f"{names.num_layers} layers, not {' or '.join(sorted(kinds))} of {count}. Convert the "
+            f"{depth} layers, not {' or '.join(sorted(kinds))} of {count}. Convert the "
             "pruned model first (convert_hf_to_gguf.py), and give both."
         )
-    tokens = checkpoint.fields.get(TOKENS)
-    layers = GgufLayers(values, names.num_layers, tokens.count if tokens else None)
-    meant = layers.meant_by(config)
-    every = range(names.num_layers)
-    problem = Serving.of_gguf(meant).problem(every)
+    meant = model.layers.meant_by(config)
+    problem = Serving.of_gguf(meant).problem(range(depth))
     if problem:
         raise UnsupportedModelError(
             f"No metadata makes this model right ({problem}): prune the original with "
             "--serve-with llama.cpp."
         )
-    changes = meant.said(every, extra)
+    changes = meant.said(range(depth), model.extra)
     if changes:
         first = paths[0]  # the one that has the metadata
         if not first.stat().st_mode & 0o222:

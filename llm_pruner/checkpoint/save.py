@@ -28,7 +28,7 @@ from ..errors import UnsupportedModelError
 from ..model.architecture_rules import as_stored, loadable_config
 from ..model.layer_stack import LayerStack
 from ..model.loading import quantization_method, stored_tensors
-from ..report.model_card import CARD_FILE, card_text, original_card
+from ..report.model_card import CARD_FILE, card_text, original_card, pruned_gguf
 from ..results import PruningPlan
 from ..storage.gguf_models import GgufCheckpoint
 from ..storage.manifest import kept_tensors
@@ -100,8 +100,7 @@ def save_checkpoint(
 ) -> None:
     """Write a complete plain checkpoint with its plan and card; see `new_checkpoint`."""
     with new_checkpoint(pruned, tokenizer, plan, output_dir, overwrite=overwrite) as stage:
-        gguf = min((file.name for file in stage.glob("*-pruned*.gguf")), default="")
-        card = card_text(plan, original_card(plan.model_id), gguf=gguf)
+        card = card_text(plan, original_card(plan.model_id), gguf=pruned_gguf(stage))
         (stage / CARD_FILE).write_text(card, encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ from ..errors import LoadError, UnsupportedModelError
 from .layer_names import LayerNames
 from .rules import Removal, Rule
 
+UINT16, UINT32, INT32, FLOAT32, BOOL = 2, 4, 5, 6, 7  # numbers of types of values
 BLOCKS = "blk."  # begins the names of tensors of layers
 COUNT = "block_count"
 MTP_COUNT = "nextn_predict_layers"  # of the blocks at the end, for multi-token prediction

@@ -63,6 +63,8 @@ class LayerSets:
         sizes = self.sizes
         if not sizes:
             return "a number that does not exist"
+        if len(sizes) == 1:
+            return str(sizes[0])
         if sizes == list(range(sizes[0], sizes[-1] + 1)):
             return f"from {sizes[0]} to {sizes[-1]}"
         return f"one of {', '.join(map(str, sizes))}"

@@ -9,11 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..config.gguf_metadata import FLOAT32, UINT32
 from .rules import (
-    FLOAT32,
     PATTERN,
     RECURRENT,
-    UINT32,
     Engine,
     Rule,
     Said,

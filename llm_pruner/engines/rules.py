@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config.config_file import decoder_part
+from ..config.gguf_metadata import BOOL
 
 Settings = Mapping[str, Any]  # the fields of a config.json that describe the decoder
 Kinds = Callable[[Settings, int], Sequence[Any] | None]
@@ -102,9 +103,6 @@ class Engine:
         parts = [decoder_part(dict(config)), config]
         kinds = [str(part.get("model_type")) for part in parts]
         return next((self.rules[kind] for kind in kinds if kind in self.rules), None)
-
-
-BOOL, UINT32, FLOAT32 = 7, 4, 6  # types of values in GGUF
 
 
 def _as_list(kinds: Sequence[Any]) -> list[bool] | None:

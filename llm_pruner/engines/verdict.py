@@ -110,7 +110,7 @@ def refuse_wrong(config: Mapping[str, Any], engines: Iterable[str]) -> None:
         if found.state != "right":
             raise InvalidPlanError(
                 f"--serve-with {engine} cannot be promised for these layers: {found.reason}. "
-                "Remove others: without --layers, only sets that it computes right are considered."
+                "Remove others, or let a strategy choose, which considers only sets that are right."
             )
 
 

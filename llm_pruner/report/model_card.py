@@ -44,8 +44,12 @@ def write_card(report: PruningReport, folder: str | Path) -> None:
             "another folder."
         )
     original = there or original_card(report.plan.model_id)
-    gguf = min((found.name for found in Path(folder).glob("*-pruned*.gguf")), default="")
-    write_atomically(path, card_text(report.plan, original, report, gguf=gguf))
+    write_atomically(path, card_text(report.plan, original, report, gguf=pruned_gguf(folder)))
+
+
+def pruned_gguf(folder: str | Path) -> str:
+    """The name of the pruned GGUF file, or of its first part, in a folder; empty without any."""
+    return min((found.name for found in Path(folder).glob("*-pruned*.gguf")), default="")
 
 
 def original_card(model_id: str) -> str:

@@ -36,8 +36,10 @@ def engines_text(plan: PruningPlan) -> str:
         if state == "metadata":
             parts.append(f"right in {name} once --fix-gguf has corrected the converted file")
         elif state != "right":
-            parts.append(f"wrong in {name} ({reason}; --serve-with {name} avoids that)")
-    return f"Serving: {'; '.join(parts)}." if parts else ""
+            parts.append(f"wrong in {name} ({reason})")
+    wrong = any(part.startswith("wrong") for part in parts)
+    hint = " --serve-with looks for sets that are right." if wrong else ""
+    return f"Serving: {'; '.join(parts)}.{hint}" if parts else ""
 
 
 def held_out_text(held_out: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
+from ..config.gguf_metadata import UINT32
 from ..errors import MissingDependencyError
 from .safetensors_files import Pair, StoredTensor
 from .sources import Read, Source
@@ -47,7 +48,7 @@ NUMBERS = {
     11: "q",
     12: "d",
 }
-UINT32, STRING, ARRAY = 4, 8, 9
+STRING, ARRAY = 8, 9
 
 
 @dataclass(frozen=True)

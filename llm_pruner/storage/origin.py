@@ -29,9 +29,11 @@ def gguf_of(model: Any) -> list[Path]:
     """The GGUF files that a model was loaded from; none if it was not."""
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", "") or ""
-    settings = getattr(config, "quantization_config", None)
-    if isinstance(settings, dict) and settings.get("gguf_file"):  # as transformers notes it
-        name = str(Path(name) / settings["gguf_file"])
+    settings = getattr(config, "quantization_config", None)  # where transformers notes it
+    given = settings.get("gguf_file") if isinstance(settings, dict) else None
+    file = getattr(settings, "gguf_file", given)
+    if file and os.path.isdir(name):
+        name = str(Path(name) / file)
     return find_gguf(name) if os.path.isfile(name) else []
 
 

@@ -549,6 +549,16 @@ def test_what_a_converter_left_out_is_written(tmp_path, config):
     assert os.listdir(tmp_path) == ["m.gguf"]
 
 
+def test_a_write_protected_file_is_left_alone(tmp_path):
+    path = gemma(tmp_path / "m.gguf", len(KINDS))
+    path.chmod(0o444)
+    before = path.read_bytes()
+    with pytest.raises(OutputError, match="write-protected: allow writing, or fix a copy"):
+        fix_gguf(path, CONFIG)
+    assert path.read_bytes() == before
+    assert path.stat().st_mode & 0o777 == 0o444
+
+
 def test_a_wrong_list_and_a_period_are_replaced(tmp_path):
     for number, value in enumerate(([True] * len(KINDS), 3)):
         path = gemma(tmp_path / f"{number}.gguf", len(KINDS), **{f"gemma3.{PATTERN}": value})
