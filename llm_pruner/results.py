@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from .atomic_output import write_atomically
-from .errors import InvalidPlanError, LLMPrunerError, NonFiniteError, UnknownNameError
+from .errors import InvalidPlanError, NonFiniteError, UnknownNameError
+from .json_files import JsonFile, check_type
+from .utils import logger
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Removes = Literal["lowest", "highest"]
+MOST_LAYERS = 10_000  # a file that claims a deeper model is damaged
+# What `PruningPlan.held_out` holds, if it holds anything.
+HELD_OUT = {"change": float, "low": float, "high": float, "unit": str, "items": int}
 
 
 class LayerScores(dict[int, float]):
@@ -79,83 +83,22 @@ class LayerScores(dict[int, float]):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerScores:
-        """The scores that `to_dict` described."""
-        data = dict(data)
-        scores = {int(layer): score for layer, score in data.pop("scores").items()}
-        return cls(scores, **data)
-
-
-class JsonFile:
-    """Saving and loading of the dataclasses below, with a format tag that is checked."""
-
-    FORMAT: ClassVar[str]
-    EARLIER: ClassVar[tuple[str, ...]] = ()  # formats that are read too, see `_convert`
-
-    def to_json(self) -> str:
-        """The value as indented JSON text."""
-        body = {name: _plain(value) for name, value in self._items()}
-        return json.dumps({"format": self.FORMAT, **body}, indent=2, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The value that `to_json` wrote.
+        """The scores that `to_dict` described.
 
         Raises:
-            InvalidPlanError: the text is not JSON of this kind; the message says why.
+            InvalidPlanError: it described none.
         """
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InvalidPlanError(f"Not valid JSON: {error}.") from error
-        tag = data.pop("format", None) if isinstance(data, dict) else None
-        if tag not in (cls.FORMAT, *cls.EARLIER):
-            raise InvalidPlanError(f"Expected a file of format {cls.FORMAT!r}, found {tag!r}.")
-        known = {entry.name for entry in fields(cls)}  # type: ignore[arg-type]
-        if set(data) - known:
-            raise InvalidPlanError(
-                f"Unknown fields {sorted(set(data) - known)} in a {cls.FORMAT!r} file; "
-                f"known: {sorted(known)}."
-            )
-        try:
-            return cls._build(data if tag == cls.FORMAT else cls._convert(data))
-        except (LLMPrunerError, TypeError, KeyError, AttributeError, ValueError) as error:
-            raise InvalidPlanError(f"Damaged {cls.FORMAT!r} file: {error}") from error
+            values = check_type(data, dict[str, Any], "scores")
+            scores = check_type(values.pop("scores"), dict[str, float], "scores")
+            texts = {name: values.pop(name) for name in ("strategy", "unit") if name in values}
+            blocks = check_type(values.pop("blocks", None), list[list[float]] | None, "blocks")
+            options: dict[str, Any] = {**check_type(texts, dict[str, str], "scores"), **values}
+            return cls({int(n): one for n, one in scores.items()}, blocks=blocks, **options)
+        except (KeyError, ValueError, TypeError) as error:
+            raise InvalidPlanError(str(error)) from error
 
-    def save(self, path: str | Path) -> None:
-        """Write the JSON to `path`, whole or not at all; see `write_atomically`."""
-        write_atomically(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote; InvalidPlanError if it is missing or not of this kind."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidPlanError(f"Cannot read {str(path)!r}: {error}.") from error
-        return cls.from_json(text)
-
-    def _items(self) -> Iterator[tuple[str, Any]]:
-        for entry in fields(self):  # type: ignore[arg-type]
-            yield entry.name, getattr(self, entry.name)
-
-    @classmethod
-    def _build(cls, data: dict[str, Any]) -> Self:
-        return cls(**data)
-
-    @classmethod
-    def _convert(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """The fields of an earlier format as fields of the present one."""
-        return data
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, LayerScores):
-        return value.to_dict()
-    if isinstance(value, PruningPlan):
-        return json.loads(value.to_json())
-    if isinstance(value, tuple):
-        return list(value)
-    return value
+    of_data = from_dict
 
 
 @dataclass(frozen=True)
@@ -181,6 +124,8 @@ class PruningPlan(JsonFile):
         healing: how the weights were healed when the plan was carried out, as `heal_model`
             records it; empty before that.
         drop_mtp: leave out the blocks for multi-token prediction, which are kept otherwise.
+        edited: whether the file it was read from had been changed by hand, which leaves nothing of
+            what was measured.
         engines: what serving engines make of the result, by name: ``right``, or what is wrong, as
             `engines.verdict.verdicts` says it; those of which nothing is known are not there.
 
@@ -205,16 +150,20 @@ class PruningPlan(JsonFile):
     healing: dict[str, Any] = field(default_factory=dict)
     drop_mtp: bool = False
     engines: dict[str, str] = field(default_factory=dict)
+    edited: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.num_layers) is not int or self.num_layers < 1:
-            raise InvalidPlanError(f"num_layers={self.num_layers!r} must be a whole number from 1.")
+        if type(self.num_layers) is not int or not 1 <= self.num_layers <= MOST_LAYERS:
+            raise InvalidPlanError(
+                f"num_layers={self.num_layers!r} must be a whole number from 1 to {MOST_LAYERS}."
+            )
         object.__setattr__(self, "remove", check_layers(self.remove, self.num_layers))
 
     @property
     def keep(self) -> tuple[int, ...]:
         """The 0-based indices that stay, ascending."""
-        return tuple(index for index in range(self.num_layers) if index not in self.remove)
+        removed = set(self.remove)
+        return tuple(index for index in range(self.num_layers) if index not in removed)
 
     def check_model(self, num_layers: int, identity: Mapping[str, str]) -> None:
         """Raise InvalidPlanError if the plan was made for another model.
@@ -241,18 +190,40 @@ class PruningPlan(JsonFile):
                     f"layers yourself ({','.join(map(str, self.remove))})."
                 )
 
-    @classmethod
-    def _build(cls, data: dict[str, Any]) -> PruningPlan:
-        data["remove"] = tuple(data["remove"])
-        if data.get("scores") is not None:
-            data["scores"] = LayerScores.from_dict(data["scores"])
-        return cls(**data)
+    def _items(self) -> Iterator[tuple[str, Any]]:
+        for name, value in super()._items():
+            yield name, value.to_dict() if isinstance(value, LayerScores) else value
+
+    def _as_changed(self, changed: bool) -> PruningPlan:
+        """The layers as they stand, without what was measured."""
+        prompts = check_type(self.data.get("prompts", []), list[str], "data.prompts")
+        kept = replace(
+            self,
+            data={"prompts": prompts} if prompts else {},
+            scores=None,
+            steps=[],
+            held_out={},
+            healing={},
+            engines={},
+            edited=self.edited or changed,
+        )
+        if kept != self:
+            why = "was changed since it was written" if changed else "has no checksum"
+            logger.warning(
+                "The plan for %s %s: its layers are used as they stand, and what it says was "
+                "measured is left out.",
+                self.model_id,
+                why,
+            )
+        return kept
 
     @classmethod
-    def _convert(cls, data: dict[str, Any]) -> dict[str, Any]:
+    def _convert(cls, values: dict[str, Any]) -> dict[str, Any]:
         """In plan/1 the record of the healing was an option."""
-        options = dict(data.get("options", {}))
-        return {**data, "healing": options.pop("heal", {}), "options": options}
+        options = dict(values.get("options", {}))
+        for name, expected in HELD_OUT.items() if values.get("held_out") else ():
+            check_type(values["held_out"][name], expected, name)
+        return {**values, "healing": options.pop("heal", {}), "options": options}
 
 
 @dataclass(frozen=True)
@@ -292,6 +263,8 @@ class DepthCurve(JsonFile):
             removed = check_layers(point["removed"], self.num_layers)
             if len(removed) != point["n_layers"] or not math.isfinite(point["change"]):
                 raise InvalidPlanError(f"This point of a curve is damaged: {point}.")
+            for name in ("change", "low", "high") if point.get("held_out") else ():
+                check_type(point["held_out"][name], float, name)
 
 
 @dataclass(frozen=True)
@@ -408,13 +381,9 @@ class PruningReport(JsonFile):
 
     def _items(self) -> Iterator[tuple[str, Any]]:
         for name, value in super()._items():
-            yield name, [asdict(one) for one in value] if name == "comparisons" else value
-
-    @classmethod
-    def _build(cls, data: dict[str, Any]) -> PruningReport:
-        data["plan"] = PruningPlan.from_json(json.dumps(data["plan"]))
-        data["comparisons"] = [Comparison(**one) for one in data["comparisons"]]
-        return cls(**data)
+            if name == "comparisons":
+                value = [asdict(one) for one in value]
+            yield name, json.loads(value.to_json()) if isinstance(value, PruningPlan) else value
 
 
 def check_layers(layers: Any, num_layers: int) -> tuple[int, ...]:
@@ -430,7 +399,7 @@ def check_layers(layers: Any, num_layers: int) -> tuple[int, ...]:
             raise InvalidPlanError(f"Layer {index!r} is not an index: {allowed}.")
         if not 0 <= index < num_layers:
             raise InvalidPlanError(f"Layer {index} is out of range: {allowed}.")
-    repeated = sorted({int(index) for index in indices if indices.count(index) > 1})
+    repeated = sorted(index for index, count in Counter(map(int, indices)).items() if count > 1)
     if repeated:
         raise InvalidPlanError(f"Layers {repeated} are listed more than once: list each once.")
     if len(indices) == num_layers:

@@ -6,7 +6,9 @@ import hashlib
 import importlib
 import importlib.metadata
 import logging
+import os
 import re
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -204,3 +206,37 @@ def at_least_one(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise InvalidDataError(f"{name}={value} must be at least 1.")
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a user typed it, with ``~`` expanded.
+
+    Raises:
+        LoadError: no file can have that name.
+    """
+    name = str(text)
+    try:
+        name.encode()
+        path = Path(name).expanduser()
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return path
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise LoadError(f"{name!r:.300} cannot be a path: {reason}. Give another one.") from error
+    return path
+
+
+def regular_file(path: str | Path) -> Path:
+    """`path`, unless it is something that may have no end, or keep a reader waiting.
+
+    Raises:
+        LoadError: it is a pipe, a socket or a device.
+    """
+    found = Path(path)
+    mode = found.stat().st_mode if found.exists() else 0
+    kinds = {"a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK, "a device": stat.S_ISCHR}
+    for kind, is_kind in kinds.items():
+        if is_kind(mode) or (kind == "a device" and stat.S_ISBLK(mode)):
+            raise LoadError(f"{str(path)!r} is {kind}: give a file.")
+    return found

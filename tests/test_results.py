@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_pruner.errors import InvalidPlanError, NonFiniteError, UnknownNameError
-from llm_pruner.results import Comparison, LayerScores, PruningPlan, PruningReport, check_layers
+from llm_pruner.results import (
+    Comparison,
+    DepthCurve,
+    LayerScores,
+    PruningPlan,
+    PruningReport,
+    check_layers,
+)
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -293,8 +302,8 @@ def test_a_file_of_another_kind_is_refused(text, message):
         ({"colour": 1, "size": 2}, r"Unknown fields \['colour', 'size'\] in a .*known: .*'remove'"),
         ({"remove": [9]}, "Layer 9 is out of range"),
         ({"remove": [2, 2]}, r"Layers \[2\] are listed more than once"),
-        ({"remove": ["2"]}, "Layer '2' is not an index"),
-        ({"remove": [1.5]}, "Layer 1.5 is not an index"),
+        ({"remove": ["2"]}, r"remove\[0\] must be of type int, and is '2'"),
+        ({"remove": [1.5]}, r"remove\[0\] must be of type int, and is 1.5"),
         ({"remove": 3}, "Damaged 'llm_pruner.plan/2' file"),
         ({"remove": None}, "Damaged 'llm_pruner.plan/2' file"),
         ({"num_layers": "8"}, "Damaged 'llm_pruner.plan/2' file"),
@@ -352,7 +361,7 @@ def test_a_report_with_a_broken_plan_is_refused(plan):
     good = body["comparisons"][0]
     for bad, message in (
         ({"name": "layers"}, "group"),
-        ({**good, "after": math.nan}, "perplexity is not finite"),
+        ({**good, "after": "3.0"}, "after must be of type float, and is '3.0'"),
         (good, "same name: .'perplexity'"),
     ):
         body["comparisons"] = [good, bad]
@@ -399,3 +408,89 @@ def test_a_comparison_without_a_number_is_refused(field):
 def test_values_are_frozen(plan):
     with pytest.raises(AttributeError, match="cannot assign"):
         plan.remove = (1,)
+
+
+# --- what was changed ---------------------------------------------------------------------------
+@pytest.fixture
+def measured() -> PruningPlan:
+    held = {"change": -0.04, "low": -0.05, "high": -0.03, "unit": "relative", "items": 8}
+    return PruningPlan(
+        "some/model",
+        8,
+        (2, 5),
+        scores=LayerScores({0: 1.0, 1: 2.0}),
+        steps=[{"change": -0.1}],
+        held_out={**held, "fingerprint": "abc"},
+        data={"items": 8, "fingerprint": "def", "prompts": ["a", "b"]},
+    )
+
+
+def test_a_plan_that_is_only_laid_out_anew_is_the_same(measured):
+    data = json.loads(measured.to_json())
+    again = json.dumps(dict(reversed(data.items())), indent=7)
+    assert PruningPlan.from_json(again) == measured
+
+
+@pytest.mark.parametrize("field", ["remove", "held_out", "scores", "data", "checksum"])
+def test_a_plan_that_was_edited_keeps_its_layers_and_loses_what_was_measured(
+    measured, field, caplog
+):
+    data = json.loads(measured.to_json())
+    edits = {"remove": [1], "checksum": "0", "data": {"items": 9, "prompts": ["a", "b"]}}
+    edits["scores"] = {**data["scores"], "scores": {"0": 2.5, "1": 0.5}}
+    edits["held_out"] = {**data["held_out"], "change": -0.001}
+    found = PruningPlan.from_json(json.dumps({**data, field: edits[field]}))
+    wanted = PruningPlan("some/model", 8, (1,) if field == "remove" else (2, 5), edited=True)
+    assert found == replace(wanted, data={"prompts": ["a", "b"]})
+    assert "was changed since it was written" in caplog.text
+    assert PruningPlan.from_json(found.to_json()) == found  # and stays so
+
+
+def test_a_curve_that_was_edited_is_refused():
+    points = [{"n_layers": 1, "removed": [2], "change": -0.1, "held_out": None}]
+    curve = DepthCurve("m", 8, "smart", "relative", points)
+    assert DepthCurve.from_json(curve.to_json()) == curve
+    with pytest.raises(InvalidPlanError, match="was changed since llm_pruner wrote it"):
+        DepthCurve.from_json(curve.to_json().replace("-0.1", "-0.01"))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+PLAN_FIELDS = [field.name for field in dataclasses.fields(PruningPlan)]
+
+
+@given(field=st.sampled_from(PLAN_FIELDS), value=JSON)
+def test_any_value_in_any_field_is_a_plan_or_refused(field, value):
+    text = json.dumps({**json.loads(PruningPlan("m", 8, (2,)).to_json()), field: value})
+    try:
+        found = PruningPlan.from_json(text)
+    except InvalidPlanError:
+        return
+    assert PruningPlan.from_json(found.to_json()) == found
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("[" * 50_000, "nested too deeply|Expecting"),
+        ("[" * 200 + "]" * 200, "nested more than 100 deep"),
+        ("1" * 5000, "a number of 5000 digits"),
+        ("1e999", "1e999 is not a finite number"),
+        ("-Infinity", "-Infinity is not a finite number"),
+        (r'"\ud800"', "surrogates not allowed"),
+        ('{"a": 1, "a": 2}', "'a' is there twice"),
+    ],
+    ids=str,
+)
+def test_json_of_no_sane_size_is_refused(value, reason):
+    with pytest.raises(InvalidPlanError, match=f"Not valid JSON: .*({reason})"):
+        PruningPlan.from_json(f'{{"format": "llm_pruner.plan/2", "options": {value}}}')
+
+
+def test_a_plan_from_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "plan.json")
+    with pytest.raises(InvalidPlanError, match="is a pipe: give a file"):
+        PruningPlan.load(tmp_path / "plan.json")

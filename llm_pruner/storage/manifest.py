@@ -11,7 +11,8 @@ from typing import Any
 from ..config.config_file import is_mtp
 from ..config.layer_names import LayerNames
 from ..errors import InvalidPlanError
-from ..results import JsonFile, PruningPlan, check_layers
+from ..json_files import JsonFile
+from ..results import PruningPlan, check_layers
 from .safetensors_files import Checkpoint, Kept, Pair, tensor_hashes
 
 FROM_MEMORY = "memory/"  # begins the names of files that hold what was in memory
