@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..config.config_file import NeedsMemoryError, is_spelled_out, prune_config_file
+from ..config.config_file import (
+    NeedsMemoryError,
+    is_spelled_out,
+    prune_config_file,
+    stored_quantization,
+)
 from ..config.layer_names import LayerNames
 from ..config.rules import MTP_COUNTS
-from ..errors import UnsupportedModelError
+from ..config.tensor_shapes import find_misfit
+from ..errors import LoadError, UnsupportedModelError
 from ..results import PruningPlan
 from ..storage.safetensors_files import Checkpoint
+from ..utils import logger
 
 # What a config says of the program and the moment rather than of the model.
 NOT_OF_MODEL = frozenset(
@@ -45,8 +54,12 @@ def pruned_config(
     values = checkpoint.config
     config = prune_config_file(values, plan.keep, layers.num_layers, drop_mtp=plan.drop_mtp)
     one_list = len(layers.prefixes) == 1
+    shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors.values()}
     if verify or not one_list or not is_spelled_out(values, layers.num_layers):
         config = as_read(config, _by_class(checkpoint, layers, plan, trust_remote_code))
+    elif misfit := find_misfit(shapes, values, layers):
+        logger.info("The model's class is asked about the tensors: %s.", misfit)
+        _refuse_unloadable(checkpoint, _empty_model(checkpoint, trust_remote_code))
     return config
 
 
@@ -118,13 +131,10 @@ def _by_class(
 ) -> Any:
     """The pruned config from `LayerStack.remove`, which may not change a weight."""
     from ..model.layer_stack import LayerStack
-    from ..model.loading import empty_model
 
-    source = checkpoint.source
-    revision = None if source.folder else source.revision
-    name = str(source.folder or source.name)
-    model = empty_model(name, trust_remote_code=trust_remote_code, revision=revision)
+    model = _empty_model(checkpoint, trust_remote_code)
     stack = LayerStack(model)
+    _refuse_unloadable(checkpoint, model)
     _refuse_other_layers(checkpoint, layers, stack)
     pruned = stack.remove(plan.remove)
     changed = _changed_weights(stack, pruned, plan)
@@ -135,6 +145,51 @@ def _by_class(
             "which loads the model."
         )
     return pruned.config
+
+
+def _empty_model(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    from ..model.loading import empty_model
+
+    source = checkpoint.source
+    revision = None if source.folder else source.revision
+    name = str(source.folder or source.name)
+    return empty_model(name, trust_remote_code=trust_remote_code, revision=revision)
+
+
+def _refuse_unloadable(checkpoint: Checkpoint, model: Any) -> None:
+    """Raise LoadError if transformers could not load the original: its output could not be either.
+
+    Weights that are quantised, or that are put together when they are loaded, have other shapes in
+    memory, and are not compared.
+    """
+    from ..model.stored_names import loading_keys, one_of_each
+
+    if stored_quantization(checkpoint.config):
+        return
+    keys = loading_keys(model, one_of_each(checkpoint.tensors))
+    sources = Counter(keys.values())
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    needed = dict(model.named_parameters(remove_duplicate=False))
+    wrong = [
+        f"{key!r} is not there"
+        for key in needed
+        if key not in sources
+        and key not in (*tied, *tied.values())
+        and not any(re.search(pattern, key) for pattern in optional)
+    ]
+    for name, key in keys.items():
+        alone = sources[key] == 1 and name.split(".")[-2:] == key.split(".")[-2:]
+        shape = checkpoint.tensors[name].shape
+        if alone and key in needed and tuple(needed[key].shape) != shape:
+            wanted = list(needed[key].shape)
+            wrong.append(f"{name!r} is of shape {list(shape)}, and would have to be {wanted}")
+    if wrong:
+        raise LoadError(
+            f"Checkpoint {checkpoint.source.name!r} does not fit {type(model).__name__}, so "
+            f"nothing could load it, whole or pruned: {wrong[0]} ({len(wrong)} such). Fetch the "
+            "checkpoint again, or correct its config.json."
+        )
 
 
 def _refuse_other_layers(checkpoint: Checkpoint, layers: LayerNames, stack: Any) -> None:

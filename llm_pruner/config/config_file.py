@@ -13,11 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import LoadError, UnsupportedModelError
+from ..results import MOST_LAYERS
 from .layer_names import LayerNames
 from .outer_rules import prune_outer
-from .rules import COUNT_FIELDS, MTP_COUNTS, OTHER_TOWERS, extra_layers, prune_config
+from .rules import COUNT_FIELDS, FIELD_RULES, MTP_COUNTS, OTHER_TOWERS, extra_layers, prune_config
 
-MOST_LAYERS = 10_000  # a config that claims more is damaged
 # Parts of a config that describe the decoder of a composite model, the likeliest first.
 PART_NAMES = (
     "text_config",
@@ -56,6 +56,14 @@ MTP_SWITCHES = ("use_mtp",)
 MTP_TENSORS = re.compile(r"(?:^|.*\.)(?:mtp|mtp_\w+|nextn)\.")
 
 
+# What the values of fields have to be, wherever they stand; None is allowed everywhere.
+TEXTS = ("model_type", "hybrid_override_pattern")
+LISTS_OF_TEXTS = ("architectures", "layer_types", "layers_block_type", "indexer_types")
+OBJECTS = (*PART_NAMES, "quantization_config", "compression_config", "auto_map")
+SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
+LARGEST = 10**9  # of a size or an index
+
+
 class NeedsMemoryError(UnsupportedModelError):
     """The removal changes weights, so that byte ranges alone do not make the pruned model."""
 
@@ -87,6 +95,63 @@ def layer_count(values: dict[str, Any]) -> int | None:
     return next((len(kind) for kind in kinds if isinstance(kind, list) and kind), None)
 
 
+def check_config(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the contents of a config.json if they can be those of a model.
+
+    Args:
+        values: a JSON object.
+        name: the checkpoint, for messages.
+
+    Raises:
+        LoadError: a field that says where the layers are, and of what kind, has another type or
+            another range than it needs, or two fields count different numbers of layers.
+    """
+    parts = [values]
+    while parts:
+        part = parts.pop()
+        parts += [part[n] for n in PART_NAMES if isinstance(part.get(n), dict)]
+        for field, value in part.items():
+            wanted = None if value is None else _wanted(field, value)
+            if wanted is not None:
+                raise LoadError(
+                    f"config.json of checkpoint {name!r} says {field}={value!r:.80}, which must be "
+                    f"{wanted}. Correct it, or fetch the checkpoint again."
+                )
+        counts = {field: part[field] for field in COUNT_FIELDS if type(part.get(field)) is int}
+        counts.pop("num_layers_per_stack", None)
+        if len(set(counts.values())) > 1:
+            said = " and ".join(f"{field}={count}" for field, count in counts.items())
+            raise LoadError(
+                f"config.json of checkpoint {name!r} counts its layers twice, {said}: delete the "
+                "field that is not that of the model's class."
+            )
+    return values
+
+
+def _wanted(field: str, value: Any) -> str | None:
+    """What the value of a field would have to be; None where it is that."""
+    if field in TEXTS:
+        return None if isinstance(value, str) else "a text"
+    if field in LISTS_OF_TEXTS:
+        found = value if isinstance(value, list) else [None]
+        return None if all(isinstance(one, str) for one in found) else "a list of texts"
+    if field in OBJECTS:
+        return None if isinstance(value, dict) else "an object"
+    if field in COUNT_FIELDS:
+        fits = type(value) is int and 0 < value <= MOST_LAYERS
+        other = field in ("layers", "num_blocks") and isinstance(value, list)
+        return None if fits or other else f"a whole number from 1 to {MOST_LAYERS:,}"
+    numbers = value if isinstance(value, list) else [value]
+    whole = all(type(one) is int for one in numbers)
+    if field in SIZES and not (whole and all(0 < one <= LARGEST for one in numbers)):
+        return f"a whole number from 1 to {LARGEST:,}"
+    if field in (*FIELD_RULES, *MTP_COUNTS) and not (
+        isinstance(value, bool) or (whole and all(0 <= one <= LARGEST for one in numbers))
+    ):
+        return "whole numbers from 0"
+    return None
+
+
 def find_layers(tensors: Iterable[str], values: dict[str, Any], name: str) -> LayerNames:
     """The decoder layers of a checkpoint, by the names of its tensors and its config.json.
 
@@ -101,18 +166,9 @@ def find_layers(tensors: Iterable[str], values: dict[str, Any], name: str) -> La
         LoadError: tensors and config contradict each other.
         NeedsMemoryError: no tensors are numbered as layers are.
     """
-    indices: dict[str, set[int]] = {}
-    for tensor in tensors:
-        match = re.match(r"((?:[^.]*\.)*?)(\d+)\.", tensor)
-        if match and not any(tower in match[1] for tower in OTHER_TOWERS):
-            indices.setdefault(match[1], set()).add(int(match[2]))
-    stacks = {  # complete from 0 on, and not heads beside the decoder
-        prefix: found
-        for prefix, found in indices.items()
-        if 0 in found and not MTP_TENSORS.match(prefix)
-    }
+    stacks = _numbered(tensors)
     count = layer_count(values)
-    if not stacks or (count is not None and not 0 < count <= MOST_LAYERS):
+    if not stacks:
         raise NeedsMemoryError(
             f"No layers were found in checkpoint {name!r}: its config counts {count or 'none'}, "
             "and no tensors are numbered so. Use BasePruner.prune_and_save, which loads the model."
@@ -137,6 +193,37 @@ def find_layers(tensors: Iterable[str], values: dict[str, Any], name: str) -> La
             "config.json, or fetch the checkpoint again."
         )
     return LayerNames(fitting, count)
+
+
+def refuse_lacking_layers(tensors: Iterable[str], values: dict[str, Any], name: str) -> None:
+    """Raise LoadError if a config.json counts more layers than there are tensors of any.
+
+    transformers would build the others, however many, with random weights.
+    """
+    count, stacks = layer_count(values), _numbered(tensors)
+    numbered = max((max(found) + 1 for found in stacks.values()), default=0)
+    if count is not None and stacks and numbered < count:
+        raise LoadError(
+            f"Checkpoint {name!r} contradicts itself: its config counts {count} layers, and there "
+            f"are tensors of {numbered}. Correct config.json, or fetch the checkpoint again."
+        )
+
+
+def _numbered(tensors: Iterable[str]) -> dict[str, set[int]]:
+    """The indices of layers by what comes before them in the names of tensors.
+
+    Only those that begin with 0, and not heads beside the decoder.
+    """
+    indices: dict[str, set[int]] = {}
+    for tensor in tensors:
+        match = re.match(r"((?:[^.]*\.)*?)([0-9]{1,9})\.", tensor)
+        if match and not any(tower in match[1] for tower in OTHER_TOWERS):
+            indices.setdefault(match[1], set()).add(int(match[2]))
+    return {
+        prefix: found
+        for prefix, found in indices.items()
+        if 0 in found and not MTP_TENSORS.match(prefix)
+    }
 
 
 def stored_quantization(values: dict[str, Any]) -> str | None:

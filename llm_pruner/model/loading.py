@@ -8,11 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config.config_file import check_config, refuse_lacking_layers
 from ..config.gguf_metadata import find_blocks
 from ..distributed import launched_here
 from ..errors import LoadError, UnsupportedModelError
 from ..storage.gguf_models import find_gguf, read_gguf_checkpoint, write_joined
-from ..utils import explain_load_failure, get_device, no_foreign_bars, resolve_model_id
+from ..storage.safetensors_files import check_files
+from ..storage.sources import INDEX_FILE, SINGLE_FILE, LocalFolder
+from ..utils import (
+    explain_load_failure,
+    get_device,
+    no_foreign_bars,
+    regular_file,
+    resolve_model_id,
+    user_path,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -114,7 +124,6 @@ def read_model(
     Raises:
         LoadError: the model cannot be found or read, or tensors of it are missing.
     """
-    from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
     if paths := find_gguf(model_id):
@@ -126,7 +135,9 @@ def read_model(
         model, info = auto.from_pretrained(
             source, dtype=dtype, output_loading_info=True, **options, **placement
         )
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of it
         raise LoadError(explain_load_failure("model", model_id, error)) from error
     _refuse_missing(info, model_id)
     return model, tokenizer
@@ -205,9 +216,17 @@ def model_class(model_id: str, **options: Any) -> tuple[str, Any, Any]:
             f"{model_id!r} is in GGUF, which has to be dequantised into memory as a whole: leave "
             "--max-memory out, or use the original model."
         )
+    folder = user_path(source)
+    if folder.is_dir():
+        _check_folder(folder, model_id)
     try:
+        if not folder.is_dir():
+            values, _ = transformers.PretrainedConfig.get_config_dict(source, **options)
+            check_config(values, model_id)
         config = transformers.AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except LoadError:
+        raise
+    except Exception as error:  # whatever strange values make of it
         raise LoadError(explain_load_failure("model", model_id, error)) from error
     auto = _auto_class(config, bool(options.get("trust_remote_code")))
     if auto is None or getattr(config, "is_encoder_decoder", False):
@@ -219,6 +238,21 @@ def model_class(model_id: str, **options: Any) -> tuple[str, Any, Any]:
             "image, audio or video models around one, are supported."
         )
     return source, auto, config
+
+
+def _check_folder(folder: Path, model_id: str) -> None:
+    """Refuse what transformers would wait for, believe, or fill up with random weights.
+
+    Raises:
+        LoadError: a file is none that can be read to its end, a header or config.json is damaged,
+            or config.json counts more layers than there are.
+    """
+    for path in folder.iterdir():
+        regular_file(path)
+    source = LocalFolder(folder, model_id)
+    values = check_config(source.read_json("config.json"), model_id)
+    if any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+        refuse_lacking_layers(check_files(source), values, model_id)
 
 
 def _auto_class(config: Any, trusted: bool) -> Any:

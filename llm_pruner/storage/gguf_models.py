@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import LoadError
+from ..utils import user_path
 from .gguf_files import MAGIC, Field, GgufFile, read_gguf, write_gguf
 from .safetensors_files import Checkpoint, StoredTensor
 from .sources import PICKLES, LocalFolder
@@ -58,8 +59,8 @@ def find_gguf(model_id: str | Path) -> list[Path]:
         LoadError: there is no such file, a part is missing, or a folder holds several models, or
             folders with some.
     """
-    path = Path(model_id).expanduser()
-    if os.path.isdir(path):  # which no text is too long or too odd for
+    path = user_path(model_id)
+    if path.is_dir():
         return _in_folder(path)
     if path.suffix.lower() != ".gguf" and not _begins_as_gguf(path):
         return []

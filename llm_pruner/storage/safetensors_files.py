@@ -16,6 +16,8 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any
 
+from ..config.config_file import check_config
+from ..json_files import check_type
 from .sources import FILE_BLOCK, INDEX_FILE, MAX_JSON, SINGLE_FILE, Source
 
 Shape = tuple[int, ...]
@@ -67,7 +69,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The contents of config.json."""
-        return self.source.read_json("config.json")
+        return check_config(self.source.read_json("config.json"), self.source.name)
 
     @property
     def bytes(self) -> int:
@@ -126,6 +128,17 @@ def read_checkpoint(source: Source) -> Checkpoint:
     return Checkpoint(source, tensors, metadata)
 
 
+def check_files(source: Source) -> list[str]:
+    """The names of all tensors of a checkpoint whose headers are whole, whatever its index says.
+
+    Raises:
+        LoadError: see `read_checkpoint`.
+    """
+    shapes: dict[Shape, Shape] = {}
+    found = (_read_header(source, file, shapes)[0] for file in source.weight_files())
+    return [tensor.name for tensors in found for tensor in tensors]
+
+
 def _samples(checkpoint: Checkpoint) -> Iterator[tuple[str, bytes]]:
     """Some bytes of every tensor, file by file."""
     for file, tensors in groupby(checkpoint.tensors.values(), key=_file):
@@ -148,9 +161,11 @@ def _read_header(
     if len(prefix) < 8 or length > MAX_JSON or 8 + length > size:
         raise source.broken(file, f"it has {size:,} bytes and claims a header of {length:,}")
     header = source.read_json(file, 8, 8 + length)
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict):
-        raise source.broken(file, "its metadata is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    try:
+        metadata = check_type(metadata, dict[str, str], "__metadata__")
+    except ValueError as error:
+        raise source.broken(file, str(error)) from error
     base = 8 + length
     tensors = [_entry(source, file, name, entry, base, shapes) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.end))

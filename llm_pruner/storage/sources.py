@@ -9,20 +9,21 @@ import errno
 import json
 import os
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import LoadError
-from ..utils import explain_load_failure, logger, resolve_model_id
+from ..json_files import parse_json
+from ..utils import explain_load_failure, logger, resolve_model_id, user_path
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 FILE_BLOCK = 4096  # bytes: the unit in which file systems share data, if they do
 BLOCK = 2**24  # bytes read at once where the kernel cannot copy
+MOST_FILES = 100_000
 MAX_JSON = 100_000_000  # bytes, the limit of the safetensors library for a header
 Read = Callable[[int, int], bytes]  # of a file that is open, the bytes of a range
 NOT_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
@@ -34,9 +35,14 @@ def open_source(model_id: str | Path, revision: str | None = None) -> Source:
     Raises LoadError if there is nothing of that name.
     """
     name = str(model_id)
-    folder = Path(resolve_model_id(name)).expanduser()
-    if folder.is_dir():
+    folder = user_path(resolve_model_id(name))
+    if (folder / "config.json").exists():
         return LocalFolder(folder, name)
+    if folder.is_dir():
+        raise LoadError(
+            f"Folder {name!r} holds no config.json, so it is no checkpoint: give the folder that "
+            "save_pretrained has written, or an id on the hub."
+        )
     if folder.exists() or folder.is_absolute() or name.startswith((".", "~")):
         raise LoadError(f"Checkpoint {name!r} is not a folder: give a folder, or an id on the hub.")
     return cached_source(name, revision) or HubRepository(name, revision)
@@ -45,8 +51,12 @@ def open_source(model_id: str | Path, revision: str | None = None) -> Source:
 def cached_source(repo_id: str, revision: str | None = None) -> LocalFolder | None:
     """The copy of a hub repository in the local cache, if its weights are complete."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    try:
+        found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    except HFValidationError as error:  # a URL, say
+        raise LoadError(explain_load_failure("model", repo_id, error)) from error
     if not isinstance(found, str):
         return None
     source = LocalFolder(Path(found).parent, repo_id, Path(found).parent.name)
@@ -110,8 +120,8 @@ class Source(ABC):
         if end - start > MAX_JSON:
             raise self.broken(file, f"it has {end - start:,} bytes")
         try:
-            found = json.loads(self._text(file, start, end), object_pairs_hook=_unique)
-        except (ValueError, RecursionError) as error:
+            found = parse_json(self._text(file, start, end))
+        except ValueError as error:
             raise self.broken(file, f"not valid JSON: {error}") from error
         if not isinstance(found, dict):
             raise self.broken(file, "it holds no JSON object")
@@ -119,7 +129,7 @@ class Source(ABC):
 
     def _text(self, file: str, start: int, end: int) -> str:
         raw = self.read(file, start, end)  # freed before the text is taken apart
-        return raw.decode(json.detect_encoding(raw), "surrogatepass")
+        return raw.decode(json.detect_encoding(raw))
 
     def weight_files(self) -> list[str]:
         """The safetensors files that hold the weights, sorted; see `weight_map`."""
@@ -133,9 +143,12 @@ class Source(ABC):
             LoadError: there are no weights, or the index names anything but files beside it.
         """
         there = set(self.files())
+        if SINGLE_FILE in there:
+            if INDEX_FILE in there:
+                message = "%s has both %s and %s: the first is used, as transformers does."
+                logger.info(message, self.name, SINGLE_FILE, INDEX_FILE)
+            return None
         if INDEX_FILE not in there:
-            if SINGLE_FILE in there:
-                return None
             raise LoadError(_no_weights(self.name, there))
         weight_map = self.read_json(INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -166,14 +179,6 @@ def _is_plain(file: Any) -> bool:
     )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{twice!r} is there twice")
-    return found
-
-
 def _no_weights(name: str, there: set[str]) -> str:
     pickle = min((file for file in there if file.endswith(PICKLES)), default=None)
     if pickle is not None:
@@ -198,8 +203,16 @@ class LocalFolder(Source):
         self.folder, self.name, self.revision = Path(folder), name or str(folder), revision
 
     def files(self) -> list[str]:
-        found = (path for path in self.folder.rglob("*") if path.is_file())
-        return sorted(path.relative_to(self.folder).as_posix() for path in found)
+        found: list[str] = []
+        for folder, _, names in os.walk(self.folder):
+            paths = (Path(folder, name) for name in names)
+            found += [path.relative_to(self.folder).as_posix() for path in paths if path.is_file()]
+            if len(found) > MOST_FILES:
+                raise LoadError(
+                    f"Folder {self.name!r} holds more than {MOST_FILES:,} files, so it is no "
+                    "checkpoint: give the folder of one."
+                )
+        return sorted(found)
 
     def size(self, file: str) -> int:
         with self._reading(file):
