@@ -29,7 +29,7 @@ import os
 import random
 import re
 import select
-import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -41,15 +41,32 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HOME"] = os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="faults-home-")
 
-import fault_files
-import fault_places
+import fault_cards
+import fault_data
+import fault_judges
+import fault_models
+import fault_plans
 import fault_rooms
-import fault_texts
+import fault_steps
+import fault_trees
+import fault_words
 import torch
 from fault_rooms import BAD, COLUMNS, DOCUMENTED, Base, Case, Ended
 from transformers.utils import logging as transformers_logging
 
-AREAS = {**fault_files.AREAS, **fault_texts.AREAS, **fault_places.AREAS}
+AREAS = {
+    name: area
+    for module in (
+        fault_words,
+        fault_models,
+        fault_plans,
+        fault_data,
+        fault_cards,
+        fault_trees,
+        fault_steps,
+    )
+    for name, area in module.AREAS.items()
+}
 WRONG_WORDS = re.compile(
     r"Traceback \(most recent|Exception ignored|Fatal Python error|Error in sys\.|"
     r"(?i:\bthis is a bug\b|\bunexpected error\b|\binternal error\b|please report)"
@@ -71,14 +88,17 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     fault_rooms.preload()
-    with tempfile.TemporaryDirectory(prefix="faults-") as name:
-        (Path(name) / "base").mkdir()
-        base = fault_rooms.build(Path(name) / "base", args.limit)
-        fault_rooms.OLD_OUTPUT |= {
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    try:
+        (folder / "base").mkdir()
+        base = fault_rooms.build(folder / "base", args.limit)
+        fault_judges.OLD_OUTPUT |= {
             str(path.relative_to(base.folder / "o")) for path in (base.folder / "o").rglob("*")
         }
-        results = run_all(identifiers(args), base, Path(name), args)
-    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+        results = run_all(identifiers(args), base, folder, args)
+    finally:
+        clear(folder)
+        clear(Path(os.environ["HF_HOME"]))
     report(results, args)
     raise SystemExit(any(result["column"] in BAD for result in results))
 
@@ -117,11 +137,16 @@ def run_all(
             os.waitpid(pid, 0)
             told = place.with_suffix(".json")
             results.append(json.loads(told.read_text()))
-            shutil.rmtree(place, ignore_errors=True)
+            clear(place)
             if len(results) % 100 == 0:
                 seconds = time.monotonic() - started
                 print(f"{len(results)} cases, {seconds:.0f} s", file=sys.stderr, flush=True)
     return sorted(results, key=lambda one: (list(AREAS).index(one["area"]), one["number"]))
+
+
+def clear(folder: Path) -> None:
+    """Remove a folder, however deep it is."""
+    subprocess.run(["rm", "-rf", "--", str(folder)], check=False, stderr=subprocess.DEVNULL)
 
 
 def _one(area: str, number: int, base: Base, place: Path, args: argparse.Namespace) -> None:
@@ -135,7 +160,7 @@ def _one(area: str, number: int, base: Base, place: Path, args: argparse.Namespa
         drawn = random.Random(f"{area}:{number}:{args.seed}")
         os.chdir(place / "room")
         case = AREAS[area].draw(drawn, number, place / "room", base)
-        before = fault_rooms.listing(place)
+        before = fault_judges.listing(place)
         started = time.monotonic()
         ended = (case.run or fault_rooms.run_command)(case, place, args.limit)
         seconds = time.monotonic() - started
@@ -163,7 +188,7 @@ def _one(area: str, number: int, base: Base, place: Path, args: argparse.Namespa
 
 
 def judged(
-    case: Case, place: Path, before: fault_rooms.Listing, ended: Ended, base: Base
+    case: Case, place: Path, before: fault_judges.Listing, ended: Ended, base: Base
 ) -> tuple[str, str]:
     """The column that a case counts in, and why."""
     if ended.code is None:
@@ -172,7 +197,7 @@ def judged(
         return "TRACEBACK", signature(ended.err + ended.out) or found[0]
     if case.said:
         return case.said[0]
-    stray = fault_rooms.strayed(case, place, before, fault_rooms.listing(place), ended)
+    stray = fault_judges.strayed(case, place, before, fault_judges.listing(place), ended)
     if ended.code != 0:
         if ended.code not in DOCUMENTED:
             return "TRACEBACK", f"exit status {ended.code}"
@@ -193,17 +218,17 @@ def worth(case: Case, place: Path, ended: Ended, base: Base) -> tuple[str, str]:
     """What a run is worth that ended with 0."""
     room, wrong = place / "room", None
     if case.removed is not None:
-        out = place / fault_rooms.resolved(case.output, place)
+        out = place / fault_judges.resolved(case.output, place)
         nested = [path for path in out.rglob("pruning_plan.json") if path.parent != out]
         if not (out / "pruning_plan.json").is_file():
             return "SILENT WRONG", "no output where it was asked for"
         if nested:
             return "SILENT WRONG", f"an earlier output is nested in it: {nested[0].parent.name}"
         if case.intact:
-            wrong = fault_rooms.compare_bytes(base.folder / "m", out, case.removed)
+            wrong = fault_judges.compare_bytes(base.folder / "m", out, case.removed)
         else:
-            source, removed = place / fault_rooms.resolved(case.source, place), case.removed
-            job = fault_rooms.muted(lambda: fault_rooms.compare_models(source, out, removed))
+            source, removed = place / fault_judges.resolved(case.source, place), case.removed
+            job = fault_rooms.muted(lambda: fault_judges.compare_models(source, out, removed))
             told = fault_rooms.forked(job, place, base.limit, "judge-")
             said = json.loads(told.out) if told.code == 0 else {"source": "does not load at all"}
             if said["source"] is not None:
@@ -224,7 +249,7 @@ def _unloadable(said: dict[str, Any], place: Path, case: Case, out: Path) -> tup
     """A source that stock transformers cannot load was pruned: is the output sound at least?"""
     if said.get("output", "") is None and case.removed is not None:
         source = place / "room" / case.source
-        if fault_rooms.compare_bytes(source, out, case.removed) is None:
+        if fault_judges.compare_bytes(source, out, case.removed) is None:
             return "right", ""
     return "garbage-in accepted", f"stock transformers: {said['source']}"
 
@@ -248,8 +273,8 @@ def against_twin(case: Case, place: Path, ended: Ended, base: Base) -> tuple[str
     if clean.code != 0:
         return "SILENT WRONG", f"the clean run fails: {clean.err[-200:]}"
     try:
-        wrong = fault_rooms.differing(
-            fault_rooms.plan_of(ended.out), fault_rooms.plan_of(clean.out)
+        wrong = fault_judges.differing(
+            fault_judges.plan_of(ended.out), fault_judges.plan_of(clean.out)
         )
     except ValueError:
         wrong = "no plan was printed"
@@ -282,7 +307,9 @@ def report(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
         if one["column"] in (*BAD, "garbage-in accepted"):
             cause = one["kind"]
             if one["column"] == "TRACEBACK":
-                parts = re.match(r"([\w.]+Error\w*|[\w.]+).*?( at llm_pruner\S+ in \S+)?$", cause_of(one))
+                parts = re.match(
+                    r"([\w.]+Error\w*|[\w.]+).*?( at llm_pruner\S+ in \S+)?$", cause_of(one)
+                )
                 cause = "".join(filter(None, parts.groups())) if parts else cause_of(one)
             groups[one["column"], one["area"], cause].append(one)
     order = [*BAD, "garbage-in accepted"]
