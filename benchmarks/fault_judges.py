@@ -166,12 +166,16 @@ def compare_models(source: Path, out: Path, removed: list[int]) -> dict[str, str
             name
             for name in config.keys() | new_config.keys()
             if name not in ("num_hidden_layers", "layer_types")
-            and json.dumps(config.get(name), default=str, sort_keys=True)
-            != json.dumps(new_config.get(name), default=str, sort_keys=True)
+            and _shown(config.get(name)) != _shown(new_config.get(name))
             and config.get(name) != count
         ]
         said["output"] = f"config: {sorted(differing)}" if differing else None
     return said
+
+
+def _shown(value: Any) -> str:
+    """A value of a config, to be compared; empty ones are alike."""
+    return json.dumps(value or None, default=str, sort_keys=True)
 
 
 def normalise(source: Path, target: Path) -> None:

@@ -78,7 +78,8 @@ def plans_case(drawn: random.Random, number: int, room: Path, base: Base) -> Cas
     else:
         where, raw = drawn.choice(_top_first(drawn, plan)), drawn.choice(ODD)
         kind, what = f"plan: field {where[0]}", f"{'.'.join(map(str, where))} = {short(raw)}"
-        garbage = not _same_kind(_at(plan, where), raw)
+        free = len(where) > 1 and where[0] in ("options", "data", "steps")  # as anybody likes
+        garbage = not free and not _same_kind(_at(plan, where), raw)
         text = with_value(plan, where, raw)
         if where[0] == "remove":
             garbage = True

@@ -246,7 +246,6 @@ STREAMS: dict[str, tuple[str, dict[str, str | None], str, bool]] = {
         "err",
         False,
     ),
-    "stdin is a folder": ('"$@" </', {}, "", False),
     "no HOME": ("", {"HOME": None}, "", True),
     "HOME empty": ("", {"HOME": ""}, "", True),
     "HOME nowhere": ("", {"HOME": "/nonexistent"}, "", True),

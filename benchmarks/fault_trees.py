@@ -6,6 +6,7 @@ Each function draws one case and prepares its room.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,6 @@ TREES: dict[str, tuple[Callable[[Path, Base], Any], list[str], bool]] = {
             "model-extra.safetensors",
             "figures/mine.png",
             "tokenizer.model",
-            "report.html",
             "\udcff",
             "x\ny",
             "training.log",
@@ -176,7 +176,6 @@ TREES: dict[str, tuple[Callable[[Path, Base], Any], list[str], bool]] = {
             "%s.json",
             "pruning_plan.json",
             "pruning_manifest.json",
-            "report.html",
             "\u202e.md",
             " .txt",
             "a\\b.txt",
@@ -203,7 +202,8 @@ def trees_case(drawn: random.Random, number: int, room: Path, base: Base) -> Cas
             words, what = [*words, *more], f"{what} ({more[0]})"
     removed = [3] if "--plan" in words else [1, 2]
     output = words[words.index("--output") + 1]
-    return Case(what, what, list(words), removed, output=output, must=must, intact=True)
+    kind = re.sub(r".*(?= in the (old output|model))", "something", what.split(" (")[0])
+    return Case(kind, what, list(words), removed, output=output, must=must, intact=True)
 
 
 AREAS = {"trees": Area(200, trees_case)}

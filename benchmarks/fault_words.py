@@ -119,7 +119,7 @@ def words_case(drawn: random.Random, number: int, room: Path, base: Base) -> Cas
             words, removed = [f"--model={name}", *scored], None
         check = None if fine else lambda room, ended: f"there is no model {short(name)!r}"
         what = f"--model={short(name)}"
-        return Case(f"model name {what}", what, words, removed, name, check=check, must=fine)
+        return Case("model name", what, words, removed, name, check=check, must=fine)
     if kind == "output":
         name = drawn.choice(OUTPUTS)
         words = ["--model", "m", "--layers", "1,2", f"--output={name}"]
@@ -132,9 +132,7 @@ def words_case(drawn: random.Random, number: int, room: Path, base: Base) -> Cas
                 [w for w in words if w not in ("--n-layers", "2")] if "--sweep" in more else words
             )
             words, removed, what = [*words, *more], None, f"{what} {' '.join(more)}"
-        return Case(
-            f"output name {what}", what, words, removed, output=name, check=check, intact=True
-        )
+        return Case("output name", what, words, removed, output=name, check=check, intact=True)
     if kind == "option":
         option = drawn.choice(OPTIONS)
         value = drawn.choice([*TEXTS.get(option, []), *NUMBERS])
@@ -178,7 +176,7 @@ def beside_case(drawn: random.Random, room: Path) -> Case:
         words += ["--resume"] if "resume" in how else []
     removed = [1, 2] if how == "disk" else None
     return Case(
-        f"{path.name} is {what}", f"{path.name} is {what}, {how}", words, removed, intact=True
+        f"{path.name} of the user", f"{path.name} is {what}, {how}", words, removed, intact=True
     )
 
 
@@ -196,7 +194,7 @@ def yaml_case(drawn: random.Random) -> Case:
     if drawn.random() < 0.4:
         words += ["--dry-run"]
     return Case(
-        f"--export-yaml={short(name)}",
+        "--export-yaml",
         f"--export-yaml={short(name)}{' --dry-run' if '--dry-run' in words else ''}",
         words,
         None if "--dry-run" in words else [1, 2],

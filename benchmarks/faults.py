@@ -24,6 +24,7 @@ description; ends with exit status 1 if a column in capitals is not empty. A cas
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -88,6 +89,8 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     fault_rooms.preload()
+    gc.collect()
+    gc.freeze()  # forks then share what is loaded
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     try:
         (folder / "base").mkdir()
@@ -305,12 +308,11 @@ def report(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for one in results:
         if one["column"] in (*BAD, "garbage-in accepted"):
-            cause = one["kind"]
+            told = cause_of(one)
             if one["column"] == "TRACEBACK":
-                parts = re.match(
-                    r"([\w.]+Error\w*|[\w.]+).*?( at llm_pruner\S+ in \S+)?$", cause_of(one)
-                )
-                cause = "".join(filter(None, parts.groups())) if parts else cause_of(one)
+                cause = re.sub(r"^([\w.]+)(?::.*?)?( at llm_pruner\S+ in \S+)?$", r"\1\2", told)
+            else:  # a name is gone, changed, left; values differ
+                cause = f"{one['kind']}: {' '.join(told.split()[-2:])[:40]}"
             groups[one["column"], one["area"], cause].append(one)
     order = [*BAD, "garbage-in accepted"]
     for (column, area, cause), found in sorted(
