@@ -116,8 +116,11 @@ def compare_bytes(source: Path, out: Path, removed: list[int]) -> str | None:
         return f"the output cannot be read: {type(error).__name__}: {error}"
     if found != without(tensors_of(source), removed, LAYERS):
         return "other tensors than the source's kept ones"
-    if config.get("num_hidden_layers") != LAYERS - len(removed):
-        return f"the config counts {config.get('num_hidden_layers')} layers"
+    wanted = json.loads((source / "config.json").read_text())
+    wanted["num_hidden_layers"] = LAYERS - len(removed)
+    if config != wanted:
+        differing = {name for name in config | wanted if config.get(name) != wanted.get(name)}
+        return f"the config has other values of {sorted(differing)}"
     return None
 
 

@@ -311,8 +311,8 @@ def report(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
             told = cause_of(one)
             if one["column"] == "TRACEBACK":
                 cause = re.sub(r"^([\w.]+)(?::.*?)?( at llm_pruner\S+ in \S+)?$", r"\1\2", told)
-            else:  # a name is gone, changed, left; values differ
-                cause = f"{one['kind']}: {' '.join(told.split()[-2:])[:40]}"
+            else:
+                cause = f"{one['kind']}: {re.sub(r'[^ ]*[/[0-9][^ ]*', '*', told)[:60]}"
             groups[one["column"], one["area"], cause].append(one)
     order = [*BAD, "garbage-in accepted"]
     for (column, area, cause), found in sorted(
