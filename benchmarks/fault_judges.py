@@ -111,12 +111,12 @@ def compare_bytes(source: Path, out: Path, removed: list[int]) -> str | None:
     """What is wrong with an output of an intact source, by its bytes."""
     try:
         found = tensors_of(out)
-        config = json.loads((out / "config.json").read_text())
+        config = json.loads((out / "config.json").read_bytes())
+        wanted = json.loads((source / "config.json").read_bytes())
     except Exception as error:
         return f"the output cannot be read: {type(error).__name__}: {error}"
     if found != without(tensors_of(source), removed, LAYERS):
         return "other tensors than the source's kept ones"
-    wanted = json.loads((source / "config.json").read_text())
     wanted["num_hidden_layers"] = LAYERS - len(removed)
     if config != wanted:
         differing = {name for name in config | wanted if config.get(name) != wanted.get(name)}

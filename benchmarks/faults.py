@@ -1,6 +1,6 @@
 """Thousands of hostile cases: what the command makes of them, in a table by area.
 
-    python benchmarks/faults.py --cases 3000                  # about a quarter of an hour
+    python benchmarks/faults.py --cases 3000                  # a quarter of an hour on two idle cores
     python benchmarks/faults.py --area plans --cases 200      # one area alone
     python benchmarks/faults.py --only weights:17 --show      # one case again, with all it said
 
@@ -134,7 +134,12 @@ def run_all(
             if pid == 0:
                 _one(area, number, base, place, args)
             running[os.pidfd_open(pid)] = pid, place
-        for descriptor in select.select(list(running), [], [])[0]:
+        try:
+            done = select.select(list(running), [], [])[0]
+        except KeyboardInterrupt:  # what is known by then is still reported
+            print("interrupted", file=sys.stderr)
+            break
+        for descriptor in done:
             pid, place = running.pop(descriptor)
             os.close(descriptor)
             os.waitpid(pid, 0)
