@@ -1,6 +1,6 @@
 """Thousands of hostile cases: what the command makes of them, in a table by area.
 
-    python benchmarks/faults.py --cases 3000                  # a quarter of an hour on two idle cores
+    python benchmarks/faults.py --cases 3000                  # 15 minutes on two idle cores
     python benchmarks/faults.py --area plans --cases 200      # one area alone
     python benchmarks/faults.py --only weights:17 --show      # one case again, with all it said
 
