@@ -202,7 +202,7 @@ def trees_case(drawn: random.Random, number: int, room: Path, base: Base) -> Cas
             words, what = [*words, *more], f"{what} ({more[0]})"
     removed = [3] if "--plan" in words else [1, 2]
     output = words[words.index("--output") + 1]
-    kind = re.sub(r".*(?= in the (old output|model))", "something", what.split(" (")[0])
+    kind = re.sub(r"^.+(?= in the (old output|model))", "something", what.split(" (")[0])
     return Case(kind, what, list(words), removed, output=output, must=must, intact=True)
 
 

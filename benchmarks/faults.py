@@ -299,7 +299,8 @@ def signature(text: str) -> str:
 
 def cause_of(one: dict[str, Any]) -> str:
     """The complaint on one line, without what differs from case to case."""
-    return " ".join(re.sub(r"/tmp/\S+", "...", one["complaint"]).split())
+    line = " ".join(re.sub(r"/tmp/\S+", "...", one["complaint"]).split())
+    return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in line)
 
 
 def report(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
@@ -326,7 +327,7 @@ def report(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
         smallest = min(found, key=lambda one: len(one["what"]))
         names = " ".join(f"{one['area']}:{one['number']}" for one in found[:6])
         print(f"\n{column}, {area}, {len(found)} x {cause}: {smallest['what']!r:.300}")
-        print(f"    {smallest['complaint']:.300}\n    llm-pruner {smallest['words']!r:.300}")
+        print(f"    {cause_of(smallest):.300}\n    llm-pruner {smallest['words']!r:.300}")
         print(f"    --only {names}{' ...' if len(found) > 6 else ''}")
     for one in results if args.show else ():
         if args.only or one["column"] in BAD:
