@@ -17,21 +17,21 @@ import errno
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import LLMPrunerError, OutputError
+from .errors import OutputError
+from .output_rules import as_path, holds_something, os_errors_as, refuse_what_stands, write_list
+from .utils import logger
 
-# What an output holds beside the checkpoint; the plan marks a folder as written by this package.
-PLAN_FILE = "pruning_plan.json"
-REPORT_FILE = "pruning_report.json"
-PAGE_FILE = "report.html"
-FIGURES = "figures"
 KEY_FILE = "healing.json"  # marks a folder of training checkpoints as ours
+SPARE = 12  # descriptors kept back, so that a stage can be removed when no others are left
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 CANNOT_SWAP = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -63,17 +63,24 @@ def clear_checkpoints(folder: Path) -> None:
         folder.rmdir()
 
 
-def check_output(output_dir: str | Path, *, overwrite: bool = False) -> Path:
+def check_output(
+    output_dir: str | Path, *, overwrite: bool = False, reads: Iterable[str | Path] = ()
+) -> Path:
     """Return `output_dir` as a path if a checkpoint can be written there.
 
+    Args:
+        output_dir: where the output is to go.
+        overwrite: whether an output that llm_pruner wrote may be replaced.
+        reads: files and folders that are read for it, which may not be inside it.
+
     Raises:
-        OutputError: it is a file, it is not empty (without `overwrite`), it holds something
-            this package did not write or the current folder, another run writes it, or its
-            parent cannot be written to.
+        OutputError: it is a file, it is not empty (without `overwrite`), it holds something that
+            is read, that this package did not write, or the current folder, another run writes
+            it, or its parent cannot be written to.
     """
-    path = Path(output_dir).expanduser()
-    with hold_output(path), _os_errors_as(f"Output folder {str(path)!r} cannot be written"):
-        _refuse_what_stands(path, overwrite)
+    path = as_path(output_dir)
+    with hold_output(path), os_errors_as(f"Output folder {str(path)!r} cannot be written"):
+        refuse_what_stands(path, overwrite, reads)
     return path
 
 
@@ -90,12 +97,18 @@ def hold_output(output_dir: str | Path) -> Iterator[None]:
 
     path = _place(output_dir)
     with ExitStack() as stack:
-        with _os_errors_as(f"Output folder {str(output_dir)!r} cannot be written"):
+        with os_errors_as(f"Output folder {str(output_dir)!r} cannot be written"):
             for folder in reversed([path.parent, *path.parent.parents]):
                 if not folder.exists():
                     folder.mkdir(exist_ok=True)
                     stack.callback(_remove_if_empty, folder)
-            lock = FileLock(path.parent / f".{path.name}.lock", blocking=False, is_singleton=True)
+            file = path.parent / f".{path.name}.lock"
+            lock = FileLock(file, blocking=False, is_singleton=True)
+            if not lock.is_locked and not _can_be_lock(file):
+                raise OutputError(
+                    f"{str(file)!r} is where the lock of this output goes, and it is no lock of "
+                    "llm_pruner: move it, or choose another output."
+                )
             try:
                 lock.acquire()
             except Timeout:
@@ -103,6 +116,11 @@ def hold_output(output_dir: str | Path) -> Iterator[None]:
                     f"Another run is writing {str(output_dir)!r}: wait for it, or choose another "
                     "output."
                 ) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                message = "The file system of %s has no locks: let no other run write there."
+                logger.warning(message, path)
             stack.callback(lock.release)
             if lock.lock_counter == 1:
                 if isinstance(lock, UnixFileLock):  # others remove their file themselves
@@ -113,7 +131,11 @@ def hold_output(output_dir: str | Path) -> Iterator[None]:
 
 @contextmanager
 def staged_output(
-    output_dir: str | Path, *, overwrite: bool = False, need: int = 0
+    output_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    need: int = 0,
+    reads: Iterable[str | Path] = (),
 ) -> Iterator[Path]:
     """A folder beside `output_dir` to write into, put in its place when the block ends well.
 
@@ -123,30 +145,34 @@ def staged_output(
         output_dir: where the output goes.
         overwrite: replace an output that llm_pruner wrote.
         need: bytes that will be written, as far as known; a disk with less room is refused.
+        reads: files and folders that are read for it.
 
     Raises:
         OutputError: see `check_output` and `hold_output`; also a full disk.
     """
     path = _place(output_dir)
     with hold_output(output_dir):
-        check_output(output_dir, overwrite=overwrite)
-        with _os_errors_as(f"Writing {str(output_dir)!r} failed", " Nothing was left."):
+        check_output(output_dir, overwrite=overwrite, reads=reads)
+        with os_errors_as(f"Writing {str(output_dir)!r} failed", " Nothing was left."):
             free = shutil.disk_usage(path.parent).free
             if need > free:
                 raise OutputError(
                     f"Output folder {str(output_dir)!r} needs {need:,} bytes, and {free:,} are "
                     "free on its disk: make room, or choose another place."
                 )
-            stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-            try:
-                yield stage
-                _apply_umask(stage)
-                for written in (*stage.rglob("*"), stage):
-                    _sync(written)
-                _refuse_what_stands(path, overwrite)  # what may have come meanwhile
-                _put_in_place(stage, path)
-            finally:
-                shutil.rmtree(stage, ignore_errors=True)  # what is left, the next run removes
+            with _spare_descriptors() as give_back:
+                stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+                try:
+                    yield stage
+                    write_list(stage)
+                    _apply_umask(stage)
+                    for written in (*stage.rglob("*"), stage):
+                        _sync(written)
+                    refuse_what_stands(path, overwrite, reads)  # what may have come meanwhile
+                    _put_in_place(stage, path)
+                finally:
+                    give_back()
+                    _remove(stage)
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
@@ -160,7 +186,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     target = Path(path).resolve()
     if target.exists() and not target.is_file():
-        with _os_errors_as(f"Cannot write {str(path)!r}"):
+        with os_errors_as(f"Cannot write {str(path)!r}"):
             target.write_bytes(data)
         return
     with replaced_file(path) as file:
@@ -178,7 +204,7 @@ def replaced_file(path: str | Path, *, need: int = 0) -> Iterator[BinaryIO]:
     Raises:
         OutputError: it cannot be written.
     """
-    with _os_errors_as(f"Cannot write {str(path)!r}"):
+    with os_errors_as(f"Cannot write {str(path)!r}"):
         target = Path(path).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
@@ -201,53 +227,43 @@ def replaced_file(path: str | Path, *, need: int = 0) -> Iterator[BinaryIO]:
 
 def _place(output_dir: str | Path) -> Path:
     """One path for one output, however it is spelled; the output itself may be a link."""
-    path = Path(output_dir).expanduser()
+    path = as_path(output_dir)
     return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
 
 
-@contextmanager
-def _os_errors_as(refusal: str, note: str = "") -> Iterator[None]:
-    """Raise OutputError where the system refuses something, such as on a full disk."""
+def _can_be_lock(file: Path) -> bool:
+    """Whether nothing stands there, or an empty file as a killed run leaves it."""
     try:
-        yield
-    except LLMPrunerError:
-        raise
-    except Exception as error:  # safetensors and tokenizers, in Rust, raise their own kinds
-        if not isinstance(error, OSError) and "(os error " not in str(error):
-            raise
-        raise OutputError(f"{refusal}: {error}.{note}") from error
+        there = file.lstat()
+    except FileNotFoundError:
+        return True
+    return stat.S_ISREG(there.st_mode) and not there.st_size
 
 
-def _refuse_what_stands(path: Path, overwrite: bool) -> None:
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise OutputError(f"Output {str(path)!r} is not a folder: choose another path.")
-    if Path.cwd().is_relative_to(path.resolve()):
-        raise OutputError(
-            f"Output folder {str(path)!r} holds the current folder, which cannot be replaced: "
-            "choose another, or call from elsewhere."
-        )
-    if not _holds_something(path):
+@contextmanager
+def _spare_descriptors() -> Iterator[Callable[[], None]]:
+    """Hold some descriptors until the block calls what it is given."""
+    with ExitStack() as held:
+        for _ in range(SPARE):
+            held.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        yield held.close
+
+
+def _remove(stage: Path) -> None:
+    """Remove a stage that may be gone; the next run removes what cannot be."""
+    try:
+        shutil.rmtree(stage)
+    except FileNotFoundError:
         return
-    if not overwrite:
-        raise OutputError(
-            f"Output folder {str(path)!r} is not empty: choose another, or replace it "
-            "with overwrite=True (--overwrite)."
-        )
-    if not (path / PLAN_FILE).is_file():
-        raise OutputError(
-            f"Output folder {str(path)!r} has no {PLAN_FILE}, so llm_pruner did not write "
-            "it and will not replace it: choose another, or empty it yourself."
-        )
-
-
-def _holds_something(path: Path) -> bool:
-    return path.is_dir() and any(path.iterdir())
+    except OSError as error:
+        message = "%s could not be removed (%s): the next run of this output does it."
+        logger.warning(message, stage, error.strerror)
 
 
 # --- one step -----------------------------------------------------------------------------------
 def _put_in_place(stage: Path, path: Path) -> None:
     """Give the stage the output's name; an earlier output has the stage's name after it."""
-    if not _holds_something(path):
+    if not holds_something(path):
         stage.rename(path)  # the system refuses it if something has come meanwhile
     elif not _swap(stage, path):
         old = path.with_name(stage.name.replace(".partial-", ".old-"))
@@ -286,7 +302,7 @@ def _clear_leftovers(path: Path) -> None:
     Only under the lock, when no other run can be using them.
     """
     for old in _leftovers(path, "old"):
-        if path.is_symlink() or path.is_file() or _holds_something(path):
+        if path.is_symlink() or path.is_file() or holds_something(path):
             old.rename(old.with_name(old.name.replace(".old-", ".partial-")))
         else:
             old.rename(path)

@@ -20,11 +20,12 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .atomic_output import FIGURES, PAGE_FILE, clear_checkpoints, hold_output
+from .atomic_output import clear_checkpoints, hold_output
 from .cli_arguments import Request, check_request, parse_request
 from .distributed import group, launched, on_first, one_only, rank, reported_by_first
 from .errors import InvalidPlanError, LLMPrunerError, UnknownNameError
 from .hub import how_to_repeat, push_to_hub
+from .output_rules import FIGURES, PAGE_FILE
 from .pruners.registry import get_strategy, option_names
 from .report.console import curve_text, manifest_text, plan_text, report_text, saved_text
 from .results import PruningPlan

@@ -12,8 +12,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from .atomic_output import PLAN_FILE
 from .errors import HubError, OutputError
+from .output_rules import PLAN_FILE
 from .utils import logger
 
 WEIGHTS = (".safetensors", ".bin", ".index.json")  # what transformers would load

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hi
 
 from .atomic_output import write_atomically
 from .errors import InvalidPlanError, LLMPrunerError
+from .output_rules import OUTPUT_FILES
 from .utils import regular_file
 
 CHECKSUM = "checksum"
@@ -161,7 +162,7 @@ class JsonFile:
         tag = data.get("format") if isinstance(data, dict) else None
         if tag not in (cls.FORMAT, *cls.EARLIER):
             raise InvalidPlanError(f"Expected a file of format {cls.FORMAT!r}, found {tag!r:.80}.")
-        values = {name: value for name, value in data.items() if name != CHECKSUM}
+        values = {name: data[name] for name in data if name not in (CHECKSUM, OUTPUT_FILES)}
         intact = data.get(CHECKSUM) == _checksum(values)
         del values["format"]
         known = get_type_hints(cls)

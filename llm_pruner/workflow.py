@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .atomic_output import FIGURES, PAGE_FILE, REPORT_FILE, check_output
+from .atomic_output import check_output
 from .checkpoint.gguf import stored_bytes
 from .checkpoint.save import check_saveable, new_checkpoint
 from .data.items import EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap
@@ -24,8 +24,10 @@ from .evaluation.tasks import HolisticEvaluator, item_kinds
 from .healing.heal import Heal
 from .healing.lora_settings import LoraSettings
 from .model.forward import require_language_model
+from .output_rules import FIGURES, PAGE_FILE, REPORT_FILE
 from .pruners.base import BasePruner
 from .results import DepthCurve, LayerScores, PruningPlan, PruningReport
+from .storage.origin import read_for
 from .utils import logger, package_versions
 
 if TYPE_CHECKING:
@@ -85,7 +87,8 @@ def carry_out(
     refuse_overlap(held_out, plan.data.get("prompts", ()), "held out", "layers were chosen on")
     if heal != "none" and heal_data:
         refuse_overlap(held_out, prompt_keys(heal_data), "held out", "to heal with")
-    on_first(lambda: check_output(output_dir, overwrite=overwrite))
+    reads = read_for(pruner.model)
+    on_first(lambda: check_output(output_dir, overwrite=overwrite, reads=reads))
     pruner.layers.remove(plan.remove)  # what the architecture cannot express is refused here
     questions = [item for item in held_out if isinstance(item, dict)]
     if questions:  # what cannot be scored is refused before the work

@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 
 from llm_pruner import atomic_output
-from llm_pruner.atomic_output import PLAN_FILE, staged_output, write_atomically
+from llm_pruner.atomic_output import staged_output, write_atomically
+from llm_pruner.output_rules import PLAN_FILE
 
 STEPS = {
     "ctypes.dlsym",
@@ -49,11 +50,12 @@ def write(out: Path, version: str) -> None:
     with staged_output(out, overwrite=True) as stage:
         (stage / "sub").mkdir()
         for name in (PLAN_FILE, "model.safetensors", "sub/tokenizer.json"):
+            halves = ('{"version": "' + version, '"}') if name == PLAN_FILE else (version, name)
             with open(stage / name, "w") as file:
-                file.write(version)
+                file.write(halves[0])
                 file.flush()
                 take("os.fsync")  # stands for a kill between two halves
-                file.write(name)
+                file.write(halves[1])
 
 
 def write_file(out: Path, version: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -14,15 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from llm_pruner import atomic_output
+from llm_pruner import atomic_output, output_rules
 from llm_pruner.atomic_output import (
-    PLAN_FILE,
+    NO_LOCKS,
     check_output,
     hold_output,
     staged_output,
     write_atomically,
 )
 from llm_pruner.errors import OutputError
+from llm_pruner.output_rules import PLAN_FILE, check_file
 
 CRASHING = Path(__file__).with_name("crashing.py")
 
@@ -30,14 +32,20 @@ CRASHING = Path(__file__).with_name("crashing.py")
 def tree(folder):
     """All names below a folder, and what is in each file."""
     return {
-        str(path.relative_to(folder)): path.read_text() if path.is_file() else None
+        str(path.relative_to(folder)): content(path) if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }
 
 
+def content(path):
+    """What is in a file, without the list of files in a plan."""
+    text = path.read_text()
+    return json.loads(text)["text"] if path.name == PLAN_FILE else text
+
+
 def write(out, text="new", **options):
     with staged_output(out, **options) as stage:
-        (stage / PLAN_FILE).write_text(text)
+        (stage / PLAN_FILE).write_text(json.dumps({"text": text}))
         (stage / "sub").mkdir()
         (stage / "sub" / "file").write_text(text)
 
@@ -201,7 +209,8 @@ def test_what_appeared_meanwhile_is_not_replaced(tmp_path, monkeypatch, overwrit
 
     with monkeypatch.context() as patched:
         if not seen:
-            patched.setattr(atomic_output, "_holds_something", lambda path: False)
+            for module in (atomic_output, output_rules):
+                patched.setattr(module, "holds_something", lambda path: False)
         with pytest.raises(OutputError, match=r"not empty|has no pruning_plan"):
             appear("mine")
     assert tree(tmp_path) == {"out": None, "out/file": "mine"}
@@ -492,3 +501,137 @@ def test_links_are_followed_and_what_is_no_file_is_written_to(tmp_path):
     write_atomically(tmp_path / "pipe", "told")
     assert reader.communicate(timeout=30)[0] == "told\n"
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+# --- what may not be replaced -------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["notes.txt", "sub/mine", ".hidden", "link"])
+def test_a_file_that_was_put_into_an_output_is_never_lost(tmp_path, name):
+    write(tmp_path / "out", "old")
+    if name == "link":
+        (tmp_path / "out" / name).symlink_to(tmp_path)
+    else:
+        (tmp_path / "out" / name).write_text("mine")
+    before = tree(tmp_path)
+    for attempt in (check_output, write):
+        with pytest.raises(OutputError, match=f"holds '{name}' .1 such.*would be lost: move it"):
+            attempt(tmp_path / "out", overwrite=True)
+    assert tree(tmp_path) == before
+
+
+def test_a_file_that_is_put_into_an_output_while_it_is_replaced_is_not_lost(tmp_path):
+    write(tmp_path / "out", "old")
+
+    def write_late():
+        with staged_output(tmp_path / "out", overwrite=True) as stage:
+            (stage / PLAN_FILE).write_text("{}")
+            (tmp_path / "out" / "late").write_text("mine")
+
+    with pytest.raises(OutputError, match=r"holds 'late'"):
+        write_late()
+    assert (tmp_path / "out" / "late").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_output_whose_files_are_not_listed_is_not_replaced(tmp_path):
+    write(tmp_path / "out", "old")
+    for text in ("{}", "[", '{"output_files": 7}', "[" * 10_000):
+        (tmp_path / "out" / PLAN_FILE).write_text(text)
+        with pytest.raises(OutputError, match="does not list which files llm_pruner wrote"):
+            check_output(tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("spelled", ["out/model", "out", "link/model"])
+def test_what_a_run_reads_is_not_replaced(tmp_path, monkeypatch, spelled):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "out", "old")
+    (tmp_path / "out" / "model").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    with pytest.raises(OutputError, match="which this run reads"):
+        check_output("out", overwrite=True, reads=["hub/model", spelled])
+    check_output("out.v2", reads=["hub/model", spelled, "x" * 5000, "a\0b"])
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        (None, "Output None is no path"),
+        ("", "Output '' is no path"),
+        (7, "Output 7 is no path"),
+        ("a\0b", "cannot be a path"),
+        ("x" * 300, "cannot be a path: File name too long"),
+        ("~nobody-of-this-name/x", "cannot be a path"),
+        ("loop/x", "cannot be a path: Too many levels of symbolic links"),
+        ("\ud800", "cannot be a path"),
+    ],
+    ids=str,
+)
+def test_what_is_no_path_is_refused(tmp_path, monkeypatch, output, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    for attempt in (check_output, write, lambda path: check_file(path, lambda there: True)):
+        with pytest.raises(OutputError, match=reason):
+            attempt(output)
+    assert os.listdir(tmp_path) == ["loop"]
+
+
+def test_a_single_file_is_checked_before_the_work(tmp_path):
+    (tmp_path / "mine.yaml").write_text("mine")
+    (tmp_path / "ours.yaml").write_text("ours")
+    (tmp_path / "file").write_text("x")
+
+    def check(path, reads=()):
+        check_file(tmp_path / path, lambda there: there.read_text() == "ours", reads=reads)
+
+    check("ours.yaml")
+    check("deep/new.yaml")
+    for path, reason in (
+        ("mine.yaml", "llm_pruner did not write it"),
+        ("", "is a folder"),
+        ("file/new.yaml", "Not a directory"),
+    ):
+        with pytest.raises(OutputError, match=reason):
+            check(path)
+    with pytest.raises(OutputError, match="is read by this run"):
+        check("ours.yaml", [tmp_path / "ours.yaml"])
+    assert sorted(os.listdir(tmp_path)) == ["file", "mine.yaml", "ours.yaml"]
+
+
+@pytest.mark.parametrize("kind", ["text", "folder"])
+def test_a_lock_that_is_not_ours_is_left_alone(tmp_path, kind):
+    lock = tmp_path / ".out.lock"
+    lock.mkdir() if kind == "folder" else lock.write_text("mine")
+    with pytest.raises(OutputError, match=r"\.out\.lock' is where the lock of this output goes"):
+        write(tmp_path / "out")
+    assert os.listdir(tmp_path) == [".out.lock"]
+
+
+@pytest.mark.parametrize("code", sorted(NO_LOCKS))
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog, code):
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    write(tmp_path / "out")
+    assert (tmp_path / "out").is_dir()
+    assert "has no locks" in caplog.text or code == errno.ENOSYS  # filelock has a way of its own
+
+
+def test_a_stage_is_removed_when_no_descriptors_are_left(tmp_path):
+    held = []
+
+    def write_until_none_is_left():
+        with staged_output(tmp_path / "out") as stage:
+            (stage / "sub").mkdir()
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        with pytest.raises(OutputError, match="Too many open files"):
+            write_until_none_is_left()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in held:
+            os.close(descriptor)
+    assert os.listdir(tmp_path) == []

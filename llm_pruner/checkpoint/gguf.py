@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..atomic_output import PLAN_FILE, replaced_file
+from ..atomic_output import replaced_file
 from ..config.config_file import decoder_part, is_mtp, layer_count
 from ..config.gguf_metadata import INT32, UINT16, find_blocks, prune_metadata
 from ..config.layer_names import LayerNames
@@ -21,6 +21,7 @@ from ..engines.llama_cpp import ARCHITECTURES, LLAMA_CPP
 from ..engines.serving import GgufLayers, Serving
 from ..engines.verdict import check_engines
 from ..errors import InvalidPlanError, LoadError, OutputError, UnsupportedModelError
+from ..output_rules import PLAN_FILE
 from ..results import PruningPlan
 from ..storage.gguf_files import Field, GgufFile, encode_field, read_gguf, write_gguf
 from ..storage.gguf_models import (

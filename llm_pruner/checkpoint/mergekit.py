@@ -12,9 +12,12 @@ from ..atomic_output import write_atomically
 from ..config.rules import COUNT_FIELDS, text_config
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..model.layer_stack import LayerStack
+from ..output_rules import check_file
 from ..results import check_layers
 from ..storage.gguf_models import find_gguf
 from ..utils import logger
+
+HEAD = "# A MergeKit recipe by llm_pruner"
 
 
 def write_mergekit_yaml(
@@ -26,7 +29,7 @@ def write_mergekit_yaml(
 
     Raises:
         InvalidPlanError: indices that do not fit the model, or none.
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or another file stands there.
         UnsupportedModelError: the model is one in GGUF.
     """
     removed = check_layers(layers, len(stack))
@@ -43,7 +46,14 @@ def write_mergekit_yaml(
     ]
     dtype = str(next(stack.model.parameters()).dtype).removeprefix("torch.")
     recipe = {"slices": slices, "merge_method": "passthrough", "dtype": dtype}
-    write_atomically(yaml_path, yaml.safe_dump(recipe, sort_keys=False))
+    check_file(yaml_path, is_recipe, reads=[model_id])
+    write_atomically(yaml_path, f"{HEAD}\n{yaml.safe_dump(recipe, sort_keys=False)}")
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether a file is a recipe that `write_mergekit_yaml` wrote."""
+    with path.open("rb") as file:
+        return file.read(len(HEAD)) == HEAD.encode()
 
 
 def _warn_of_mergekit(stack: LayerStack, removed: Sequence[int]) -> None:

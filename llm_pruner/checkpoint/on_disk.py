@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..atomic_output import PLAN_FILE, check_output, staged_output
+from ..atomic_output import check_output, staged_output
 from ..config.config_file import find_layers, stored_quantization
 from ..config.layer_names import LayerNames
 from ..config.module_patterns import (
@@ -24,6 +24,7 @@ from ..config.module_patterns import (
 from ..engines.serving import Serving
 from ..engines.verdict import check_engines, judge, refuse_wrong, verdicts
 from ..errors import InvalidPlanError, LoadError, VerificationError
+from ..output_rules import PLAN_FILE
 from ..report.model_card import CARD_FILE, card_text, original_card
 from ..results import PruningPlan, check_layers
 from ..storage.gguf_models import find_gguf, read_gguf_checkpoint
@@ -47,7 +48,7 @@ from ..storage.sources import (
     open_source,
     with_all_files,
 )
-from ..utils import logger, package_versions, progress
+from ..utils import logger, package_versions, progress, resolve_model_id
 from .gguf import MANIFEST_FILE, read_gguf_model, refuse_other_engines, write_pruned_gguf
 from .pruned_config import pruned_config
 from .side_files import side_files
@@ -127,7 +128,7 @@ def prune_on_disk(
     trust_remote_code: bool = False,
 ) -> tuple[PruningPlan, Manifest]:
     """`prune_checkpoint`, and the plan as it was carried out."""
-    check_output(output_dir, overwrite=overwrite)
+    check_output(output_dir, overwrite=overwrite, reads=[resolve_model_id(str(model_id))])
     serve_with = check_engines(serve_with)
     if paths := find_gguf(model_id):
         refuse_other_engines(serve_with)

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..atomic_output import PLAN_FILE, staged_output
+from ..atomic_output import staged_output
 from ..config.config_file import (
     decoder_part,
     find_layers,
@@ -28,11 +28,12 @@ from ..errors import UnsupportedModelError
 from ..model.architecture_rules import as_stored, loadable_config
 from ..model.layer_stack import LayerStack
 from ..model.loading import quantization_method, stored_tensors
+from ..output_rules import PLAN_FILE
 from ..report.model_card import CARD_FILE, card_text, original_card, pruned_gguf
 from ..results import PruningPlan
 from ..storage.gguf_models import GgufCheckpoint
 from ..storage.manifest import kept_tensors
-from ..storage.origin import loaded_from, original_checkpoint
+from ..storage.origin import loaded_from, original_checkpoint, read_for
 from ..storage.safetensors_files import Checkpoint, Kept
 from ..storage.sources import with_all_files
 from ..utils import count_bytes, logger
@@ -66,15 +67,16 @@ def new_checkpoint(
         VerificationError: it does not load cleanly, or computes something else than `pruned`.
     """
     original = check_saveable(pruned, plan.num_layers)
+    rules: dict[str, Any] = {"overwrite": overwrite, "reads": read_for(pruned)}
     if isinstance(original, GgufCheckpoint):
-        with staged_output(output_dir, overwrite=overwrite, need=original.bytes) as stage:
+        with staged_output(output_dir, need=original.bytes, **rules) as stage:
             folder = Path(plan.model_id).expanduser().is_dir()
             write_pruned_gguf(stage, GgufModel(original), plan, folder=folder)
             check_manifest(stage)
             yield stage
         return
     need = count_bytes(pruned) * (1 if original is None else 2)  # as it is compared
-    with staged_output(output_dir, overwrite=overwrite, need=need) as stage:
+    with staged_output(output_dir, need=need, **rules) as stage:
         unused: set[str] = set()
         if original is not None:
             unused = _write_pruned(original, pruned, plan, stage)

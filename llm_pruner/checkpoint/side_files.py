@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Collection
 
-from ..atomic_output import PLAN_FILE
+from ..output_rules import PLAN_FILE
 from ..report.model_card import CARD_FILE
 from ..storage.sources import INDEX_FILE, PICKLES, Source
 
@@ -51,6 +51,7 @@ LARGE = 10_000_000  # bytes: a file of no known kind that has more holds weights
 DESCRIPTIONS = re.compile(
     r".*\.index\.json|params\.json|openvino_.*|ov_config\.json|genai_config\.json|"
     r"ndarray-cache.*\.json|tensor-cache\.json|mlc-chat-config\.json|llm_config\.json|"
+    r".+\.(curve|partial_plan)\.json|.+\.journal\.jsonl|"  # beside an output of llm_pruner
     r"adapter_config\.json|adapter_model\..*|trainer_state\.json|zero_to_fp32\.py|Modelfile"
 )
 EXPORTS = re.compile(
@@ -78,8 +79,19 @@ def side_files(source: Source, pruned: Collection[str]) -> tuple[list[str], list
         for file in others
         if "/" in file and not file.startswith(modules) and _belongs_to_weights(source, file)
     }
-    carried = [file for file in others if _is_carried(file, modules, folders)]
+    outputs = _output_folders(others)
+    carried = [
+        file
+        for file in others
+        if not file.startswith(outputs) and _is_carried(file, modules, folders)
+    ]
     return carried, sorted(set(others).difference(carried))
+
+
+def _output_folders(files: Collection[str]) -> tuple[str, ...]:
+    """The folders below a checkpoint that outputs of llm_pruner lie in."""
+    plans = (file for file in files if file.endswith(f"/{PLAN_FILE}"))
+    return tuple(file.removesuffix(PLAN_FILE) for file in plans)
 
 
 def _is_hidden(file: str) -> bool:

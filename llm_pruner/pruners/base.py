@@ -26,7 +26,7 @@ from ..model.loading import model_fingerprint
 from ..offload.offloaded_stack import layers_of
 from ..results import DepthCurve, LayerScores, PruningPlan, Removes, check_layers
 from ..search.removal_quality import RemovalQuality
-from ..storage.origin import model_identity
+from ..storage.origin import model_identity, read_for
 from ..utils import package_versions
 from .budget import Budget, Removable, engines_of, serving_of
 from .healing_search import HealedModel
@@ -326,7 +326,8 @@ class BasePruner(ABC):
         overwrite: bool = False,
     ) -> tuple[PreTrainedModel, PruningPlan]:
         """`prune_and_save` for a plan: the pruned model, and the plan with the healing's record."""
-        on_first(lambda: check_output(output_dir, overwrite=overwrite))
+        reads = read_for(self.model)
+        on_first(lambda: check_output(output_dir, overwrite=overwrite, reads=reads))
         check_saveable(self.model, self.num_layers, heals=heal != "none")
         pruned, done = self.carry_out(plan, heal, heal_data, lora)
         files = pruned, self.tokenizer, done, output_dir

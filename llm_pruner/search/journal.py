@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from ..errors import OutputError
+from ..json_files import parse_json
 from ..utils import logger
 from .prefix_sharing import LayerSet
+
+FIELDS = ("key", "removed", "chunk", "values")
+LONGEST = 10_000_000  # bytes of a line that is looked at
+LOOKED_AT = 1000  # lines of a file that may be a journal
 
 
 class Journal:
     """Measurements in a JSON-lines file.
 
     Every line holds the values of one set of removed layers on one chunk of the data, under a key
-    that stands for model, data and measures. Lines of other keys are skipped, and so is a last
-    line cut short by a crash.
+    that stands for model, data and measures, and a checksum of all that. Lines of other keys are
+    skipped. So are lines that are damaged, or were cut short by a crash: what they held is
+    measured again.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -27,26 +36,52 @@ class Journal:
         """(removed layers, chunk, values) of everything recorded under `key`.
 
         Raises:
-            OutputError: the file cannot be read.
+            OutputError: the file cannot be read, or is no journal.
         """
         if not self.path.exists():
             return []
+        self.check()
         entries: list[tuple[LayerSet, int, list[list[float]]]] = []
+        damaged = 0
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            with self.path.open("rb") as file:
+                while line := file.readline(LONGEST):
+                    if not line.strip():  # two processes wrote, and one saw half of the other's
+                        continue
+                    entry = _parsed(line)
+                    if entry.get("check") != _checksum(entry):
+                        damaged += 1
+                    elif entry["key"] == key:
+                        entries.append((tuple(entry["removed"]), entry["chunk"], entry["values"]))
+        except OSError as error:
             raise OutputError(f"Cannot read the journal {str(self.path)!r}: {error}.") from error
-        for number, line in enumerate(lines, 1):
-            if not line:  # two processes wrote, and one saw half of the other's line
-                continue
-            try:
-                entry = json.loads(line)
-                if entry["key"] == key:
-                    values = [[float(value) for value in part] for part in entry["values"]]
-                    entries.append((tuple(entry["removed"]), int(entry["chunk"]), values))
-            except (ValueError, KeyError, TypeError):
-                logger.warning("%s:%d is not a measurement and is ignored.", self.path, number)
+        if damaged:
+            message = "%s: %d measurements are damaged, and are made again."
+            logger.warning(message, self.path, damaged)
         return entries
+
+    def check(self) -> None:
+        """Raise OutputError if something stands at the path that is no journal."""
+        if not self.path.exists():
+            return
+        try:
+            if self.path.is_file() and is_journal(self.path):
+                return
+        except OSError as error:
+            raise OutputError(f"Cannot read the journal {str(self.path)!r}: {error}.") from error
+        raise OutputError(
+            f"{str(self.path)!r} is where measurements are kept, and it is no journal of "
+            "llm_pruner: move it, or choose another output."
+        )
+
+    def remove(self) -> None:
+        """Remove the file, if there is one.
+
+        Raises:
+            OutputError: it is no journal.
+        """
+        self.check()
+        self.path.unlink(missing_ok=True)
 
     def append(self, key: str, removed: LayerSet, chunk: int, values: list[list[float]]) -> None:
         """Record one measurement; the operating system has it when this returns.
@@ -56,7 +91,8 @@ class Journal:
         Raises:
             OutputError: the file cannot be written.
         """
-        line = json.dumps({"key": key, "removed": removed, "chunk": chunk, "values": values})
+        entry = {"key": key, "removed": list(removed), "chunk": chunk, "values": values}
+        line = json.dumps({**entry, "check": _checksum(entry)})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab+", buffering=0) as file:
@@ -66,3 +102,25 @@ class Journal:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise OutputError(f"Cannot write the journal {str(self.path)!r}: {error}.") from error
+
+
+def is_journal(path: Path) -> bool:
+    """Whether a file is empty, or holds a measurement as `Journal` writes it, damaged or not."""
+    with path.open("rb") as file:
+        first = file.readline(LONGEST)
+        lines = islice(iter(lambda: file.readline(LONGEST), b""), LOOKED_AT)
+        return not first or any(set(FIELDS) <= _parsed(line).keys() for line in (first, *lines))
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """The JSON object in a line; empty if there is none."""
+    try:
+        found = parse_json(line.decode())
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _checksum(entry: dict[str, Any]) -> str:
+    values = json.dumps([entry.get(name) for name in FIELDS])
+    return hashlib.sha256(values.encode()).hexdigest()[:16]

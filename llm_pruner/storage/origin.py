@@ -37,6 +37,12 @@ def gguf_of(model: Any) -> list[Path]:
     return find_gguf(name) if os.path.isfile(name) else []
 
 
+def read_for(model: Any) -> list[Path]:
+    """The files or the folder of this machine that a model was loaded from, if any."""
+    source = loaded_from(model)
+    return gguf_of(model) or ([source.folder] if source and source.folder else [])
+
+
 def original_checkpoint(model: Any, num_layers: int) -> Checkpoint | None:
     """The checkpoint that a model of `num_layers` layers was loaded from, if it can be read.
 

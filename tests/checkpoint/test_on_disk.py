@@ -48,7 +48,13 @@ from llm_pruner.errors import (
 from llm_pruner.report.console import manifest_text
 from llm_pruner.storage.manifest import Manifest, tensor_origin
 from llm_pruner.storage.safetensors_files import header_bytes, read_checkpoint, tensor_hashes
-from llm_pruner.storage.sources import INDEX_FILE, LocalFolder, open_source, with_all_files
+from llm_pruner.storage.sources import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    LocalFolder,
+    open_source,
+    with_all_files,
+)
 
 REMOVED = (1, 3)
 
@@ -622,12 +628,53 @@ def test_what_is_known_of_a_tensor_is_small(experts, tmp_path):
     assert manifest < 300 * (N_FILES + 3), "it grows with the files, not with the tensors"
 
 
-def test_verification_finds_that_a_tensor_was_never_there(source, tmp_path):
+def _turn(stored, end):
+    name = next(name for name in stored if name.endswith(end))
+    stored[name] = stored[name].reshape(stored[name].shape[::-1])
+
+
+def _rename(stored, end, new=""):
+    tensor = stored.pop(next(name for name in stored if name.endswith(end)))
+    if new:
+        stored[new] = tensor
+
+
+UP = "mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda s: s.pop("model.norm.weight"), "'model.norm.weight' is not there"),
+        (lambda s: _rename(s, UP), f"{UP}' is not there"),
+        (lambda s: _turn(s, UP), f"{UP}' is of shape .*would have to be"),
+        (lambda s: _rename(s, UP, "model.layers.7.mlp.upp.weight"), f"{UP}' is not there"),
+    ],
+    ids=["outside", "in a layer", "turned", "renamed"],
+)
+@pytest.mark.parametrize("verify", [False, True])
+def test_what_nothing_could_load_is_not_pruned(source, tmp_path, spoil, reason, verify):
     with last_file(source) as stored:
-        stored.pop("model.norm.weight")
-    with pytest.raises(VerificationError, match="missing_keys"):
-        prune_checkpoint(source, REMOVED, tmp_path / "out", verify=True)
+        spoil(stored)
+    with pytest.raises(LoadError, match=f"does not fit LlamaForCausalLM.*{reason}"):
+        prune_checkpoint(source, REMOVED, tmp_path / "out", verify=verify)
     assert os.listdir(tmp_path) == ["source"]
+
+
+def test_weights_of_a_folder_are_those_that_transformers_loads(source, tmp_path):
+    """Of a single file beside an index, the single file."""
+    both = tmp_path / "both"
+    shutil.copytree(source, both)
+    stored = {}
+    for file in source.glob("*.safetensors"):
+        stored |= load_file(file)
+    changed = {name: tensor + 1 for name, tensor in stored.items()}
+    save_file(changed, both / SINGLE_FILE, {"format": "pt"})
+    prune_checkpoint(both, REMOVED, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(both)
+    assert torch.equal(model.state_dict()["model.norm.weight"], changed["model.norm.weight"])
+    written = load_file(tmp_path / "out" / SINGLE_FILE)
+    assert torch.equal(written["model.norm.weight"], changed["model.norm.weight"])
 
 
 def test_headers_are_those_of_the_library(source):

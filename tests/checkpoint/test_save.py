@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from llm_pruner import SmartPruner, load_model
-from llm_pruner.atomic_output import PLAN_FILE
 from llm_pruner.checkpoint import save, verify
 from llm_pruner.checkpoint.mergekit import write_mergekit_yaml
 from llm_pruner.checkpoint.verify import verify_checkpoint, verify_removal
 from llm_pruner.errors import InvalidPlanError, LoadError, OutputError, VerificationError
 from llm_pruner.model.layer_stack import LayerStack
+from llm_pruner.output_rules import PLAN_FILE
 from llm_pruner.results import PruningPlan
 from llm_pruner.utils import count_bytes
 
@@ -199,7 +199,7 @@ def test_mergekit_refusals(llama, tmp_path):
     with pytest.raises(InvalidPlanError, match="removes nothing"):
         write_mergekit_yaml(LayerStack(llama), [], tmp_path / "r.yaml", "m")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match=r"Cannot write .*File exists"):
+    with pytest.raises(OutputError, match=r"Cannot write .*Not a directory"):
         write_mergekit_yaml(LayerStack(llama), [2], tmp_path / "file" / "r.yaml", "m")
 
 
