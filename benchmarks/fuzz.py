@@ -3,7 +3,7 @@
     pip install atheris                                    # Linux; not needed for anything else
     python benchmarks/fuzz.py safetensors --seconds 600    # headers and the index
     python benchmarks/fuzz.py gguf --seconds 600           # headers, of one file or of two parts
-    python benchmarks/fuzz.py json --seconds 600           # plans, curves, reports, manifests, journals
+    python benchmarks/fuzz.py json --seconds 600           # plans, reports, manifests, journals, ...
 
 Begins with small valid files and changes them, half of the time as bytes and half of the time as
 what they are (a JSON document, a header, a list of fields); what reaches new code of llm_pruner is
@@ -19,16 +19,16 @@ kept and changed further. A failure is
 
 Prints executions, coverage as libFuzzer counts it, the lines of all functions entered that were
 reached (and which were not), and a table of the failures, of which those of one kind at one place
-count once: the smallest input, which is also saved in the folder of --save, and what is said. Files that the safetensors library reads and llm_pruner refuses are listed
-too, and are no failures. Ends with exit status 1 after a failure. An input is a sequence of files,
-each after its length (4 bytes, little-endian); of `json` the first file is the kind.
+count once: the smallest input, which is also saved in the folder of --save, and what is said. Files
+that the safetensors library reads and llm_pruner refuses are listed too, and are no failures. Ends
+with exit status 1 after a failure. An input is a sequence of files, each after its length (4 bytes,
+little-endian); of `json` the first file is the kind.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import logging
 import math
@@ -119,11 +119,8 @@ def main() -> None:
             runs, coverage = runs + done[0], max(coverage, done[1])
         found = findings(target, place)
         kept = [path.read_bytes() for path in sorted((place / "corpus").iterdir())]
-        print(
-            f"{args.target}: {runs:,} executions in {args.seconds} s, coverage {coverage:,},",
-            end="",
-        )
-        print(f" {len(kept):,} inputs kept; {reached(target, kept, place)}")
+        print(f"{args.target}: {runs:,} executions in {args.seconds} s, ", end="")
+        print(f"coverage {coverage:,}, {len(kept):,} inputs kept; {reached(target, kept, place)}.")
     report(args.target, found, args.save)
     raise SystemExit(any(not one.kind.startswith(STRICTER) for one in found))
 
@@ -296,14 +293,14 @@ def reached(target: Target, inputs: Sequence[bytes], place: Path) -> str:
     for data in inputs:
         failure(target, data, place)
     sys.settrace(None)
-    missed = []
-    total = 0
+    missed, total = [], 0
     for code, there in lines.items():
         every = {line for *_, line in code.co_lines() if line}
         total += len(every)
         name = Path(code.co_filename).name
         missed += [f"{name}:{line}" for line in sorted(every - there)]
-    return f"{total - len(missed)} of {total} lines of functions entered; not {sorted(missed)}"
+    listed = f" (not {', '.join(sorted(missed))})" if missed else ""
+    return f"{total - len(missed)} of {total} lines reached of the functions entered{listed}"
 
 
 def report(name: str, found: Sequence[Finding], folder: Path) -> None:
@@ -452,7 +449,7 @@ def safetensors_seeds() -> list[list[bytes]]:
     """One file; a small one; an index and two shards."""
     whole = {"a": ("F32", [2, 3]), "b": ("BF16", [4]), "c": ("I64", []), "d": ("U8", [0, 7])}
     shards = [{"a": ("F16", [2, 2])}, {"b": ("F8_E4M3", [3]), "c": ("BOOL", [1])}]
-    index = {"metadata": {"total_size": 12}, "weight_map": dict(a=SHARDS[0])}
+    index = {"metadata": {"total_size": 12}, "weight_map": {"a": SHARDS[0]}}
     index["weight_map"] |= dict.fromkeys("bc", SHARDS[1])
     return [
         [st_file(whole, {"format": "pt"})],
