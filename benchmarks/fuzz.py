@@ -3,7 +3,7 @@
     pip install atheris                                    # Linux; not needed for anything else
     python benchmarks/fuzz.py safetensors --seconds 600    # headers and the index
     python benchmarks/fuzz.py gguf --seconds 600           # headers, of one file or of two parts
-    python benchmarks/fuzz.py json --seconds 600           # plans, reports, manifests, journals, ...
+    python benchmarks/fuzz.py json --seconds 600           # plans, reports, manifests, journals
 
 Begins with small valid files and changes them, half of the time as bytes and half of the time as
 what they are (a JSON document, a header, a list of fields); what reaches new code of llm_pruner is
