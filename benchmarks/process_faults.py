@@ -18,10 +18,11 @@ and faults:
     broken     it raises another error, as of a mistake in a plug-in; only where --faults asks
 
 Prints a Markdown table. Ends: seconds from the fault to the end of all processes, the launcher
-included. The other process has to notice after `--timeout` at the latest, and torchrun kills what
-does not end by itself after another 30 s, as a stopped process. Exit: status of the launcher. Said:
+included. The other process has to notice after `--timeout` (20 s) at the latest, and torchrun kills
+what does not end by itself after another 30 s, as a stopped process. Exit: status of the launcher. Said:
 the errors of the processes. Left: what is beside the output that is not there, shared names
-shortened. Resumed: exit status and seconds of the same command with --resume, and whether it
+shortened. Resumed: exit status and seconds of the same command with --resume (and more patience,
+since the first process measures speed alone, which on a busy machine takes long), and whether it
 chose the same layers, and wrote the same tensors to the last bit, as a run without a fault. Ends
 with exit status 1 if a case is wrong: it lasts too long, leaves an output or a file that no run
 would remove, prints a traceback of a process, or nothing at all, or is not resumed.
@@ -50,7 +51,8 @@ SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 TIMEOUT = 20  # seconds that one process waits for another
 GRACE = 30  # seconds that torchrun gives a process to end
 MARGIN = 15  # seconds for everything else
-LIMIT = 300  # seconds that a run may take
+PATIENCE = 600  # and in a run without a fault
+LIMIT = 600  # seconds that a run may take
 MARK = "PROCESS_FAULTS"  # environment variable that all processes of a case inherit
 BREAK = "PROCESS_FAULTS_BREAK"  # and the one that says where to raise: fault, rank, measurement
 PLANTED = "planted by the benchmark"
@@ -79,14 +81,16 @@ class Whole(NamedTuple):
 class Run:
     """A command in two processes, from its start on."""
 
-    def __init__(self, stage: str, place: Path, *more: str, broken: str = "") -> None:
+    def __init__(
+        self, stage: str, place: Path, *more: str, timeout: int = PATIENCE, broken: str = ""
+    ) -> None:
         self.place, self.stage = place, stage
         self.log = Path(tempfile.mkdtemp(prefix="log-", dir=place.parent))
         self.mark = f"{MARK}={self.log}"
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         words += ["--nproc_per_node", "2", "--redirects", "3", "--log-dir", str(self.log)]
         words += [__file__, "--worker"] if broken else ["-m", "llm_pruner.cli"]
-        words += ["--model", "demo", "--device", "cpu", "--timeout", str(TIMEOUT)]
+        words += ["--model", "demo", "--device", "cpu", "--timeout", str(timeout)]
         words += ["--output", OUT, *STAGES[stage], *more]
         if stage == "healing":
             words += ["--heal-data", str(place.parent / "texts.jsonl"), "--heal-steps", str(STEPS)]
@@ -237,14 +241,14 @@ def broken_run(
     """A run to which something happens; seconds until everything has ended."""
     longest = TIMEOUT + GRACE + 2 * MARGIN
     if fault in SIGNALS:
-        run = Run(stage, place)
+        run = Run(stage, place, timeout=TIMEOUT)
         if not run.wait_for(lambda: run.progress() >= moment):
             sys.exit(f"The run ended before its fault:\n{run.said(0)}{run.said(1)}")
         (process,) = [one for one, its_rank in run.processes().items() if its_rank == rank]
         os.kill(process, SIGNALS[fault])
     else:  # of a rank's own measurements, or steps, which both ranks divide
         number = STEPS // 3 if stage == "healing" else moment // 2
-        run = Run(stage, place, broken=f"{fault} {rank} {number}")
+        run = Run(stage, place, timeout=TIMEOUT, broken=f"{fault} {rank} {number}")
         raised = Path(f"{run.log}/raised")
         if not run.wait_for(raised.exists):
             sys.exit(f"The run ended before its fault:\n{run.said(0)}{run.said(1)}")
