@@ -1,6 +1,6 @@
 """What faults leave of a run of two processes: one of them is killed, stopped, or fails.
 
-    python benchmarks/process_faults.py                                  # 18 cases, 20 minutes
+    python benchmarks/process_faults.py                                  # 18 cases, half an hour
     python benchmarks/process_faults.py --stages search --faults killed
 
 torchrun starts two processes of the command (gloo, on the CPU, one thread each, the demo model),
@@ -19,13 +19,13 @@ and faults:
 
 Prints a Markdown table. Ends: seconds from the fault to the end of all processes, the launcher
 included. The other process has to notice after `--timeout` (20 s) at the latest, and torchrun kills
-what does not end by itself after another 30 s, as a stopped process. Exit: status of the launcher. Said:
-the errors of the processes. Left: what is beside the output that is not there, shared names
-shortened. Resumed: exit status and seconds of the same command with --resume (and more patience,
-since the first process measures speed alone, which on a busy machine takes long), and whether it
-chose the same layers, and wrote the same tensors to the last bit, as a run without a fault. Ends
-with exit status 1 if a case is wrong: it lasts too long, leaves an output or a file that no run
-would remove, prints a traceback of a process, or nothing at all, or is not resumed.
+what does not end by itself after another 30 s, as a stopped process. Exit: status of the launcher.
+Said: the errors of the processes. Left: what is beside the output that is not there, without its
+name. Resumed: exit status and seconds of the same command with --resume (and more patience: the
+first process measures speed alone, which takes long on a busy machine), and whether it chose the
+same layers, and wrote the same tensors to the last bit, as a run without a fault. Ends with exit
+status 1 if a case is wrong: it lasts too long, leaves an output or a file that no run would remove,
+prints a traceback of a process, or nothing at all, or is not resumed.
 """
 
 from __future__ import annotations
