@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, redirect_stdout
 from dataclasses import replace
@@ -23,12 +24,20 @@ from typing import TYPE_CHECKING, Any
 from .atomic_output import clear_checkpoints, hold_output
 from .cli_arguments import Request, check_request, parse_request
 from .distributed import group, launched, on_first, one_only, rank, reported_by_first
-from .errors import InvalidPlanError, LLMPrunerError, UnknownNameError
+from .errors import (
+    InvalidPlanError,
+    LLMPrunerError,
+    OutOfMemoryError,
+    OutputError,
+    UnknownNameError,
+)
 from .hub import how_to_repeat, push_to_hub
 from .output_rules import FIGURES, PAGE_FILE
 from .pruners.registry import get_strategy, option_names
 from .report.console import curve_text, manifest_text, plan_text, report_text, saved_text
 from .results import PruningPlan
+from .search.journal import Journal
+from .streams import check_said, open_streams, say, say_aside
 from .utils import DEMO_MODEL, logger
 
 if TYPE_CHECKING:
@@ -36,6 +45,7 @@ if TYPE_CHECKING:
     from .pruners.base import BasePruner
 
 INTERRUPTED = 130
+UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,26 +53,52 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Of several processes the first alone prints, but for errors that it does not have.
     """
+    open_streams()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     request = None
     try:
         with redirect_stdout(StringIO()) if rank() > 0 else nullcontext():
             request = parse_request(sys.argv[1:] if argv is None else argv)
             _run(request)
-    except LLMPrunerError as error:
-        if os.environ.get("LLM_PRUNER_DEBUG"):
-            raise
-        if request is not None or rank() == 0:  # all processes have the same words
-            _print_error(str(error))
-        return error.exit_code
+        check_said()
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Exception as error:
+        if os.environ.get("LLM_PRUNER_DEBUG"):
+            raise
+        code, message = _explained(error)
+        if request is not None or _is_first():  # all processes have the same words
+            _print_error(message)
+        return code
     return 0
+
+
+def _explained(error: Exception) -> tuple[int, str]:
+    """The exit code for an error, and what to say of it."""
+    if isinstance(error, LLMPrunerError):
+        return error.exit_code, str(error)
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
+        advice = "Use a smaller --batch-size, or --max-memory to read layers from the disk."
+        return OutOfMemoryError.exit_code, f"The memory does not suffice ({text}). {advice}"
+    if isinstance(error, OSError):
+        return OutputError.exit_code, f"The system refused something: {text}."
+    return UNEXPECTED, (
+        f"Unexpected {text}. This is a fault of llm_pruner: please report it, with what "
+        "LLM_PRUNER_DEBUG=1 shows. No partial output was left."
+    )
+
+
+def _is_first() -> bool:
+    try:
+        return rank() == 0
+    except InvalidPlanError:  # the environment is what is wrong
+        return True
 
 
 def _run(request: Request) -> None:
     logger.setLevel(logging.ERROR if request.quiet or rank() > 0 else logging.INFO)
-    signal.signal(signal.SIGTERM, _exit)
+    _end_by_exceptions()
     if one_only():
         logger.warning("accelerate launch --cpu starts one process; for several use torchrun.")
     try:
@@ -85,8 +121,18 @@ def _run(request: Request) -> None:
         raise
     except KeyboardInterrupt:
         if rank() == 0:
-            print(f"\ninterrupted; nothing half-written.{_how_to_resume(request)}", file=sys.stderr)
+            say_aside(f"\ninterrupted; nothing half-written.{_how_to_resume(request)}")
         raise
+
+
+def _end_by_exceptions() -> None:
+    """Let signals that would end the process raise, so that what was begun is cleaned up."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        return
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _exit)
 
 
 def _how_to_resume(request: Request) -> str:
@@ -102,11 +148,11 @@ def _how_to_resume(request: Request) -> str:
 
 def _print_error(message: str) -> None:
     """Print an error; of several processes that have the same one the first alone does."""
-    if launched() > 1:  # the launcher would end this process before it has said why
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # the launcher would end this before it is said
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not reported_by_first(message):
-        process = f"rank {rank()}: " if rank() > 0 else ""
-        print(f"error: {process}{message}", file=sys.stderr, flush=True)
+        process = "" if _is_first() else f"rank {rank()}: "
+        say_aside(f"error: {process}{message}")
 
 
 def _exit(number: int, frame: object) -> None:
@@ -125,9 +171,12 @@ def _push(request: Request, repo_id: str) -> None:
         with hold_output(request.output):
             url = push_to_hub(request.output, repo_id)
     except KeyboardInterrupt:
-        print(f"\n{how_to_repeat(request.output, repo_id)}", file=sys.stderr)
+        say_aside(f"\n{how_to_repeat(request.output, repo_id)}")
         raise
-    print(f"Uploaded: {url}", file=sys.stderr if request.json else sys.stdout)
+    if request.json:
+        say_aside(f"Uploaded: {url}")
+    else:
+        say(f"Uploaded: {url}\n")
 
 
 def _fix_gguf(request: Request, path: str) -> None:
@@ -138,11 +187,11 @@ def _fix_gguf(request: Request, path: str) -> None:
     config = open_source(request.model).read_json("config.json")
     keys = on_first(lambda: fix_gguf(path, config))
     if request.json:
-        print(json.dumps({"file": path, "written": keys}, indent=2))
+        say(json.dumps({"file": path, "written": keys}, indent=2) + "\n")
     elif keys:
-        print(f"Wrote {', '.join(keys)} into {path}: llama.cpp computes it right now.")
+        say(f"Wrote {', '.join(keys)} into {path}: llama.cpp computes it right now.\n")
     else:
-        print(f"{path} says everything already: nothing was changed.")
+        say(f"{path} says everything already: nothing was changed.\n")
 
 
 def _prune_on_disk(request: Request) -> None:
@@ -159,7 +208,7 @@ def _prune_on_disk(request: Request) -> None:
     plan = plan or pruner.manual_plan(request.layers or (), request.model)
     plan = replace(plan, drop_mtp=plan.drop_mtp or request.drop_mtp)
     _, saved = pruner.save_pruned(plan, request.output, overwrite=request.overwrite)
-    print(saved.to_json() if request.json else saved_text(saved, request.output), end="")
+    say(saved.to_json() if request.json else saved_text(saved, request.output))
 
 
 def _copy_on_disk(request: Request, plan: PruningPlan | Sequence[int]) -> None:
@@ -182,7 +231,7 @@ def _copy_on_disk(request: Request, plan: PruningPlan | Sequence[int]) -> None:
         )
     )
     text = manifest_text(manifest, saved, request.output)
-    print(saved.to_json() if request.json else text, end="")
+    say(saved.to_json() if request.json else text)
 
 
 def _silence_transformers(request: Request) -> None:
@@ -252,8 +301,14 @@ def _given_plan(request: Request) -> PruningPlan | None:
 
 
 def _run_in_memory(request: Request) -> None:
+    from .data.sampling import DataSplit
     from .healing.lora_settings import LoraSettings
 
+    given = _given_plan(request)
+    named = request.layers is not None or given is not None
+    data = DataSplit([], [], [])
+    if not (named and request.dry_run):
+        data = on_first(lambda: _load_data(request, given))
     pruner = _make_pruner(request)
     if request.heal != "none" or request.visualize:
         purpose = "healing" if request.heal != "none" else "drawing figures"
@@ -262,8 +317,6 @@ def _run_in_memory(request: Request) -> None:
         from .checkpoint.save import check_saveable
 
         check_saveable(pruner.model, pruner.num_layers, heals=request.heal != "none")
-    given = _given_plan(request)
-    data = on_first(lambda: _load_data(request, given))
     if not request.resume and not request.dry_run:
         on_first(lambda: _clear(request))
     lora = LoraSettings(steps=request.heal_steps, seed=request.seed, batch_size=request.batch_size)
@@ -275,7 +328,7 @@ def _run_in_memory(request: Request) -> None:
     plan = _make_plan(request, pruner, data, given)
     plan = replace(plan, drop_mtp=plan.drop_mtp or request.drop_mtp)
     if request.dry_run:
-        print(plan.to_json() if request.json else plan_text(plan), end="")
+        say(plan.to_json() if request.json else plan_text(plan))
     elif pruner.layers.offloaded:
         _export_yaml(request, pruner, plan)
         held_out = plan.held_out or pruner.measure_choice(plan.remove, data.held_out)
@@ -333,13 +386,13 @@ def _carry_out(
     on_first(lambda: clear_checkpoints(checkpoints))
     _export_yaml(request, pruner, plan)
     if request.json:
-        print(report.to_json(), end="")
+        say(report.to_json())
         return
     folder = Path(request.output)
     written = [folder / PAGE_FILE]
     written += sorted((folder / FIGURES).iterdir()) if request.visualize else []
     written += [Path(request.export_yaml)] if request.export_yaml else []
-    print(report_text(report) + "".join(f"Wrote {path}\n" for path in written), end="")
+    say(report_text(report) + "".join(f"Wrote {path}\n" for path in written))
 
 
 def _export_yaml(request: Request, pruner: BasePruner, plan: PruningPlan) -> None:
@@ -349,7 +402,8 @@ def _export_yaml(request: Request, pruner: BasePruner, plan: PruningPlan) -> Non
 
 def _clear(request: Request) -> None:
     """Remove what an earlier run with this output has left to be resumed."""
-    request.beside("journal.jsonl").unlink(missing_ok=True)
+    if request.chooses:
+        Journal(request.beside("journal.jsonl")).remove()
     clear_checkpoints(request.beside("healing"))
 
 
@@ -365,9 +419,9 @@ def _sweep(request: Request, n_layers: int, pruner: BasePruner, data: DataSplit)
         written.append(request.beside("curve.png"))
         on_first(lambda: plot_depth_curve(curve, save_path=written[1]) and None)
     if request.json:
-        print(curve.to_json(), end="")
+        say(curve.to_json())
     else:
-        print(curve_text(curve) + "".join(f"Wrote {path}\n" for path in written), end="")
+        say(curve_text(curve) + "".join(f"Wrote {path}\n" for path in written))
 
 
 def _make_plan(
@@ -389,10 +443,9 @@ def _make_plan(
         if pruner.partial_plan and not request.dry_run and rank() == 0:
             path = request.beside("partial_plan.json")
             pruner.partial_plan.save(path)
-            print(
+            say_aside(
                 f"\nThe search had come to {len(pruner.partial_plan.remove)} layers: use them with "
-                f"--plan {path}, or go on with --resume.",
-                file=sys.stderr,
+                f"--plan {path}, or go on with --resume."
             )
         raise
 

@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from . import __version__
-from .atomic_output import check_output
+from .atomic_output import check_output, own_checkpoints
 from .distributed import TIMEOUT, on_first
 from .engines.verdict import ENGINES, check_engines
 from .errors import InvalidPlanError, MissingDependencyError, OutputError, UnsupportedModelError
 from .hub import check_upload
+from .output_rules import as_path, check_file, is_curve, is_plan, is_recipe
 from .pruners.budget import Budget
 from .pruners.registry import BUILTIN, check_strategy_name
+from .search.journal import Journal
 from .storage.gguf_models import find_gguf
-from .utils import parse_bytes
+from .streams import say
+from .utils import parse_bytes, resolve_model_id, user_path
 
 EPILOG = """\
 examples:
@@ -221,6 +224,9 @@ def _add_output(group: Any) -> None:
 class _Parser(argparse.ArgumentParser):
     """Reports a mistake as every other error is reported, without the usage above it."""
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        say(message)
+
     def error(self, message: str) -> NoReturn:
         if message.startswith("argument "):
             raise InvalidPlanError(f"{message.removeprefix('argument ')}.")
@@ -392,12 +398,16 @@ class Request:
                 )
 
     @property
+    def chooses(self) -> bool:
+        """Whether layers are to be chosen, by scores or a search."""
+        return self.layers is None and self.plan is None and self.fix_gguf is None
+
+    @property
     def needs_model(self) -> bool:
         """Whether something is asked for that needs the model in memory."""
-        chooses = self.layers is None and self.plan is None and self.fix_gguf is None
         loads = self.dtype != "auto" or self.layers_path is not None or self.dry_run
         measures = self.eval_dataset is not None or self.visualize or self.export_yaml is not None
-        return chooses or loads or measures or self.heal != "none"
+        return self.chooses or loads or measures or self.heal != "none"
 
     @property
     def writes_model(self) -> bool:
@@ -406,7 +416,7 @@ class Request:
 
     def beside(self, ending: str) -> Path:
         """A file beside the output folder, named after it."""
-        return Path(f"{self.output.rstrip('/')}.{ending}")
+        return Path(f"{self.output}.{ending}")
 
 
 def _exclusive(options: dict[str, Any]) -> None:
@@ -430,9 +440,18 @@ def parse_request(words: Sequence[str]) -> Request:
         threshold=values.pop("threshold"),
         tolerance=values.pop("tolerance"),
     )
+    values["output"] = _output_path(values["output"])
     values["option"] = dict(values["option"])
     values["serve_with"] = tuple(dict.fromkeys(values["serve_with"]))
     return Request(**values, budget=budget, words=tuple(words))
+
+
+def _output_path(text: str) -> str:
+    """An output as it was named, but without ``~``, ``..`` and a slash at its end."""
+    path = as_path(text)
+    if ".." in path.parts:
+        return str(path.resolve())
+    return str(path) if text.startswith("~") else text.rstrip("/") or "/"
 
 
 def check_request(request: Request) -> None:
@@ -461,9 +480,30 @@ def check_request(request: Request) -> None:
             )
     if request.heal == "lora" and importlib.util.find_spec("peft") is None:
         raise MissingDependencyError("--heal lora needs peft: pip install 'llm_pruner[heal]'.")
-    if Path(request.output).resolve() == Path(request.model).resolve():
-        raise OutputError(f"--output {request.output} is the model itself: choose another folder.")
     if (repo_id := request.push_to_hub) is not None:
         on_first(lambda: check_upload(repo_id))
+    on_first(lambda: _check_files(request))
+
+
+def _check_files(request: Request) -> None:
+    """Refuse outputs that cannot be written, or that would replace what they may not."""
+    strategy = request.strategy.rpartition(":")[0]
+    sources = [request.plan, request.eval_dataset, request.heal_data, request.fix_gguf, strategy]
+    reads = [resolve_model_id(request.model), *filter(None, sources)]
+    if user_path(request.model).resolve() == user_path(request.output).resolve():
+        raise OutputError(f"--output {request.output} is the model itself: choose another folder.")
     if request.writes_model:
-        on_first(lambda: check_output(request.output, overwrite=request.overwrite) and None)
+        check_output(request.output, overwrite=request.overwrite, reads=reads)
+    if request.chooses and (request.resume or not request.dry_run):
+        Journal(request.beside("journal.jsonl")).check()
+    if request.dry_run:
+        return
+    if request.heal == "lora":
+        own_checkpoints(request.beside("healing"))
+    if request.chooses:
+        check_file(request.beside("partial_plan.json"), is_plan, reads=reads)
+    if request.sweep is not None:
+        for ending in ("curve.json", "curve.png"):
+            check_file(request.beside(ending), is_curve, reads=reads)
+    if request.export_yaml is not None:
+        check_file(request.export_yaml, is_recipe, reads=reads)

@@ -42,22 +42,33 @@ _groups = count()
 
 def launched() -> int:
     """Number of processes that a launcher started for this job, at least 1."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    return _number("WORLD_SIZE", 1) if "RANK" in os.environ else 1
 
 
 def rank() -> int:
     """The index of this process, from 0; the first one writes and prints."""
-    return int(os.environ.get("RANK", "0")) if launched() > 1 else 0
+    return _number("RANK", 0, launched() - 1) if launched() > 1 else 0
 
 
 def local_rank() -> int:
     """The index of this process on its machine, which is also the index of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if launched() > 1 else 0
+    return _number("LOCAL_RANK", 0, launched() - 1) if launched() > 1 else 0
 
 
 def launched_here() -> int:
     """Number of the processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() > 1 else 1
+    return _number("LOCAL_WORLD_SIZE", 1, launched()) if launched() > 1 else 1
+
+
+def _number(name: str, least: int, most: int = 1_000_000) -> int:
+    """A number that a launcher has put into the environment; `least` where it has not."""
+    text = os.environ.get(name, str(least))
+    if not re.fullmatch("[0-9]{1,7}", text) or not least <= int(text) <= most:
+        raise InvalidPlanError(
+            f"The environment says {name}={text!r}, which must be a whole number from {least} to "
+            f"{most}: start several processes with torchrun, or unset RANK and WORLD_SIZE for one."
+        )
+    return int(text)
 
 
 def one_only() -> bool:

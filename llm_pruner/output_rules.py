@@ -18,6 +18,7 @@ PLAN_FILE = "pruning_plan.json"
 REPORT_FILE = "pruning_report.json"
 PAGE_FILE = "report.html"
 FIGURES = "figures"
+RECIPE_HEAD = "# A MergeKit recipe by llm_pruner"
 OUTPUT_FILES = "output_files"  # in the plan of an output: the names of all its files
 
 
@@ -63,6 +64,28 @@ def check_file(
             folder = folder.parent
         with tempfile.TemporaryFile(dir=folder):
             pass
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether a file is a MergeKit recipe of llm_pruner."""
+    return _begins(path, RECIPE_HEAD)
+
+
+def is_plan(path: Path) -> bool:
+    """Whether a file is a plan of llm_pruner, by its first line."""
+    return _begins(path, '{\n  "format": "llm_pruner.plan/')
+
+
+def is_curve(path: Path) -> bool:
+    """Whether a file is a depth curve of llm_pruner, by its first line, or the picture of one."""
+    return _begins(path.with_suffix(".json"), '{\n  "format": "llm_pruner.curve/')
+
+
+def _begins(path: Path, text: str) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(text)) == text.encode()
 
 
 def refuse_what_stands(path: Path, overwrite: bool, reads: Iterable[str | Path]) -> None:

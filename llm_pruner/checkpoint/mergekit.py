@@ -12,12 +12,10 @@ from ..atomic_output import write_atomically
 from ..config.rules import COUNT_FIELDS, text_config
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..model.layer_stack import LayerStack
-from ..output_rules import check_file
+from ..output_rules import RECIPE_HEAD, check_file, is_recipe
 from ..results import check_layers
 from ..storage.gguf_models import find_gguf
 from ..utils import logger
-
-HEAD = "# A MergeKit recipe by llm_pruner"
 
 
 def write_mergekit_yaml(
@@ -47,13 +45,7 @@ def write_mergekit_yaml(
     dtype = str(next(stack.model.parameters()).dtype).removeprefix("torch.")
     recipe = {"slices": slices, "merge_method": "passthrough", "dtype": dtype}
     check_file(yaml_path, is_recipe, reads=[model_id])
-    write_atomically(yaml_path, f"{HEAD}\n{yaml.safe_dump(recipe, sort_keys=False)}")
-
-
-def is_recipe(path: Path) -> bool:
-    """Whether a file is a recipe that `write_mergekit_yaml` wrote."""
-    with path.open("rb") as file:
-        return file.read(len(HEAD)) == HEAD.encode()
+    write_atomically(yaml_path, f"{RECIPE_HEAD}\n{yaml.safe_dump(recipe, sort_keys=False)}")
 
 
 def _warn_of_mergekit(stack: LayerStack, removed: Sequence[int]) -> None:

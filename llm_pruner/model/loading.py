@@ -97,6 +97,9 @@ def load_model(
             f"device='auto' (--device auto) spreads a model over all devices of a machine, and "
             f"{launched_here()} processes are on this one: start one (--nproc_per_node 1)."
         )
+    target: Any = device or get_device()
+    if not spread:
+        _check_device(target)
     model, tokenizer = read_model(
         model_id,
         dtype=dtype,
@@ -104,16 +107,22 @@ def load_model(
         device_map="auto" if spread else None,
     )
     if not spread:
-        try:
-            target: Any = device or get_device()
-            model = model.to(target)
-        except (RuntimeError, AssertionError) as error:
-            raise LoadError(
-                f"Cannot put the model on device {str(device)!r}: {error} Use cpu, or a device "
-                "that this machine has."
-            ) from error
+        model = model.to(target)
     model.eval()  # type: ignore[no-untyped-call]
     return model, tokenizer
+
+
+def _check_device(device: Any) -> None:
+    """Raise LoadError if this machine has no such device."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LoadError(
+            f"Cannot put the model on device {str(device)!r}: {error} Use cpu, or a device that "
+            "this machine has."
+        ) from error
 
 
 def read_model(

@@ -8,12 +8,14 @@ import json
 import os
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError
 from ..json_files import parse_json
 from ..utils import logger
-from .prefix_sharing import LayerSet
+
+if TYPE_CHECKING:
+    from .prefix_sharing import LayerSet
 
 FIELDS = ("key", "removed", "chunk", "values")
 LONGEST = 10_000_000  # bytes of a line that is looked at
