@@ -14,7 +14,7 @@ import llm_pruner
 
 PACKAGE = Path(llm_pruner.__file__).parent
 # Files at the top that every room may use; each may import those before it.
-GROUND = "lazy_names errors distributed utils atomic_output results stats hub".split()
+GROUND = "lazy_names errors distributed chat_template utils atomic_output results stats hub".split()
 # What a room may import besides the ground. Nothing below a line imports anything above it.
 ROOMS = {
     "config": "",
