@@ -11,6 +11,7 @@
     |   `-- HubError                         it cannot be uploaded to the Hugging Face hub
     |-- VerificationError (RuntimeError)     a written checkpoint does not compute what it should
     |-- ProcessGroupError (RuntimeError)     of several processes one ended, or does not answer
+    |-- ModelInUseError (RuntimeError)       another thread is using the model
     |-- OutOfMemoryError (MemoryError)       the memory does not suffice for what was asked
     `-- MissingDependencyError (ImportError) an optional package is needed
 
@@ -94,6 +95,12 @@ class VerificationError(LLMPrunerError, RuntimeError):
 
 class ProcessGroupError(LLMPrunerError, RuntimeError):
     """Of several processes one has ended, or does not answer."""
+
+    exit_code = 4
+
+
+class ModelInUseError(LLMPrunerError, RuntimeError):
+    """Another thread is using the model, and waits for one that this thread uses."""
 
     exit_code = 4
 

@@ -40,10 +40,13 @@ def parse_json(text: str) -> Any:
             parse_int=_integer,
         )  # fmt: skip
     except RecursionError:
-        raise ValueError("values are nested too deeply") from None
+        raise ValueError("lists or objects are nested too deeply") from None
     _check_depth(found)
     if SURROGATE.search(text):
-        json.dumps(found, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"not valid Unicode text: {error}") from None
     return found
 
 
@@ -52,13 +55,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r:.80} is there twice")
+        raise ValueError(
+            f"the key {twice!r:.80} is twice in an object with the keys {names!r:.200}"
+        )
     return found
 
 
 def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text[:20]} is not a finite number")
+        raise ValueError(f"{text[:20]} is no number in JSON: leave it out, or write null")
     return number
 
 
@@ -79,7 +84,7 @@ def _check_depth(value: Any) -> None:
         ]
         if not level:
             return
-    raise ValueError(f"values are nested more than {MAX_DEPTH} deep")
+    raise ValueError(f"lists or objects are nested more than {MAX_DEPTH} deep")
 
 
 def check_type(value: Any, expected: Any, name: str) -> Any:

@@ -16,6 +16,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .chat_template import render_chat
 from .distributed import launched, local_rank
 from .errors import InvalidDataError, InvalidPlanError, LoadError
 
@@ -73,7 +74,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         str(getattr(tokenizer, "chat_template", None)),
         backend.to_str() if backend is not None else str(len(tokenizer)),
     )
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def format_prompt(q: str) -> str:
@@ -90,12 +91,13 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
     That is the tokenizer's own chat template where there is one (with the opening of the
     assistant's turn), and `format_prompt` otherwise.
+
+    Raises:
+        LoadError: the chat template cannot be used.
     """
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}]
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
+        return render_chat(tokenizer, messages, add_generation_prompt=True)
     return format_prompt(prompt)
 
 
@@ -158,9 +160,48 @@ def package_versions() -> dict[str, str]:
     return {"llm_pruner": own, **{name: importlib.metadata.version(name) for name in names}}
 
 
-def resolve_model_id(model_id: str) -> str:
+def resolve_model_id(model_id: str | Path) -> str:
     """The folder of the embedded model for ``demo``, and `model_id` itself otherwise."""
-    return str(DEMO_DIR) if model_id == DEMO_MODEL else model_id
+    return str(DEMO_DIR) if str(model_id) == DEMO_MODEL else str(model_id)
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as the user typed it, with ``~`` written out; nothing needs to be there.
+
+    Raises:
+        LoadError: nothing could have such a name.
+    """
+    try:
+        path = Path(text).expanduser()
+        str(path).encode()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # what opens it will say so, if it has to be there
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise LoadError(
+            f"{str(text)!r:.200} cannot be a path ({reason}): give the path of a file or folder."
+        ) from None
+    return path
+
+
+SPECIAL_FILES = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+
+
+def regular_file(path: str | Path) -> Path:
+    """`path` itself, if opening it cannot wait for anybody: a file, a folder or nothing yet.
+
+    Raises:
+        LoadError: it is a pipe, a socket or a device, or leads to one.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # what opens it will say so
+        return Path(path)
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return Path(path)
+    kind = SPECIAL_FILES.get(stat.S_IFMT(mode), "device")
+    raise LoadError(f"{str(path)!r} is a {kind}: give a file.")
 
 
 def parse_bytes(text: str) -> int:
@@ -182,6 +223,14 @@ def parse_bytes(text: str) -> int:
 def format_bytes(size: float) -> str:
     """A number of bytes in GiB, or MiB below one."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def shown(value: object) -> str:
+    """The beginning of any value, for messages."""
+    try:
+        return f"{value!r:.80}"
+    except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits
+        return "a value too large to be shown"
 
 
 def explain_load_failure(kind: str, name: str, error: Exception) -> str:
@@ -206,37 +255,3 @@ def at_least_one(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise InvalidDataError(f"{name}={value} must be at least 1.")
-
-
-def user_path(text: str | Path) -> Path:
-    """A path as a user typed it, with ``~`` expanded.
-
-    Raises:
-        LoadError: no file can have that name.
-    """
-    name = str(text)
-    try:
-        name.encode()
-        path = Path(name).expanduser()
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return path
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise LoadError(f"{name!r:.300} cannot be a path: {reason}. Give another one.") from error
-    return path
-
-
-def regular_file(path: str | Path) -> Path:
-    """`path`, unless it is something that may have no end, or keep a reader waiting.
-
-    Raises:
-        LoadError: it is a pipe, a socket or a device.
-    """
-    found = Path(path)
-    mode = found.stat().st_mode if found.exists() else 0
-    kinds = {"a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK, "a device": stat.S_ISCHR}
-    for kind, is_kind in kinds.items():
-        if is_kind(mode) or (kind == "a device" and stat.S_ISBLK(mode)):
-            raise LoadError(f"{str(path)!r} is {kind}: give a file.")
-    return found

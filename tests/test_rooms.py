@@ -15,7 +15,8 @@ import llm_pruner
 PACKAGE = Path(llm_pruner.__file__).parent
 # Files at the top that every room may use; each may import those before it.
 GROUND = (
-    "lazy_names errors streams distributed utils output_rules atomic_output json_files results stats hub"
+    "lazy_names errors streams distributed chat_template utils output_rules atomic_output "
+    "json_files results stats hub"
 ).split()
 # What a room may import besides the ground. Nothing below a line imports anything above it.
 ROOMS = {
@@ -34,8 +35,8 @@ ROOMS = {
     "pruners": "config engines storage model offload data evaluation search healing checkpoint",
     "workflow": "storage model data evaluation healing visualization report checkpoint pruners",
     "cli_arguments": "engines storage search pruners",
-    "cli": "config storage model offload data search healing visualization report checkpoint pruners "
-    "workflow cli_arguments",
+    "cli": "config storage model offload data search healing visualization report checkpoint "
+    "pruners workflow cli_arguments",
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())

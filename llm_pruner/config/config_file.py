@@ -200,9 +200,11 @@ def refuse_lacking_layers(tensors: Iterable[str], values: dict[str, Any], name: 
 
     transformers would build the others, however many, with random weights.
     """
-    count, stacks = layer_count(values), _numbered(tensors)
+    part, stacks = decoder_part(values), _numbered(tensors)
+    counts = [part[field] for field in COUNT_FIELDS if type(part.get(field)) is int]
+    count = min(counts, default=0)
     numbered = max((max(found) + 1 for found in stacks.values()), default=0)
-    if count is not None and stacks and numbered < count:
+    if stacks and numbered < count:
         raise LoadError(
             f"Checkpoint {name!r} contradicts itself: its config counts {count} layers, and there "
             f"are tensors of {numbered}. Correct config.json, or fetch the checkpoint again."

@@ -136,8 +136,8 @@ def upload_dataset_to_hub(
 def _json_line(index: int, item: EvalItem) -> bytes:
     row = {"text": item} if isinstance(item, str) else item
     try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    except (TypeError, ValueError) as error:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except (RecursionError, TypeError, ValueError) as error:
         raise InvalidDataError(f"data[{index}] cannot be written as JSON: {error}.") from None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from ..errors import InvalidDataError
+from ..utils import shown
 
 EvalItem = dict[str, Any] | str
 
@@ -31,16 +32,9 @@ def check_items(eval_data: Sequence[EvalItem]) -> Sequence[EvalItem]:
         )
     for index, item in enumerate(eval_data):
         if isinstance(item, str):
-            _check_text(index, "text", item)
+            check_text(f"eval_data[{index}]['text']", item)
         elif isinstance(item, dict):
-            for field in ("prompt", "reference"):
-                if field not in item:
-                    raise InvalidDataError(
-                        f"eval_data[{index}] has no {field!r} (its fields: {sorted(item)}): every "
-                        "item needs 'prompt' and 'reference'; normalize_item() converts the rows "
-                        "of known datasets."
-                    )
-                _check_text(index, field, item[field])
+            _check_dict(f"eval_data[{index}]", item)
         else:
             raise InvalidDataError(
                 f"eval_data[{index}] is a {type(item).__name__}: items are dicts with 'prompt' "
@@ -49,17 +43,50 @@ def check_items(eval_data: Sequence[EvalItem]) -> Sequence[EvalItem]:
     return eval_data
 
 
-def _check_text(index: int, field: str, value: object) -> None:
-    where = f"eval_data[{index}][{field!r}]"
+def _check_dict(where: str, item: dict[str, Any]) -> None:
+    if odd := [field for field in item if not isinstance(field, str)]:
+        raise InvalidDataError(f"{where} has a field {shown(odd[0])}: names of fields are strings.")
+    for field in ("prompt", "reference"):
+        if field not in item:
+            raise InvalidDataError(
+                f"{where} has no {field!r} (its fields: {sorted(item)!r:.300}): every item needs "
+                "'prompt' and 'reference'; normalize_item() converts the rows of known datasets."
+            )
+        check_text(f"{where}[{field!r}]", item[field])
+    task, aliases = item.get("task"), item.get("aliases")
+    if not isinstance(task, str | int | float | None):
+        raise InvalidDataError(f"{where}['task'] must be a string: {shown(task)}.")
+    if isinstance(task, str) and task:
+        check_text(f"{where}['task']", task)
+    if aliases is not None and not isinstance(aliases, list | tuple):
+        raise InvalidDataError(f"{where}['aliases'] must be a list of strings: {shown(aliases)}.")
+    for alias in (alias for alias in aliases or () if alias != ""):
+        check_text(f"{where}['aliases']", alias)
+
+
+def check_text(where: str, value: object) -> None:
+    """Raise InvalidDataError, which says `where`, if `value` is not text a model can be given."""
     if not isinstance(value, str):
-        raise InvalidDataError(f"{where} is a {type(value).__name__}, not a string: {value!r:.80}")
+        raise InvalidDataError(f"{where} is a {type(value).__name__}, not a string: {shown(value)}")
     if not value.strip():
         raise InvalidDataError(f"{where} is empty: remove or fill the item.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidDataError(f"{where} is not valid Unicode text: {error}.") from None
 
 
 def fingerprint(eval_data: Sequence[EvalItem]) -> str:
-    """Short hash of the items, to tell two data sets apart in a plan or a journal."""
-    text = json.dumps(list(eval_data), sort_keys=True, ensure_ascii=True, default=str)
+    """Short hash of the items, to tell two data sets apart in a plan or a journal.
+
+    Raises:
+        InvalidDataError: a field holds what cannot be written as JSON.
+    """
+    try:
+        text = json.dumps(list(eval_data), sort_keys=True, ensure_ascii=True, default=str)
+    except (RecursionError, TypeError, ValueError) as error:  # nested too deeply, or in itself
+        reason = f"eval_data cannot be written as JSON: {error}."
+        raise InvalidDataError(f"{reason} Leave out the fields that no task needs.") from None
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -70,6 +97,8 @@ def prompt_of(item: EvalItem) -> str:
 
 def prompt_keys(eval_data: Sequence[EvalItem]) -> list[str]:
     """A short hash of `prompt_of` every item, to compare data sets."""
+    if not isinstance(eval_data, Sequence) or eval_data:
+        check_items(eval_data)
     return [hashlib.sha256(prompt_of(item).encode()).hexdigest()[:12] for item in eval_data]
 
 

@@ -15,16 +15,20 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidDataError
+from ..utils import shown
 
 if TYPE_CHECKING:
     from .items import EvalItem
 
 
 Item = dict[str, Any]
+MAX_DIGITS = 1000  # of a number
+NOTHING: tuple[object, ...] = (None, "", [])  # what stands where a row has no value
 
 
 def digest(*parts: object) -> bytes:
@@ -32,19 +36,27 @@ def digest(*parts: object) -> bytes:
     return hashlib.sha256(repr(parts).encode()).digest()
 
 
+def _plain(value: object) -> str | None:
+    """Text as it is, a number as text; None for everything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return str(int(value)) if abs(int(value)) < 10**MAX_DIGITS else None
+    return str(value) if isinstance(value, float) and math.isfinite(value) else None
+
+
 def _text(value: object, field: str) -> str:
     """`value` as stripped text; numbers become text."""
-    if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
-        value = str(value)
-    if not isinstance(value, str):
-        raise InvalidDataError(f"{field} is a {type(value).__name__}, not text: {value!r:.80}.")
-    if not value.strip():
+    text = _plain(value)
+    if text is None:
+        raise InvalidDataError(f"{field} is a {type(value).__name__}, not text: {shown(value)}.")
+    if not text.strip():
         raise InvalidDataError(f"{field} is empty: remove or fill it.")
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise InvalidDataError(f"{field} is not valid Unicode text: {error}.") from None
-    return value.strip()
+    return text.strip()
 
 
 def _bare_question(value: object, context: object = "") -> str:
@@ -58,22 +70,23 @@ def _bare_question(value: object, context: object = "") -> str:
 
 def _accepted(answers: Iterable[object]) -> list[str]:
     """The distinct answers, in order, without blank ones."""
-    texts = [_text(answer, "an answer") for answer in answers if str(answer).strip()]
+    given = (answer for answer in answers if not (isinstance(answer, str) and not answer.strip()))
+    texts = [_text(answer, "an answer") for answer in given]
     return list(dict.fromkeys(texts))
 
 
 def _qa(prompt: object, reference: object, choices: object = None, aliases: object = None) -> Item:
     item: Item = {"prompt": _bare_question(prompt), "reference": _text(reference, "the reference")}
-    if choices:
+    if choices not in NOTHING:
         item["choices"] = _choice_texts(choices)[0]
         if item["reference"] not in item["choices"]:
             raise InvalidDataError(
                 f"reference {item['reference']!r:.80} is not one of the choices: "
                 f"{item['choices']!r:.200}."
             )
-    if aliases:
+    if aliases not in NOTHING:
         if not isinstance(aliases, list):
-            raise InvalidDataError(f"aliases must be a list of texts: {aliases!r:.80}.")
+            raise InvalidDataError(f"aliases must be a list of texts: {shown(aliases)}.")
         item["aliases"] = _accepted([item["reference"], *aliases])
     return item
 
@@ -83,17 +96,22 @@ def _choice_texts(choices: object) -> tuple[list[str], list[str]]:
     table: dict[str, Any] = choices if isinstance(choices, dict) else {"text": choices}
     texts, labels = table.get("text"), table.get("label") or []
     if not isinstance(texts, list) or not isinstance(labels, list) or len(texts) < 2:
-        raise InvalidDataError(f"choices must be two or more texts: {choices!r:.80}.")
-    return [_text(text, "a choice") for text in texts], [str(label) for label in labels]
+        raise InvalidDataError(f"choices must be two or more texts: {shown(choices)}.")
+    if labels and len(labels) != len(texts):
+        raise InvalidDataError(f"{len(texts)} choices with {len(labels)} labels: {shown(choices)}.")
+    return [_text(text, "a choice") for text in texts], [
+        _text(label, "a label") for label in labels
+    ]
 
 
 def _choice(question: object, choices: object, gold: object, context: object = "") -> Item:
     texts, labels = _choice_texts(choices)
-    key = str(gold).strip()
-    if key in ("", "-1"):
+    plain = _plain(gold)
+    key = "" if plain is None else plain.strip()
+    if plain is not None and key in ("", "-1"):
         raise InvalidDataError(f"the row has no answer (label {gold!r}): use a split with labels.")
     found = {text for text, label in zip(texts, labels, strict=False) if label == key}
-    if not found:  # a number from 0, a letter, or the text itself
+    if not found and key:  # a number from 0, a letter, or the text itself
         is_number = re.fullmatch(r"[0-9]{1,3}", key)
         found = {
             text
@@ -104,8 +122,8 @@ def _choice(question: object, choices: object, gold: object, context: object = "
         }
     if len(found) != 1:
         raise InvalidDataError(
-            f"answer {gold!r:.80} names {len(found)} of the choices {texts!r:.200}: it must be one "
-            "label, one position counted from 0, one letter or the text of one choice."
+            f"answer {shown(gold)} names {len(found)} of the choices {texts!r:.200}: it must be "
+            "one label, one position counted from 0, one letter or the text of one choice."
         )
     prompt = _bare_question(question, context)
     return {"prompt": prompt, "reference": found.pop(), "choices": texts}
@@ -122,9 +140,11 @@ def _shuffle(question: object, answer: object, *others: object) -> Item:
 def _truthfulqa(question: object, targets: object) -> Item:
     """Multiple choice with one true answer, ``{choices, labels}`` or ``{answer: 0 or 1}``."""
     if not isinstance(targets, dict):
-        raise InvalidDataError(f"mc1_targets must be an object: {targets!r:.80}.")
+        raise InvalidDataError(f"mc1_targets must be an object: {shown(targets)}.")
     if isinstance(targets.get("choices"), list) and isinstance(targets.get("labels"), list):
-        pairs = list(zip(targets["choices"], targets["labels"], strict=False))
+        if len(targets["choices"]) != len(targets["labels"]):
+            raise InvalidDataError(f"mc1_targets has other labels than choices: {shown(targets)}.")
+        pairs = list(zip(targets["choices"], targets["labels"], strict=True))
     else:
         pairs = list(targets.items())
     true = [answer for answer, label in pairs if label == 1]
@@ -139,12 +159,13 @@ def _truthfulqa_gen(question: object, best: object, correct: object) -> Item:
 
 def _hellaswag(context: object, endings: object, label: object, **parts: object) -> Item:
     if not isinstance(endings, list):
-        raise InvalidDataError(f"endings must be a list of texts: {endings!r:.80}.")
+        raise InvalidDataError(f"endings must be a list of texts: {shown(endings)}.")
     if parts.get("ctx_a") and parts.get("ctx_b"):  # `ctx` joins them without a capital
         second = _text(parts["ctx_b"], "ctx_b")
         context = f"{_text(parts['ctx_a'], 'ctx_a')} {second[0].upper()}{second[1:]}"
     if parts.get("activity_label"):
-        context = f"{_text(parts['activity_label'], 'activity_label')}: {context}"
+        label_text = _text(parts["activity_label"], "activity_label")
+        context = f"{label_text}: {_text(context, 'ctx')}"
     return _choice(_untagged(context), [_untagged(ending) for ending in endings], label)
 
 
@@ -247,6 +268,20 @@ def find_benchmarks(dataset_name: str, subset: str | None = None) -> list[str]:
     return [name for name in names if DATASETS[name].subset == subset] or names
 
 
+def field_name(name: object) -> str:
+    """The name of a field as layouts have it."""
+    return str(name).strip().lower().replace(" ", "_")
+
+
+def clash(names: Iterable[object]) -> str:
+    """Those of `names` that cannot be in one row because they name the same field, or nothing."""
+    groups: dict[str, list[object]] = {}
+    for name in filter(field_name, names):  # a table may have several columns without a name
+        groups.setdefault(field_name(name), []).append(name)
+    twice = next((group for group in groups.values() if len(group) > 1), [])
+    return " and ".join(f"{name!r:.80}" for name in twice)
+
+
 def normalize_item(item: Mapping[str, Any] | str, dataset_name: str) -> EvalItem:
     """One row of any known layout as an item.
 
@@ -270,19 +305,25 @@ def to_item(item: object, dataset_name: str) -> EvalItem:
     if isinstance(item, str):
         return _text(item, "the text")
     if not isinstance(item, Mapping):
-        raise InvalidDataError(f"a row must be an object or a text: {item!r:.80}.")
-    row = {str(k).strip().lower().replace(" ", "_"): v for k, v in item.items() if v is not None}
+        raise InvalidDataError(f"a row must be an object or a text: {shown(item)}.")
+    given = {k: v for k, v in item.items() if v is not None}
+    if twice := clash(given):
+        raise InvalidDataError(f"{twice} name the same field: leave one of them out.")
+    row = {field_name(k): v for k, v in given.items()}
     known = [name for name in find_benchmarks(dataset_name) if DATASETS[name].layout.values(row)]
-    task = row.get("task") or (known[0] if len(known) == 1 else dataset_name.split("/")[-1])
+    task = known[0] if len(known) == 1 else dataset_name.split("/")[-1]
+    if row.get("task") not in NOTHING:
+        _text(row["task"], "the task")
+        task = str(row["task"])
     for layout in [DATASETS[name].layout for name in known[:1]] or LAYOUTS:
         values = layout.values(row)
         if values is not None:
             options = {name: row[name] for name in layout.optional if name in row}
-            return {"task": str(task), **layout.convert(*values, **options)}
+            return {"task": task, **layout.convert(*values, **options)}
     if "text" in row:
         return _text(row["text"], "text")
     accepted = "; ".join(", ".join(layout.fields) for layout in LAYOUTS)
     raise InvalidDataError(
-        f"fields with a value: {sorted(row)}. No known layout has these. Accepted (a|b: one of "
-        f"them): {accepted}; text. Rename the fields to 'prompt' and 'reference'."
+        f"fields with a value: {sorted(row)!r:.500}. No known layout has these. Accepted (a|b: "
+        f"one of them): {accepted}; text. Rename the fields to 'prompt' and 'reference'."
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 
 from ..errors import InvalidDataError, LoadError, UnknownNameError
-from ..utils import DEMO_DIR, DEMO_MODEL, logger
+from ..utils import DEMO_DIR, DEMO_MODEL, logger, user_path
 from .hub_datasets import read_hub_dataset
 from .items import EvalItem, check_items, prompt_keys, prompt_of
 from .local_files import READERS, read_local
@@ -33,8 +33,8 @@ def _sample(
     """At most `k` items of a benchmark, a local path or a hub id, tried in this order."""
     if not find_benchmarks(source):
         demo = source in DEMO_FILES
-        path = DEMO_DIR / DEMO_FILES[source] if demo else Path(source).expanduser()
-        if demo or path.exists() or path.suffix.lower() in READERS:
+        path = DEMO_DIR / DEMO_FILES[source] if demo else user_path(source)
+        if demo or os.path.exists(path) or path.suffix.lower() in READERS:
             items = read_local(path)
             chosen = random.Random(seed).sample(range(len(items)), min(k, len(items)))
             return [items[index] for index in sorted(chosen)]
@@ -184,6 +184,7 @@ def load_data(
     Raises:
         LoadError, InvalidDataError: the source cannot be read or holds too few items.
     """
+    _check_count("n_samples", n_samples)
     pool = load_eval_dataset(n_samples * (2 + HEAL_ITEMS), source, seed=seed, up_to=True)
     pool = _others(pool, taken)
     if source == DEMO_MODEL:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ..chat_template import render_chat
 from ..errors import InvalidDataError
 from ..utils import render_prompt
 from .items import EvalItem, check_items
@@ -136,8 +137,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: i
 
     A prompt longer than `max_length` tokens loses its beginning. An end token that some
     tokenizers put behind every text is dropped: nothing would follow it.
+
+    Raises:
+        InvalidDataError: the tokenizer makes no token of it.
     """
     ids = _encode(tokenizer, render_prompt(tokenizer, prompt))
+    if not ids:
+        raise InvalidDataError(
+            f"The tokenizer makes no token of the prompt {prompt!r:.80}: check its chat template, "
+            "or leave the prompt out."
+        )
     while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     return ids[-max_length:]
@@ -158,7 +167,7 @@ def encode_pair(
     if closed and getattr(tokenizer, "chat_template", None):
         turns = [("user", prompt), ("assistant", continuation)]
         messages = [{"role": role, "content": content} for role, content in turns]
-        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False)).rstrip()
+        rendered = render_chat(tokenizer, messages).rstrip()
         if rendered.startswith(text):  # some templates write past turns differently
             full = rendered
     alone, whole = _encode(tokenizer, text), _encode(tokenizer, full)

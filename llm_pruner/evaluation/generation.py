@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data.items import EvalItem, check_items
+from ..data.items import EvalItem, check_items, check_text
 from ..data.tokens import encode_prompt, pad_left
 from ..errors import InvalidDataError, NonFiniteError
 from ..model.forward import HINT, check_ids, evaluating, input_device, position_limit
-from ..utils import at_least_one, clean_output, progress
+from ..utils import at_least_one, clean_output, progress, shown
 from .similarity import embed, load_embedder
 
 if TYPE_CHECKING:
@@ -71,11 +71,17 @@ class ModelEvaluator:
         its beginning.
 
         Raises:
-            InvalidDataError: `prompts` is one string.
+            InvalidDataError: `prompts` is no list of strings.
             NonFiniteError: the model's logits are NaN.
         """
         if isinstance(prompts, str):
             raise InvalidDataError(f"prompts is one string, {prompts!r:.60}: pass a list of them.")
+        if not isinstance(prompts, Sequence):
+            raise InvalidDataError(
+                f"prompts is a {type(prompts).__name__}, not a list of strings: {shown(prompts)}"
+            )
+        for index, prompt in enumerate(prompts):
+            check_text(f"prompts[{index}]", prompt)
         room = position_limit(self.model) - self.max_new_tokens
         encoded = [encode_prompt(self.tokenizer, prompt, room) for prompt in prompts]
         longest_first = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
@@ -107,15 +113,17 @@ class ModelEvaluator:
             InvalidDataError: the items cannot be used, or none has a reference.
             NonFiniteError: the model's logits or the embedder's vectors are not finite.
         """
-        scores = self.evaluate_items(question_items(eval_data), answers)
+        scores = self.evaluate_items(eval_data, answers)
         return math.fsum(scores) / len(scores)
 
     def evaluate_items(
-        self, items: Sequence[Mapping[str, Any]], answers: Sequence[str] | None = None
+        self, items: Sequence[EvalItem], answers: Sequence[str] | None = None
     ) -> list[float]:
         """The cosine of each item with a reference; `evaluate` returns their mean."""
-        given = self._answers(items) if answers is None else answers
-        return self._similarities([{**item, "aliases": ()} for item in items], given)
+        questions = question_items(items)
+        given = self._answers(questions) if answers is None else answers
+        check_answers(given, len(questions))
+        return self._similarities([{**item, "aliases": ()} for item in questions], given)
 
     def _answers(self, items: Sequence[Mapping[str, Any]]) -> list[str]:
         return self.generate([item["prompt"] for item in items])
@@ -185,6 +193,16 @@ def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     values = [getattr(owner, "eos_token_id", None) for owner in owners]
     listed = [value if isinstance(value, list | tuple) else [value] for value in values]
     return sorted({*chain(*listed)} - {None})
+
+
+def check_answers(answers: Sequence[str], count: int) -> None:
+    """Raise InvalidDataError unless `answers` are as many strings."""
+    listed = isinstance(answers, Sequence) and not isinstance(answers, str)
+    if not listed or len(answers) != count or not all(isinstance(one, str) for one in answers):
+        raise InvalidDataError(
+            f"answers must be {count} strings, one for each item with a reference, as generate "
+            f"returns them: {shown(answers)}."
+        )
 
 
 def question_items(eval_data: Sequence[EvalItem]) -> list[dict[str, Any]]:

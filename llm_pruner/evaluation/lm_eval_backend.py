@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..chat_template import render_within_limits
 from ..distributed import on_first
 from ..errors import (
     InvalidDataError,
@@ -125,7 +126,7 @@ def run_tasks(
     Raises:
         MissingDependencyError: lm-eval is not installed.
         UnknownNameError: lm-eval has no such task.
-        LoadError: a task's data cannot be loaded.
+        LoadError: a task's data cannot be loaded, or the chat template cannot be used.
         InvalidDataError: an impossible count, a task without a score in [0, 1] per item, a task
             that does not fit the model, or a group where `data` is given.
         NonFiniteError: the model's logits are not finite.
@@ -275,7 +276,11 @@ def _evaluate(
     own = copy.deepcopy(tokenizer)  # it is given a padding token
     with evaluating(model), contextlib.ExitStack() as cleanup:
         cleanup.callback(model.register_forward_hook(refuse_nan).remove)
-        lm = HFLM(pretrained=model, tokenizer=own, batch_size=batch_size)
+        lm: Any = HFLM(pretrained=model, tokenizer=own, batch_size=batch_size)
+        apply = lm.apply_chat_template
+        lm.apply_chat_template = lambda *args, **more: render_within_limits(
+            lambda: apply(*args, **more)
+        )
         try:
             found: dict[str, Any] | None = simple_evaluate(
                 lm,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data.items import EvalItem
+from ..data.items import EvalItem, check_items
 from ..data.tokens import TokenSequence, encode_sequences, pad_sequences
 from ..errors import NonFiniteError
 from ..model.forward import evaluating, position_limit
@@ -79,7 +79,7 @@ def compare_quality(
         NonFiniteError: a model's logits, or a perplexity, are not finite.
     """
     at_least_one(batch_size=batch_size, window=window, stride=window if stride is None else stride)
-    questions = [item for item in items if isinstance(item, dict)]
+    questions = [item for item in check_items(items) if isinstance(item, dict)]
     kinds = item_kinds(questions) if questions else []
     window = min(window, position_limit(original), position_limit(pruned))
     sequences = encode_sequences(tokenizer, items, max_length=window, stride=stride)

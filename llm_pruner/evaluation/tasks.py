@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data.items import EvalItem, check_items
+from ..data.items import EvalItem, check_items, check_text
 from ..data.sampling import safe_sample
 from ..data.tokens import Batch, encode_batches
 from ..errors import InvalidDataError, LoadError, UnknownNameError
 from ..model.forward import position_limit
-from ..utils import at_least_one, progress
-from .generation import ModelEvaluator, question_items
+from ..utils import at_least_one, progress, shown
+from .generation import ModelEvaluator, check_answers, question_items
 from .likelihood import sequence_nll
 from .lm_eval_backend import TaskResult, run_tasks
 
@@ -138,6 +138,8 @@ class HolisticEvaluator(ModelEvaluator):
             raise InvalidDataError(f"data={data!r} must be a list of items, as load_data gives it.")
         kinds = item_kinds(data)
         items = question_items(data)
+        if answers is not None:
+            check_answers(answers, len(items))
         scores: dict[int, float] = {}
         norms: dict[int, float] = {}
         for kind in sorted(set(kinds)):
@@ -238,7 +240,7 @@ def item_kinds(items: Sequence[EvalItem]) -> list[str]:
         if isinstance(item, str) or task_of(item) == "mean":
             raise InvalidDataError(
                 f"data[{index}] cannot be scored: a benchmark takes dicts with 'prompt' and "
-                f"'reference', whose task is not called 'mean'; got {item!r:.80}."
+                f"'reference', whose task is not called 'mean'; got {shown(item)}."
             )
         reference, gsm8k = item["reference"], task_of(item) == "gsm8k"
         if item.get("choices") is not None:
@@ -286,9 +288,11 @@ def check_choices(index: int, item: Mapping[str, Any]) -> None:
     texts = [text for text in choices if isinstance(text, str) and text.strip()] if listed else []
     if not listed or len(texts) < max(2, len(choices)) or reference not in texts:
         raise InvalidDataError(
-            f"data[{index}] has reference {reference!r:.60} and choices {choices!r:.200}: give "
+            f"data[{index}] has reference {reference!r:.60} and choices {shown(choices)}: give "
             "two or more non-empty choices, the reference among them."
         )
+    for text in texts:
+        check_text(f"data[{index}]['choices']", text)
 
 
 def final_number(text: str) -> Decimal | None:

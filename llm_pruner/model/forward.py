@@ -3,29 +3,105 @@
 from __future__ import annotations
 
 import inspect
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from ..errors import InvalidDataError, UnsupportedModelError
+from ..errors import InvalidDataError, ModelInUseError, UnsupportedModelError
+from ..utils import logger
 
 NO_POSITION_LIMIT = 2**20
+WAIT_SILENTLY = 10.0  # seconds that a thread waits for a model before it says so
 HINT = "activations are NaN or overflow. Check the checkpoint, or load it with dtype float32."
+
+
+class _Lock:
+    """Who is using a model: a thread, how often it has said so, and those who wait."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.owner: int | None = None
+        self.depth = 0
+
+
+class _Thread(threading.local):
+    """Of this thread: the thread that it works for, and how many holds on models it has."""
+
+    works_for: int | None = None
+    holds = 0
+
+
+_locks: weakref.WeakKeyDictionary[torch.nn.Module, _Lock] = weakref.WeakKeyDictionary()
+_locks_guard = threading.Lock()
+_thread = _Thread()
+
+
+def owner() -> int:
+    """The thread for which this one uses models: itself, unless `work_for` was called."""
+    return _thread.works_for or threading.get_ident()
+
+
+def work_for(thread: int) -> None:
+    """Let this thread use what `thread` is using, which waits for it meanwhile."""
+    _thread.works_for = thread
+
+
+@contextmanager
+def using(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block no other thread uses the model by this package: it waits for its end.
+
+    Blocks of one thread may be nested.
+
+    Raises:
+        ModelInUseError: another thread uses it while this one uses another model; both would wait
+            for each other if that thread came to need the other model.
+    """
+    with _locks_guard:
+        lock = _locks.setdefault(model, _Lock())
+    me = owner()
+    with lock.changed:
+        if lock.owner not in (None, me) and _thread.holds:
+            raise ModelInUseError(
+                f"Another thread is using this {type(model).__name__}: let one end before the "
+                "other begins, or load the model once for each."
+            )
+        while lock.owner not in (None, me):
+            if not lock.changed.wait(WAIT_SILENTLY):
+                logger.warning("Waiting for another thread that is using the model.")
+        lock.owner = me
+        lock.depth += 1
+    _thread.holds += 1
+    try:
+        yield
+    finally:
+        _thread.holds -= 1
+        with lock.changed:
+            lock.depth -= 1
+            if not lock.depth:
+                lock.owner = None
+                lock.changed.notify()
 
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; every module's mode is restored afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():  # after inference_mode, cached buffers could not be trained
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    """Evaluation mode and no gradients; every module's mode is restored afterwards.
+
+    Raises:
+        ModelInUseError: see `using`.
+    """
+    with using(model):
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            with torch.no_grad():  # after inference_mode, cached buffers could not be trained
+                yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from ..config.rules import OTHER_TOWERS, layer_counts, prune_config, text_config
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..results import check_layers
 from .bypass import Bypass, ReturnForm, hidden_in, hidden_out, learn_forms, with_hidden
-from .forward import computed, evaluating, refuse_adapters
+from .forward import computed, evaluating, refuse_adapters, using
 from .loading import model_fingerprint
 from .removal import remove_layers, skeleton
 
@@ -134,7 +134,7 @@ class LayerStack(Sequence[nn.Module]):
             if not isinstance(layer, Bypass):
                 observer(index, hidden_in(args, kwargs), hidden_out(output))
 
-        with _after_each(self, seen):
+        with using(self.model), _after_each(self, seen):
             yield
 
     def bypass(self, indices: Iterable[int]) -> AbstractContextManager[nn.Module]:
@@ -152,15 +152,15 @@ class LayerStack(Sequence[nn.Module]):
     @contextmanager
     def _bypassed(self, removed: Collection[int]) -> Iterator[nn.Module]:
         in_parts = len({path.rpartition(".")[0] for path in self.paths}) < len(self.paths)
-        forms = {path: self._return_forms(path) for path in self.paths} if removed else {}
-        with ExitStack() as originals:
+        with using(self.model), ExitStack() as replaced:
+            forms = {path: self._return_forms(path) for path in self.paths} if removed else {}
             for path in forms:
                 layers = _layer_list(self.model, path)
+                bypasses: dict[str, nn.Module] = {}
                 for index in removed:
-                    layer = layers[index]
-                    originals.callback(layers.__setitem__, index, layer)
-                    adds = in_parts and not isinstance(layer, nn.LayerNorm)
-                    layers[index] = Bypass(layer, forms[path][index], adds=adds)
+                    adds = in_parts and not isinstance(layers[index], nn.LayerNorm)
+                    bypasses[str(index)] = Bypass(layers[index], forms[path][index], adds=adds)
+                replaced.enter_context(_replaced(layers, bypasses))
             yield self.model
 
     @contextmanager
@@ -177,7 +177,7 @@ class LayerStack(Sequence[nn.Module]):
         def seen(index: int, layer: nn.Module, args: Any, kwargs: Any) -> None:
             observer(index, hidden_in(args, kwargs))
 
-        with ExitStack() as hooks:
+        with using(self.model), ExitStack() as hooks:
             for index in indices:
                 hook = partial(seen, index)
                 hooks.enter_context(self[index].register_forward_pre_hook(hook, with_kwargs=True))
@@ -270,7 +270,10 @@ class LayerStack(Sequence[nn.Module]):
             UnsupportedModelError: the architecture's config cannot express the pruned model. The
                 message names what stands in the way, and sets close to this one that work.
         """
-        removed = frozenset(check_layers(indices, len(self)))
+        with using(self.model):
+            return self._removed(frozenset(check_layers(indices, len(self))))
+
+    def _removed(self, removed: frozenset[int]) -> Any:
         reference = skeleton(self.model)
         try:
             return remove_layers(self.model, self.names, self._kept(removed), reference)
@@ -337,6 +340,21 @@ class LayerStack(Sequence[nn.Module]):
                 self._probe()
             self._forms[path] = learn_forms(calls, len(layers))
         return self._forms[path]
+
+
+@contextmanager
+def _replaced(layers: nn.ModuleList, others: dict[str, nn.Module]) -> Iterator[None]:
+    """Inside the block other modules stand in a list, by their indices.
+
+    Each way takes one call, so that an interrupt comes before or after it, not in between.
+    """
+    modules = layers._modules
+    before = dict(modules)
+    try:
+        modules.update(others)
+        yield
+    finally:
+        modules.update(before)
 
 
 @contextmanager

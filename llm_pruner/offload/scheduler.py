@@ -20,7 +20,7 @@ import torch
 
 from ..errors import UnsupportedModelError
 from ..model.bypass import Bypass
-from ..model.forward import tensors_in
+from ..model.forward import owner, tensors_in, work_for
 from ..model.layer_stack import LayerStack, Observer
 from ..utils import progress
 from .activation_store import ActivationStore
@@ -193,6 +193,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self._turn = threading.Semaphore(0)
+        self._owner = owner()
         self._thread = threading.Thread(target=self._run, name="llm_pruner pass", daemon=True)
 
     @property
@@ -260,6 +261,7 @@ class Job:
 
     def _run(self) -> None:
         _thread.job = self
+        work_for(self._owner)
         torch.set_num_threads(1)  # or every thread would have a team of OpenMP threads of its own
         call, self.call = self.call, None
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from itertools import chain
 from pathlib import Path
@@ -11,7 +12,7 @@ from ..atomic_output import write_atomically
 from ..errors import OutputError
 from ..hub import http_error
 from ..results import Comparison, PruningPlan, PruningReport
-from ..utils import logger
+from ..utils import logger, regular_file, user_path
 from . import summary
 
 if TYPE_CHECKING:
@@ -22,6 +23,17 @@ CARD_FILE = "README.md"
 TAGS = ("llm_pruner", "depth-pruning", "pruned")
 # What holds for a pruned model as for its source; results, widgets and access rules do not.
 CARRIED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+MAX_METADATA = 1_000_000  # characters; long lists of results are in it
+MAX_FIELD = 100_000  # characters of one field
+MAX_READ = 4 * MAX_METADATA  # bytes of a card: what follows its metadata is not used
+NOTHING: tuple[Any, ...] = (
+    "",
+    "~",
+    "null",
+    "Null",
+    "NULL",
+    [],
+)  # how YAML writes that there is nothing
 # The hub knows finetune, adapter, merge and quantized; the first is nearest to a pruned model.
 RELATION = "finetune"
 
@@ -37,8 +49,12 @@ def write_card(report: PruningReport, folder: str | Path) -> None:
         OutputError: the card cannot be written, or the folder has one that is not by llm_pruner.
     """
     path = Path(folder) / CARD_FILE
-    there = path.read_text("utf-8", "replace") if path.exists() else ""
-    if path.exists() and TAGS[0] not in (_metadata(there).get("tags") or ()):
+    try:
+        there = _beginning(path) if os.path.lexists(path) else None
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"{str(path)!r} cannot be read ({reason}): move it away.") from None
+    if there is not None and TAGS[0] not in _metadata(there)["tags"]:
         raise OutputError(
             f"{str(path)!r} is a model card that llm_pruner did not write: move it, or write to "
             "another folder."
@@ -52,21 +68,30 @@ def pruned_gguf(folder: str | Path) -> str:
     return min((found.name for found in Path(folder).glob("*-pruned*.gguf")), default="")
 
 
-def original_card(model_id: str) -> str:
-    """The text of a model's card, from its folder or from the hub; empty if there is none."""
-    path = Path(model_id) / CARD_FILE
-    if Path(model_id).is_dir():
-        return path.read_text("utf-8", "replace") if path.is_file() else ""
-    if not _is_hub_id(model_id):
-        return ""
-    from huggingface_hub import hf_hub_download
+def original_card(model_id: str | Path) -> str:
+    """The beginning of a model's card, with all its metadata; empty if it cannot be read.
 
+    It is read from the model's folder or from the hub.
+    """
     try:
-        return Path(hf_hub_download(model_id, CARD_FILE)).read_text("utf-8", "replace")
+        folder = user_path(model_id)
+        if os.path.isdir(folder):
+            path = folder / CARD_FILE
+            return _beginning(path) if os.path.lexists(path) else ""
+        if not _is_hub_id(model_id):
+            return ""
+        from huggingface_hub import hf_hub_download
+
+        return _beginning(Path(hf_hub_download(str(model_id), CARD_FILE)))
     except (OSError, ValueError, http_error()) as error:
         message = "No card of %s can be read (%.200s): add the licence to %s yourself."
         logger.info(message, model_id, " ".join(str(error).split()), CARD_FILE)
     return ""
+
+
+def _beginning(path: Path) -> str:
+    with regular_file(path).open("rb") as file:
+        return file.read(MAX_READ).decode("utf-8", "replace")
 
 
 def card_text(
@@ -81,13 +106,11 @@ def card_text(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    before = _metadata(original)
-    meta: dict[str, Any] = {name: before[name] for name in CARRIED if before.get(name)}
+    meta: dict[str, Any] = _metadata(original)
+    theirs = meta.pop("tags")
     meta.setdefault("pipeline_tag", "text-generation")
     if _is_hub_id(plan.model_id):
-        meta |= {"base_model": plan.model_id, "base_model_relation": RELATION}
-    tags = before.get("tags")
-    theirs = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+        meta |= {"base_model": str(plan.model_id), "base_model_relation": RELATION}
     name = f"{Path(plan.model_id).name.removesuffix('.gguf') or 'model'}-pruned"
     results = _eval_results(report.comparisons) if report else []
     if results:
@@ -97,24 +120,72 @@ def card_text(
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report, gguf)}"))
 
 
-def _metadata(card: str) -> dict[str, Any]:
-    """The metadata of a card as a dict; empty where there is none that can be read."""
+def _metadata(card: str) -> dict[str, str | list[str]]:
+    """What a card's metadata says in the fields `CARRIED`, and a list of ``tags``.
+
+    The card is foreign: of these fields only text and lists of texts are taken.
+    """
+    kept: dict[str, str | list[str]] = {"tags": []}
+    fields = _fields(card)
+    for name in (*CARRIED, "tags"):
+        values = [value for value in map(_texts, fields.get(name, ())) if value not in NOTHING]
+        if not values:
+            continue
+        if len(values) == 1 and isinstance(values[0], list if name == "tags" else list | str):
+            kept[name] = values[0]
+        else:
+            logger.info("The original card's %s is no text or list of texts: left out.", name)
+    return kept
+
+
+def _fields(card: str) -> dict[str, list[Any]]:
+    """The YAML nodes of each field of a card's metadata, several where the field is repeated.
+
+    Nodes are texts: nothing is built of them, neither dates nor objects, nor what references
+    would multiply.
+    """
     import yaml
 
-    match = re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---(\r|\n|$)", card, re.DOTALL)
-    try:
-        found = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError as error:
-        logger.info("The metadata of the original card is not valid YAML and is skipped: %s", error)
+    begin = re.match(r"\s*---[\r\n]+", card)
+    if begin is None:
         return {}
-    return found if isinstance(found, dict) else {}
+    text = card[begin.end() : begin.end() + MAX_METADATA]
+    end = re.search(r"[\r\n]---(?=[\r\n]|\Z)", text)
+    if end is None:
+        logger.info("The metadata of the original card has no end and is skipped.")
+        return {}
+    try:
+        root: Any = yaml.compose(text[: end.start()], yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        logger.info("The metadata of the original card is not YAML and is skipped: %.300s", reason)
+        return {}
+    found: dict[str, list[Any]] = {}
+    if root is not None and root.id == "mapping":
+        for name, node in (pair for pair in root.value if pair[0].id == "scalar"):
+            found.setdefault(name.value, []).append(node)
+    return found
 
 
-def _is_hub_id(model_id: str) -> bool:
+def _texts(node: Any) -> str | list[str] | None:
+    """The text or the list of texts that a YAML node is; None if it is neither."""
+    parts = node.value if node.id == "sequence" else [node]
+    if any(part.id != "scalar" for part in parts):
+        return None
+    texts = [part.value for part in parts]
+    if sum(map(len, texts)) > MAX_FIELD:
+        return None
+    if any(text != text.encode("utf-8", "replace").decode() for text in texts):  # half characters
+        return None
+    return texts if node.id == "sequence" else texts[0]
+
+
+def _is_hub_id(model_id: str | Path) -> bool:
+    name = str(model_id)
     return (
-        re.fullmatch(r"[\w.-]+/[\w.-]+", model_id, re.ASCII) is not None
-        and not model_id.startswith(".")
-        and not Path(model_id).exists()
+        re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name, re.ASCII) is not None
+        and not name.startswith(".")
+        and not os.path.exists(name)
     )
 
 

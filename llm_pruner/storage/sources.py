@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import LoadError
+from ..hub import failures
 from ..json_files import parse_json
 from ..utils import explain_load_failure, logger, resolve_model_id, user_path
 
@@ -24,6 +26,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 FILE_BLOCK = 4096  # bytes: the unit in which file systems share data, if they do
 BLOCK = 2**24  # bytes read at once where the kernel cannot copy
 MOST_FILES = 100_000
+MAX_NAME = 255  # bytes of the name of a file or a folder, the limit of most file systems
+MAX_PATH = 1000  # bytes of a file's name with its folders
 MAX_JSON = 100_000_000  # bytes, the limit of the safetensors library for a header
 Read = Callable[[int, int], bytes]  # of a file that is open, the bytes of a range
 NOT_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
@@ -277,6 +281,22 @@ def _copy_in_kernel(source: int, target: int, start: int, end: int) -> int:
     return start
 
 
+def _is_relative(file: str) -> bool:
+    """Whether it names a file below a folder, with ``/`` between folders, on every system."""
+    parts = [part.encode("utf-8", "replace") for part in file.split("/")]
+    return (
+        re.search(r"[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]", file) is None
+        and not any(part in (b"", b".", b"..") or len(part) > MAX_NAME for part in parts)
+        and sum(map(len, parts)) <= MAX_PATH
+    )
+
+
+def _parents(file: str) -> Iterator[str]:
+    """The folders that a file is in, as names."""
+    places = (place for place, letter in enumerate(file) if letter == "/")
+    return (file[:place] for place in places)
+
+
 class HubRepository(Source):
     """A checkpoint on the Hugging Face hub, read in ranges over HTTP."""
 
@@ -286,8 +306,32 @@ class HubRepository(Source):
         self.name = repo_id
         with self._fetching():
             info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+            listed = [(entry.rfilename, entry.size) for entry in info.siblings or ()]
         self.revision = info.sha
-        self._sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}
+        if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9a-zA-Z]{1,64}", info.sha):
+            raise self._listing(f"the commit {info.sha!r:.80}, which is no hash")
+        self._sizes: dict[str, int] = {}
+        for file, size in listed:
+            self._sizes[file] = self._checked(file, size)
+        folders = {parent for file in self._sizes for parent in _parents(file)}
+        if both := sorted(folders & self._sizes.keys()):
+            raise self._listing(f"{both[0]!r:.80} as a file and as a folder")
+
+    def _checked(self, file: object, size: object) -> int:
+        """The bytes of a listed file; refused if they, or its name below a folder, cannot be."""
+        if not isinstance(file, str) or not _is_relative(file):
+            raise self._listing(f"the file {file!r:.80}, a name that cannot be written")
+        if type(size) is not int or size < 0:
+            raise self._listing(f"{file!r:.80} with {size!r:.40} bytes")
+        if file in self._sizes:
+            raise self._listing(f"{file!r:.80} twice")
+        return size
+
+    def _listing(self, what: str) -> LoadError:
+        return LoadError(
+            f"The hub lists {what}, in checkpoint {self.name!r}. Check the hub "
+            "that HF_ENDPOINT names, or use another checkpoint."
+        )
 
     def files(self) -> list[str]:
         return sorted(self._sizes)
@@ -312,13 +356,18 @@ class HubRepository(Source):
             http.hf_raise_for_status(answer)
         if answer.status_code != 206 and end - start < self.size(file):
             raise self.broken(file, "the server does not send parts of files")
-        return bytes(answer.content)
+        content = bytes(answer.content)
+        if len(content) != end - start:
+            reason = f"the server has sent {len(content)} bytes where {end - start} were asked for"
+            raise self.broken(file, reason)
+        return content
 
     @contextmanager
     def _fetching(self) -> Iterator[None]:
+        expected: tuple[type[Exception], ...] = (*failures(), AttributeError, TypeError)
         try:
             yield
-        except (OSError, ValueError) as error:
+        except expected as error:  # the last two: an answer that is not of the form of the hub's
             raise LoadError(explain_load_failure("model", self.name, error)) from error
 
 

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("lm_eval")
 
 import numpy
-from conftest import WORDS, tiny_llama
+from conftest import WORDS, tiny_llama, word_tokenizer
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -440,3 +440,34 @@ def test_a_process_that_gets_no_results(llama, tokenizer, definition, monkeypatc
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ProcessGroupError, match="first process"):
         run_tasks(llama, tokenizer, [definition], limit=2)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no users') }}", "{{ 1 / 0 }}", "{% if %}"]
+)
+def test_a_chat_template_that_fails_is_named(llama, definition, template):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(LoadError, match="The chat template of the tokenizer fails"):
+        run_tasks(llama, tokenizer, [definition], apply_chat_template=True)
+
+
+def test_a_chat_template_is_rendered_as_lm_eval_does(llama, definition):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('none') }}{% endif %}"
+        "cat {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}mat: {% endif %}"
+    )
+    found = run_tasks(llama, tokenizer, [definition], apply_chat_template=True, limit=4)["pick"]
+    lm = HFLM(pretrained=llama, tokenizer=copy.deepcopy(tokenizer), batch_size=8)
+    direct = simple_evaluate(
+        lm,
+        tasks=[definition],
+        task_manager=TaskManager(include_defaults=False),
+        apply_chat_template=True,
+        limit=4,
+        bootstrap_iters=0,
+    )
+    assert found.means["acc"] == direct["results"]["pick"]["acc,none"]
+    samples = sorted(direct["samples"]["pick"], key=lambda sample: sample["doc_id"])
+    assert found.scores["acc"] == [sample["acc"] for sample in samples]
