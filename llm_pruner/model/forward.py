@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,6 +87,25 @@ def using(model: torch.nn.Module) -> Iterator[None]:
                 lock.changed.notify()
 
 
+def undo(steps: list[Callable[[], Any]]) -> None:
+    """Take all `steps`, from the last to the first, also if an interrupt comes in between.
+
+    A step may be taken twice.
+    """
+    interrupt: BaseException | None = None
+    while steps:
+        try:
+            while steps:
+                steps[-1]()
+                steps.pop()
+        except BaseException as error:
+            if interrupt is not None:  # a step that fails by itself
+                raise
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients; every module's mode is restored afterwards.
@@ -95,13 +115,13 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """
     with using(model):
         training = [module for module in model.modules() if module.training]
-        model.eval()
+        back = [partial(setattr, module, "training", True) for module in training]
         try:
+            model.eval()
             with torch.no_grad():  # after inference_mode, cached buffers could not be trained
                 yield
         finally:
-            for module in training:
-                module.training = True
+            undo(back)
 
 
 @contextmanager

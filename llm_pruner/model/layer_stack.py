@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property, partial
 from itertools import islice, zip_longest
 from typing import Any, TypeVar, overload
@@ -21,7 +21,7 @@ from ..config.rules import OTHER_TOWERS, layer_counts, prune_config, text_config
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..results import check_layers
 from .bypass import Bypass, ReturnForm, hidden_in, hidden_out, learn_forms, with_hidden
-from .forward import computed, evaluating, refuse_adapters, using
+from .forward import computed, evaluating, refuse_adapters, undo, using
 from .loading import model_fingerprint
 from .removal import remove_layers, skeleton
 
@@ -152,16 +152,21 @@ class LayerStack(Sequence[nn.Module]):
     @contextmanager
     def _bypassed(self, removed: Collection[int]) -> Iterator[nn.Module]:
         in_parts = len({path.rpartition(".")[0] for path in self.paths}) < len(self.paths)
-        with using(self.model), ExitStack() as replaced:
-            forms = {path: self._return_forms(path) for path in self.paths} if removed else {}
-            for path in forms:
-                layers = _layer_list(self.model, path)
-                bypasses: dict[str, nn.Module] = {}
-                for index in removed:
-                    adds = in_parts and not isinstance(layers[index], nn.LayerNorm)
-                    bypasses[str(index)] = Bypass(layers[index], forms[path][index], adds=adds)
-                replaced.enter_context(_replaced(layers, bypasses))
-            yield self.model
+        back: list[Callable[[], Any]] = []  # one call each way: an interrupt is before or after it
+        with using(self.model):
+            try:
+                forms = {path: self._return_forms(path) for path in self.paths} if removed else {}
+                for path in forms:
+                    layers = _layer_list(self.model, path)
+                    bypasses: dict[str, nn.Module] = {}
+                    for index in removed:
+                        adds = in_parts and not isinstance(layers[index], nn.LayerNorm)
+                        bypasses[str(index)] = Bypass(layers[index], forms[path][index], adds=adds)
+                    back.append(partial(layers._modules.update, dict(layers._modules)))
+                    layers._modules.update(bypasses)
+                yield self.model
+            finally:
+                undo(back)
 
     @contextmanager
     def observe_inputs(self, indices: Iterable[int], observer: InputObserver) -> Iterator[None]:
@@ -177,11 +182,16 @@ class LayerStack(Sequence[nn.Module]):
         def seen(index: int, layer: nn.Module, args: Any, kwargs: Any) -> None:
             observer(index, hidden_in(args, kwargs))
 
-        with using(self.model), ExitStack() as hooks:
-            for index in indices:
-                hook = partial(seen, index)
-                hooks.enter_context(self[index].register_forward_pre_hook(hook, with_kwargs=True))
-            yield
+        back: list[Callable[[], Any]] = []
+        with using(self.model):
+            try:
+                for index in indices:
+                    hook = partial(seen, index)
+                    register = self[index].register_forward_pre_hook
+                    back.append(register(hook, with_kwargs=True).remove)
+                yield
+            finally:
+                undo(back)
 
     @contextmanager
     def replay(
@@ -343,27 +353,16 @@ class LayerStack(Sequence[nn.Module]):
 
 
 @contextmanager
-def _replaced(layers: nn.ModuleList, others: dict[str, nn.Module]) -> Iterator[None]:
-    """Inside the block other modules stand in a list, by their indices.
-
-    Each way takes one call, so that an interrupt comes before or after it, not in between.
-    """
-    modules = layers._modules
-    before = dict(modules)
-    try:
-        modules.update(others)
-        yield
-    finally:
-        modules.update(before)
-
-
-@contextmanager
 def _after_each(layers: Iterable[nn.Module], call: Callable[..., None]) -> Iterator[None]:
     """Inside the block: ``call(index, layer, args, kwargs, output)`` after every layer."""
-    with ExitStack() as hooks:
+    back: list[Callable[[], Any]] = []
+    try:
         for index, layer in enumerate(layers):
-            hooks.enter_context(layer.register_forward_hook(partial(call, index), with_kwargs=True))
+            hook = partial(call, index)
+            back.append(layer.register_forward_hook(hook, with_kwargs=True).remove)
         yield
+    finally:
+        undo(back)
 
 
 def _find_paths(model: Any) -> tuple[str, ...]:

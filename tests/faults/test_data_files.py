@@ -126,7 +126,7 @@ BROKEN = {
     "digits": ("x.jsonl", f'{{"prompt": {"9" * 9999}}}', "a number of 9999 digits"),
     "big": ("x.jsonl", f'{{"prompt": {"9" * 2000}, "reference": 1}}', "a number of 2000 digits"),
     "deep": ("x.json", "[" * 99_999, r"x\.json: not JSON: lists or objects are nested too deeply"),
-    "nested": ("x.jsonl", f'{{"prompt": {"[" * 900}{"]" * 900}, "reference": 1}}', "more than 100 deep"),
+    "nested": ("x.jsonl", f'{{"prompt": {"[" * 900}{"]" * 900}, "reference": 1}}', "100 deep"),
     "half": ("x.jsonl", '{"prompt": "\\ud800", "reference": "a"}', "not JSON: not valid Unicode"),
     "task": ("x.jsonl", '{"prompt": "q", "reference": "a", "task": "\\udfff"}', "valid Unicode"),
     "task list": ("x.jsonl", '{"prompt": "q", "reference": "a", "task": [1]}', "the task is a lis"),

@@ -73,18 +73,13 @@ def test_two_threads_never_wait_for_each_other():
     def use(first, then):
         with using(first):
             met.wait(10)
-            try:
-                with using(then):
-                    return "used"
-            except ModelInUseError as error:
-                assert "let one end before the other begins" in str(error)
-                return "refused"
-            finally:
-                met.wait(10)
+            with pytest.raises(ModelInUseError, match="let one end before the other"), using(then):
+                pass
+            met.wait(10)
 
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(use, left, right), pool.submit(use, right, left)]
-        assert [job.result(10) for job in jobs] == ["refused", "refused"]
+        assert [job.result(10) for job in jobs] == [None, None]
     with using(left), using(right), using(left):
         pass
 
@@ -140,7 +135,7 @@ def test_a_layer_that_raises_leaves_the_model_as_it_was(tokenizer, index, fault)
 
     def fail(*_):
         calls.append(None)
-        if len(calls) == 9:
+        if len(calls) == 3:
             raise fault("here")
 
     handle = stack[index].register_forward_pre_hook(fail)
