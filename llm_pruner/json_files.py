@@ -143,7 +143,7 @@ class JsonFile:
 
     def to_json(self) -> str:
         """The value as indented JSON text."""
-        values = {"format": self.FORMAT, **dict(self._items())}
+        values = _unicode({"format": self.FORMAT, **dict(self._items())})
         values[CHECKSUM] = _checksum(values)
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
@@ -223,6 +223,16 @@ class JsonFile:
     def _convert(cls, values: dict[str, Any]) -> dict[str, Any]:
         """The fields of an earlier format as fields of the present one."""
         return values
+
+
+def _unicode(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON values with every text valid: a file's name in another encoding may be none."""
+    text = json.dumps(values, allow_nan=False)
+    if not SURROGATE.search(text):
+        return values
+    raw = json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    found: dict[str, Any] = json.loads(raw.decode("utf-8", "replace"))
+    return found
 
 
 def _checksum(values: dict[str, Any]) -> str:

@@ -139,8 +139,8 @@ def write_list(stage: Path) -> None:
 
 
 def _files(folder: Path) -> list[str]:
-    """The names of everything in a folder but folders, sorted."""
-    entries = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    """The names of everything in a folder but of folders that hold something, sorted."""
+    entries = (path for path in folder.rglob("*") if path.is_symlink() or not holds_something(path))
     return sorted(path.relative_to(folder).as_posix() for path in entries)
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Removes = Literal["lowest", "highest"]
 MOST_LAYERS = 10_000  # a file that claims a deeper model is damaged
+IDENTITY = ("tensors", "weights", "sha256", "revision")  # in `PruningPlan.model`, the first first
 # What `PruningPlan.held_out` holds, if it holds anything.
 HELD_OUT = {"change": float, "low": float, "high": float, "unit": str, "items": int}
 
@@ -181,7 +182,7 @@ class PruningPlan(JsonFile):
         known = self.model.keys() & identity.keys()
         if "weights" in known:  # whatever commit they come from
             known -= {"revision"}
-        for part in sorted(known):
+        for part in (name for name in IDENTITY if name in known):
             if self.model[part] != identity[part]:
                 raise InvalidPlanError(
                     f"The plan was made for another model, {self.model_id!r} ({part} "

@@ -173,7 +173,7 @@ def user_path(text: str | Path) -> Path:
     """
     try:
         path = Path(text).expanduser()
-        str(path).encode()
+        os.fsencode(path)
         path.stat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass  # what opens it will say so, if it has to be there

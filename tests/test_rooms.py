@@ -24,7 +24,7 @@ ROOMS = {
     "engines": "config",
     "storage": "config",
     "model": "config storage",
-    "offload": "config model",
+    "offload": "config storage model",
     "data": "",
     "evaluation": "model data",
     "search": "engines model data evaluation",

@@ -147,7 +147,11 @@ def prune_on_disk(
         )
     source = open_source(model_id, revision)
     checkpoint = read_checkpoint(source)
-    if "adapter_config.json" in source.files():
+    there = source.files()
+    if SINGLE_FILE in there and INDEX_FILE in there:
+        message = "%s has %s and %s: the first is pruned, which is what transformers loads."
+        logger.warning(message, source.name, SINGLE_FILE, INDEX_FILE)
+    if "adapter_config.json" in there:
         raise LoadError(
             f"Checkpoint {source.name!r} holds an adapter, whose weights belong to single layers: "
             "merge it into the model first (peft: merge_and_unload, then save_pretrained)."
@@ -290,7 +294,7 @@ def _checked_plan(
     else:
         removed = check_layers(layers, names.num_layers)
         plan = PruningPlan(model_id, names.num_layers, removed, versions=package_versions())
-    identity = checkpoint.identity()
+    identity = checkpoint.identity(whole="sha256" in plan.model)
     plan.check_model(names.num_layers, identity)
     if not plan.remove:
         raise InvalidPlanError("layers=[]: there is nothing to remove. Name at least one layer.")

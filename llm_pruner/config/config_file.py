@@ -60,7 +60,13 @@ MTP_TENSORS = re.compile(r"(?:^|.*\.)(?:mtp|mtp_\w+|nextn)\.")
 TEXTS = ("model_type", "hybrid_override_pattern")
 LISTS_OF_TEXTS = ("architectures", "layer_types", "layers_block_type", "indexer_types")
 OBJECTS = (*PART_NAMES, "quantization_config", "compression_config", "auto_map")
-SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
+SIZES = (
+    "hidden_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+)
 LARGEST = 10**9  # of a size or an index
 
 

@@ -19,6 +19,11 @@ Shape = tuple[int, ...]
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embed")
 NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "layernorm", "norm_f")
 OTHERS = ("lm_head", "embed_out", "wpe", "rotary_emb", "word_embeddings_layernorm")
+# Settings whose values are of one type, by what their names are, begin or end with.
+FLOATS = ("_eps", "_epsilon", "initializer_range", "_dropout")
+TEXTS = ("hidden_act", "activation_function", "hidden_activation")
+WHOLE = ("max_position_embeddings", "pretraining_tp", "bos_token_id", "pad_token_id")
+SWITCHES = ("use_cache", "tie_word_embeddings", "attention_bias", "mlp_bias")
 # Weights that a layer has all of, or none.
 TOGETHER = (
     tuple(f"self_attn.{name}_proj.weight" for name in "qkvo"),
@@ -49,7 +54,34 @@ def find_misfit(
             layers[parts[1]][parts[2].lstrip(".")] = shape
     part = decoder_part(values)
     sizes = {} if stored_quantization(values) else _sizes(part)
-    return _unlike(layers, part) or _unsized(layers, sizes) or _unusual(outer, sizes, part)
+    return (
+        _odd(part)
+        or _unlike(layers, part)
+        or _unsized(layers, sizes)
+        or _unusual(outer, sizes, part)
+    )
+
+
+def _odd(part: dict[str, Any]) -> str | None:
+    """A setting of a type that its class may refuse."""
+    for name, value in part.items():
+        if value is None:
+            continue
+        if name.endswith(FLOATS) and type(value) is not float and value not in (0, 1):
+            return f"{name} is {value!r:.80}"
+        if name in TEXTS and not isinstance(value, str):
+            return f"{name} is {value!r:.80}"
+        if name.endswith(WHOLE) and type(value) is not int and name != "eos_token_id":
+            return f"{name} is {value!r:.80}"
+        if name.startswith(SWITCHES) and type(value) is not bool:
+            return f"{name} is {value!r:.80}"
+        if name in ("rope_scaling", "rope_parameters"):
+            kind = isinstance(value, dict) and value.get("rope_type", value.get("type"))
+            if kind is not False and kind not in (None, "default") and "factor" not in value:
+                return f"{name} is {value!r:.80}"
+            if not isinstance(value, dict):
+                return f"{name} is {value!r:.80}"
+    return None
 
 
 def _unlike(layers: list[dict[str, Shape]], part: dict[str, Any]) -> str | None:

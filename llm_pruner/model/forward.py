@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -87,10 +87,10 @@ def using(model: torch.nn.Module) -> Iterator[None]:
                 lock.changed.notify()
 
 
-def undo(steps: list[Callable[[], Any]]) -> None:
-    """Take all `steps`, from the last to the first, also if an interrupt comes in between.
+def undo(steps: list[Any]) -> None:
+    """Make all calls `steps`, from the last to the first, also if an interrupt comes in between.
 
-    A step may be taken twice.
+    A call may be made twice.
     """
     interrupt: BaseException | None = None
     while steps:

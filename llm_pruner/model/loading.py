@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,18 +31,50 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_hashes: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, str]]
+_hashes = weakref.WeakKeyDictionary()  # of a model: what shows that it changes, and its hash
+
+
 def model_fingerprint(model: torch.nn.Module) -> str:
-    """Short hash of a model's config and of a sample of every tensor."""
+    """Short hash of a model's config and of every value of its tensors (SHA-256).
+
+    It is computed once, and again when a tensor has been written to or replaced. Values that were
+    changed behind the back of torch (``tensor.data``) are found by a sample of each tensor.
+    """
     config = getattr(model, "config", None)
-    digest = hashlib.sha256(config.to_json_string().encode() if config is not None else b"")
-    samples: dict[str, bytes] = {}
-    for name, tensor in _tensors(model):
-        flat = tensor.detach().reshape(-1)
-        values = flat[:: max(1, flat.numel() // 256)].float().cpu().numpy().tobytes()
-        samples[name] = f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + values
-    for _, sample in sorted(samples.items()):
-        digest.update(sample)
-    return digest.hexdigest()[:16]
+    text = config.to_json_string() if config is not None else ""
+    marks: list[Any] = [text]
+    for name, tensor in stored_tensors(model).items():
+        version = object() if tensor.is_inference() else tensor._version
+        marks.append((name, version, tensor.data_ptr() if not tensor.is_meta else 0))
+        marks.append(_sample(tensor))
+    known, found = _hashes.get(model, (None, ""))
+    if known != marks:
+        digest = hashlib.sha256(text.encode())
+        for name, tensor in sorted(_tensors(model), key=itemgetter(0)):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(_bytes_of(tensor))
+        found = digest.hexdigest()[:16]
+        _hashes[model] = marks, found
+    return found
+
+
+def _sample(tensor: torch.Tensor) -> bytes:
+    flat = tensor.detach().reshape(-1)
+    if tensor.is_meta:
+        return b""
+    return flat[:: max(1, flat.numel() // 256)].float().cpu().numpy().tobytes()
+
+
+def _bytes_of(tensor: torch.Tensor) -> Any:
+    """The values of a tensor, as something that has bytes."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    try:
+        return flat.view(torch.uint8).numpy()
+    except (RuntimeError, NotImplementedError, TypeError):  # packed, in a class of its own
+        return flat.float().numpy()
 
 
 def stored_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -314,5 +348,7 @@ def empty_model(
     try:
         with torch.device("meta"):
             return auto.from_config(config, dtype=dtype or config.dtype, **code)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever strange values make of it
         raise LoadError(explain_load_failure("model", model_id, error)) from error

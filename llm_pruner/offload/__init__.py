@@ -1,6 +1,6 @@
 """Models larger than the memory: layers are read from the checkpoint one after the other.
 
-Imports the ground, config, model.
+Imports the ground, config, storage, model.
 """
 
 from ..lazy_names import lazy_names

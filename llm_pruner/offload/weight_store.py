@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from torch import nn
 from ..config.layer_names import LayerNames
 from ..config.rules import OTHER_TOWERS
 from ..errors import LoadError, UnsupportedModelError
+from ..storage.content_hash import weights_hash
+from ..storage.safetensors_files import file_tensors
+from ..storage.sources import LocalFolder
 
 EMBEDDING = -1  # the station before layer 0; the head's is the number of layers
 TOWERS = -2  # the station of weights for inputs other than text, where no pass stops
@@ -41,6 +45,7 @@ class Weights:
     device: torch.device
     folder: tempfile.TemporaryDirectory[str]
     bytes_read: int = 0
+    _fingerprint: str = ""
 
     def name_of(self, names: Sequence[str]) -> str:
         """The one of a tensor's `names` under which it is stored; LoadError if there is none."""
@@ -50,15 +55,14 @@ class Weights:
         raise LoadError(f"No file of the checkpoint holds {names[0]!r}: it cannot be offloaded.")
 
     def fingerprint(self, model: nn.Module) -> str:
-        """Short hash of the config of `model` and of the first values of every tensor."""
-        digest = hashlib.sha256(model.config.to_json_string().encode())  # type: ignore[operator, union-attr]
-        for name, entry in sorted(self.index.items()):
-            with safe_open(entry["safetensors_file"], framework="pt") as opened:
-                stored = opened.get_tensor(entry.get("weight_name", name))
-                first = stored.reshape(-1)[:256].float()
-                digest.update(f"{name}{tuple(stored.shape)}{stored.dtype}".encode())
-                digest.update(first.numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """Short hash of the config of `model` and of all files that hold its weights."""
+        if not self._fingerprint:
+            digest = hashlib.sha256(model.config.to_json_string().encode())  # type: ignore[operator, union-attr]
+            for file in sorted({Path(entry["safetensors_file"]) for entry in self.index.values()}):
+                source = LocalFolder(file.parent)
+                digest.update(weights_hash(source, file_tensors(source, file.name)).encode())
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The tensors of these names; LoadError if a file can no longer be read."""

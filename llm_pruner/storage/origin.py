@@ -69,5 +69,5 @@ def model_identity(model: Any, num_layers: int) -> dict[str, str]:
     checkpoint = original_checkpoint(model, num_layers)
     commit = getattr(getattr(model, "config", None), "_commit_hash", None)
     if checkpoint is not None:
-        return checkpoint.identity()
+        return checkpoint.identity(whole=True)
     return {"revision": commit} if commit and loaded_from(model) is None else {}

@@ -18,11 +18,12 @@ from typing import Any
 
 from ..config.config_file import check_config
 from ..json_files import check_type
+from .content_hash import weights_hash
 from .sources import FILE_BLOCK, INDEX_FILE, MAX_JSON, SINGLE_FILE, Source
 
 Shape = tuple[int, ...]
+SAMPLE = 64  # bytes of each tensor that tell two checkpoints apart at once
 
-SAMPLE = 64  # bytes of each tensor that tell two checkpoints apart
 BITS = {
     dtype: bits
     for bits, dtypes in {
@@ -76,11 +77,12 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(tensor.size for tensor in self.tensors.values())
 
-    def identity(self) -> dict[str, str]:
+    def identity(self, *, whole: bool = False) -> dict[str, str]:
         """What tells this checkpoint from others, however it is divided into files.
 
         ``tensors``: hash of all names, dtypes and shapes; ``weights``: hash of some bytes of
-        every tensor, if they are on this machine; ``revision``: commit of a hub repository.
+        every tensor, if they are on this machine; ``sha256``: hash of all of them, if it is to be
+        `whole` (`weights_hash`); ``revision``: commit of a hub repository.
         """
         names, weights = hashlib.sha256(), hashlib.sha256()
         samples = {} if self.source.folder is None else dict(_samples(self))
@@ -91,6 +93,8 @@ class Checkpoint:
         found = {"tensors": names.hexdigest()[:16]}
         if self.source.folder is not None:
             found["weights"] = weights.hexdigest()[:16]
+            if whole:
+                found["sha256"] = weights_hash(self.source, self.tensors.values())
         if self.source.revision is not None:
             found["revision"] = self.source.revision
         return found
@@ -134,9 +138,12 @@ def check_files(source: Source) -> list[str]:
     Raises:
         LoadError: see `read_checkpoint`.
     """
-    shapes: dict[Shape, Shape] = {}
-    found = (_read_header(source, file, shapes)[0] for file in source.weight_files())
-    return [tensor.name for tensors in found for tensor in tensors]
+    return [tensor.name for file in source.weight_files() for tensor in file_tensors(source, file)]
+
+
+def file_tensors(source: Source, file: str) -> list[StoredTensor]:
+    """The tensors of one file; see `read_checkpoint`."""
+    return _read_header(source, file, {})[0]
 
 
 def _samples(checkpoint: Checkpoint) -> Iterator[tuple[str, bytes]]:
@@ -156,10 +163,13 @@ def _read_header(
     source: Source, file: str, shapes: dict[Shape, Shape]
 ) -> tuple[list[StoredTensor], dict[str, str]]:
     size = source.size(file)
-    prefix = source.read(file, 0, 8)
+    begin = source.read(file, 0, 9)
+    prefix = begin[:8]
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > MAX_JSON or 8 + length > size:
         raise source.broken(file, f"it has {size:,} bytes and claims a header of {length:,}")
+    if begin[8:] != b"{":  # UTF-8 without a mark, as the library reads it
+        raise source.broken(file, "not valid JSON: its header does not begin with '{'")
     header = source.read_json(file, 8, 8 + length)
     metadata = header.pop("__metadata__", {})
     try:
@@ -196,7 +206,7 @@ def _entry(
     if bits != 8 * (end - start):
         raise source.broken(
             file,
-            f"tensor {name!r} of {dtype} {list(shape)} needs {bits / 8:,.0f} bytes, and its "
+            f"tensor {name!r} of {dtype} {list(shape)} needs {bits // 8:,} bytes, and its "
             f"offsets give it {end - start:,}",
         )
     shape, dtype = shapes.setdefault(shape, shape), sys.intern(dtype)

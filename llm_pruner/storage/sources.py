@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from ..errors import LoadError
 from ..hub import failures
 from ..json_files import parse_json
-from ..utils import explain_load_failure, logger, resolve_model_id, user_path
+from ..utils import explain_load_failure, logger, regular_file, resolve_model_id, user_path
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -148,10 +148,7 @@ class Source(ABC):
         """
         there = set(self.files())
         if SINGLE_FILE in there:
-            if INDEX_FILE in there:
-                message = "%s has both %s and %s: the first is used, as transformers does."
-                logger.info(message, self.name, SINGLE_FILE, INDEX_FILE)
-            return None
+            return None  # also beside an index, as transformers does
         if INDEX_FILE not in there:
             raise LoadError(_no_weights(self.name, there))
         weight_map = self.read_json(INDEX_FILE).get("weight_map")
@@ -234,7 +231,7 @@ class LocalFolder(Source):
                 return opened.read(end - start) or b""
 
         with self._reading(file):
-            opened = (self.folder / file).open("rb", buffering=0)
+            opened = regular_file(self.folder / file).open("rb", buffering=0)
         with opened:
             yield read
 
