@@ -181,9 +181,9 @@ class JsonFile:
             if tag != cls.FORMAT:
                 values = cls._convert(values)
             found = cls(**{name: check_type(values[name], known[name], name) for name in values})
+            return found if intact or tag != cls.FORMAT else found._as_changed(CHECKSUM in data)
         except (LLMPrunerError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise InvalidPlanError(f"Damaged {cls.FORMAT!r} file: {error}") from error
-        return found if intact or tag != cls.FORMAT else found._as_changed(CHECKSUM in data)
 
     def save(self, path: str | Path) -> None:
         """Write the JSON to `path`, whole or not at all; see `write_atomically`."""

@@ -11,7 +11,7 @@ from typing import Any
 from ..config.config_file import is_mtp
 from ..config.layer_names import LayerNames
 from ..errors import InvalidPlanError
-from ..json_files import JsonFile
+from ..json_files import JsonFile, check_type
 from ..results import PruningPlan, check_layers
 from .safetensors_files import Checkpoint, Kept, Pair, tensor_hashes
 
@@ -76,7 +76,12 @@ class Manifest(JsonFile):
     @classmethod
     def _convert(cls, data: dict[str, Any]) -> dict[str, Any]:
         """manifest/1 had an entry for every tensor, and no prefixes."""
-        entries: dict[str, dict[str, Any]] = data["tensors"]
+        entries: dict[str, dict[str, Any]] = check_type(data["tensors"], dict[str, Any], "tensors")
+        for name, entry in entries.items():
+            check_type(entry["shape"], list[int], name)
+            check_type(entry["sha256"], str | None, name)
+            for field in ("from", "file", "from_file", "dtype"):
+                check_type(entry[field], str, name)
         by_file: dict[str, list[str]] = {}
         for name, entry in entries.items():
             by_file.setdefault(entry["file"], []).append(name)

@@ -170,10 +170,10 @@ def _read_header(
         raise source.broken(file, f"it has {size:,} bytes and claims a header of {length:,}")
     if begin[8:] != b"{":  # UTF-8 without a mark, as the library reads it
         raise source.broken(file, "not valid JSON: its header does not begin with '{'")
-    header = source.read_json(file, 8, 8 + length)
-    metadata = header.pop("__metadata__", {})
+    header = source.read_json(file, 8, 8 + length, encoding="utf-8")
+    metadata = header.pop("__metadata__", None)
     try:
-        metadata = check_type(metadata, dict[str, str], "__metadata__")
+        metadata = check_type(metadata, dict[str, str] | None, "__metadata__") or {}
     except ValueError as error:
         raise source.broken(file, str(error)) from error
     base = 8 + length
@@ -194,7 +194,7 @@ def _entry(
     source: Source, file: str, name: str, entry: Any, base: int, shapes: dict[Shape, Shape]
 ) -> StoredTensor:
     try:
-        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        dtype, shape = entry["dtype"], tuple(check_type(entry["shape"], list[int], "shape"))
         start, end = entry["data_offsets"]
         for number in (*shape, start, end):
             if type(number) is not int or number < 0:

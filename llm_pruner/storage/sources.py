@@ -118,22 +118,27 @@ class Source(ABC):
                 raise self.broken(file, f"it ends at byte {begin + len(block)}, before {end}")
             yield block
 
-    def read_json(self, file: str, start: int = 0, end: int | None = None) -> dict[str, Any]:
-        """The JSON object in a file, or in a range of its bytes; LoadError if there is none."""
+    def read_json(
+        self, file: str, start: int = 0, end: int | None = None, *, encoding: str | None = None
+    ) -> dict[str, Any]:
+        """The JSON object in a file, or in a range of its bytes; LoadError if there is none.
+
+        The encoding is one of Unicode's, and is found out if it is not given.
+        """
         end = self.size(file) if end is None else end
         if end - start > MAX_JSON:
             raise self.broken(file, f"it has {end - start:,} bytes")
         try:
-            found = parse_json(self._text(file, start, end))
+            found = parse_json(self._text(file, start, end, encoding))
         except ValueError as error:
             raise self.broken(file, f"not valid JSON: {error}") from error
         if not isinstance(found, dict):
             raise self.broken(file, "it holds no JSON object")
         return found
 
-    def _text(self, file: str, start: int, end: int) -> str:
+    def _text(self, file: str, start: int, end: int, encoding: str | None) -> str:
         raw = self.read(file, start, end)  # freed before the text is taken apart
-        return raw.decode(json.detect_encoding(raw))
+        return raw.decode(encoding or json.detect_encoding(raw))
 
     def weight_files(self) -> list[str]:
         """The safetensors files that hold the weights, sorted; see `weight_map`."""
