@@ -67,10 +67,10 @@ def _finite(text: str) -> float:
     return number
 
 
-def _integer(text: str) -> int:
+def _integer(text: str) -> float:
     if len(text) > MAX_DIGITS:
         raise ValueError(f"a number of {len(text)} digits, {text[:10]}...")
-    return int(text)
+    return -0.0 if text == "-0" else int(text)  # which whole numbers do not have
 
 
 def _check_depth(value: Any) -> None:

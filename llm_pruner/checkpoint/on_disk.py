@@ -146,8 +146,9 @@ def prune_on_disk(
             hashed=verify,
         )
     source = open_source(model_id, revision)
-    checkpoint = read_checkpoint(source)
     there = source.files()
+    before = {file: source.stamp(file) for file in there}
+    checkpoint = read_checkpoint(source)
     if SINGLE_FILE in there and INDEX_FILE in there:
         message = "%s has %s and %s: the first is pruned, which is what transformers loads."
         logger.warning(message, source.name, SINGLE_FILE, INDEX_FILE)
@@ -183,6 +184,7 @@ def prune_on_disk(
             verify_loading(stage, checkpoint, names, plan, trust_remote_code=trust_remote_code)
         del checkpoint, kept  # makes room for the headers of the output
         check_manifest(stage)
+        source.refuse_changed(before)
     return plan, manifest
 
 
@@ -197,6 +199,8 @@ def _prune_gguf(
     hashed: bool,
 ) -> tuple[PruningPlan, Manifest]:
     """`prune_on_disk` for a model in GGUF."""
+    source = LocalFolder(paths[0].parent)
+    before = {path.name: source.stamp(path.name) for path in paths}
     model = read_gguf_model(paths, str(model_id))
     plan = _checked_plan(model.checkpoint, model.names, layers, str(model_id))
     plan = replace(plan, drop_mtp=plan.drop_mtp or drop_mtp)
@@ -208,6 +212,7 @@ def _prune_gguf(
         card = card_text(plan, original_card(str(model_id)), gguf=min(manifest.files))
         (stage / CARD_FILE).write_text(card, encoding="utf-8")
         check_manifest(stage)
+        source.refuse_changed(before)
     return plan, manifest
 
 

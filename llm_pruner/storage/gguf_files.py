@@ -305,6 +305,8 @@ def _read_tensor(cursor: _Cursor, sizes: dict[int, tuple[str, int, int]]) -> _Li
             "(pip install -U gguf)"
         )
     dtype, block, size = sizes[kind]
+    if math.prod(max(1, length) for length in shape) >= 2**63:
+        cursor.fail(f"tensor {name!r} is of shape {list(shape)}")
     row = shape[0] if shape else 1
     if row % block:
         cursor.fail(f"tensor {name!r} has rows of {row}, no multiple of {block} ({dtype})")

@@ -80,8 +80,8 @@ class Manifest(JsonFile):
         for name, entry in entries.items():
             check_type(entry["shape"], list[int], name)
             check_type(entry["sha256"], str | None, name)
-            for field in ("from", "file", "from_file", "dtype"):
-                check_type(entry[field], str, name)
+            for part in ("from", "file", "from_file", "dtype"):
+                check_type(entry[part], str, name)
         by_file: dict[str, list[str]] = {}
         for name, entry in entries.items():
             by_file.setdefault(entry["file"], []).append(name)

@@ -101,6 +101,10 @@ class Source(ABC):
         """`read` for one file, for many ranges of it."""
         yield lambda start, end: self.read(file, start, end)
 
+    def stamp(self, file: str) -> Any:
+        """What differs if a file has changed; always None where a file cannot."""
+        return None
+
     def copy(self, file: str, start: int, end: int, target: BinaryIO) -> None:
         """Append the same bytes to `target`; LoadError if the file ends before."""
         with self.opened(file) as read:
@@ -166,6 +170,12 @@ class Source(ABC):
                 raise self.broken(INDEX_FILE, f"it refers to {file!r}, which is not {reason}")
             weight_map[tensor] = known[file]  # one text for all tensors of a file
         return weight_map
+
+    def refuse_changed(self, before: dict[str, Any]) -> None:
+        """Raise LoadError if a file is not what it was when its `stamp` was taken."""
+        for file, stamp in before.items():
+            if self.stamp(file) != stamp:
+                raise self.broken(file, "it was changed while it was read")
 
     def broken(self, file: str, reason: str) -> LoadError:
         """The error for a file that is not what it should be."""
@@ -239,6 +249,12 @@ class LocalFolder(Source):
             opened = regular_file(self.folder / file).open("rb", buffering=0)
         with opened:
             yield read
+
+    def stamp(self, file: str) -> Any:
+        """Which file it is, its size, and when it was last written to."""
+        with self._reading(file):
+            there = (self.folder / file).stat()
+        return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns
 
     def copy(self, file: str, start: int, end: int, target: BinaryIO) -> None:
         """Append a range of a file to `target`, in the kernel where possible."""
@@ -401,6 +417,10 @@ class Joined(Source):
         source, name = self._find(file)
         with source.opened(name) as read:
             yield read
+
+    def stamp(self, file: str) -> Any:
+        source, name = self._find(file)
+        return source.stamp(name)
 
     def copy(self, file: str, start: int, end: int, target: BinaryIO) -> None:
         source, name = self._find(file)

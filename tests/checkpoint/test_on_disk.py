@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from llm_pruner import LayerStack, PruningPlan, SmartPruner
+from llm_pruner.checkpoint import on_disk
 from llm_pruner.checkpoint.on_disk import (
     MANIFEST_FILE,
     check_manifest,
@@ -46,6 +47,7 @@ from llm_pruner.errors import (
     VerificationError,
 )
 from llm_pruner.report.console import manifest_text
+from llm_pruner.storage import content_hash
 from llm_pruner.storage.manifest import Manifest, tensor_origin
 from llm_pruner.storage.safetensors_files import header_bytes, read_checkpoint, tensor_hashes
 from llm_pruner.storage.sources import (
@@ -773,3 +775,54 @@ def test_the_cached_copy_is_used_if_it_is_complete(hub, source, tmp_path):
     sorted(snapshot.glob("*.safetensors"))[-1].unlink()
     prune_checkpoint("me/model", REMOVED, tmp_path / "again")
     assert hub.sent > 0
+
+
+@pytest.mark.parametrize("file", ["model-00002-of", "config.json", "LICENSE"])
+def test_a_source_that_changes_while_it_is_read_is_refused(source, tmp_path, monkeypatch, file):
+    """Another run saves into the folder, while this one copies."""
+    path = next(path for path in source.iterdir() if path.name.startswith(file))
+    written = on_disk.write_checkpoint
+
+    def changed_meanwhile(*args, **options):
+        manifest = written(*args, **options)
+        path.write_bytes(path.read_bytes())
+        return manifest
+
+    monkeypatch.setattr(on_disk, "write_checkpoint", changed_meanwhile)
+    with pytest.raises(LoadError, match=f"'{file}.*' of .* it was changed while it was read"):
+        prune_checkpoint(source, REMOVED, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_a_whole_hash_sees_every_byte_and_is_remembered(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(content_hash, "WORTH_REMEMBERING", 0)
+    monkeypatch.setattr(content_hash, "SETTLED", -1.0)
+    read, blocks = [], LocalFolder.blocks
+    monkeypatch.setattr(
+        LocalFolder, "blocks", lambda self, file, *a: read.append(file) or blocks(self, file, *a)
+    )
+
+    def identity():
+        read.clear()
+        return read_checkpoint(LocalFolder(source)).identity(whole=True)
+
+    first = identity()
+    assert set(read) == {path.name for path in source.glob("*.safetensors")}
+    assert identity() == first
+    assert not read, "nothing is read twice"
+    with last_file(source) as stored:
+        next(iter(stored.values())).view(-1)[-1] += 1e-3  # a value that no sample looks at
+    changed = identity()
+    assert changed["sha256"] != first["sha256"]
+    assert set(read) == {sorted(source.glob("*.safetensors"))[-1].name}
+    for damage in (b"[]", b"{", b'{"a": 7}', b"\xff"):
+        (tmp_path / "cache" / "llm_pruner" / "weights.json").write_bytes(damage)
+        assert identity() == changed
+
+
+def test_a_whole_hash_needs_no_place_to_remember(source, monkeypatch):
+    monkeypatch.setattr(content_hash, "WORTH_REMEMBERING", 0)
+    wanted = read_checkpoint(LocalFolder(source)).identity(whole=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert read_checkpoint(LocalFolder(source)).identity(whole=True) == wanted
