@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -158,6 +158,7 @@ class PruningPlan(JsonFile):
             raise InvalidPlanError(
                 f"num_layers={self.num_layers!r} must be a whole number from 1 to {MOST_LAYERS}."
             )
+        object.__setattr__(self, "model_id", str(self.model_id))  # a Path, perhaps
         object.__setattr__(self, "remove", check_layers(self.remove, self.num_layers))
 
     @property
@@ -257,6 +258,7 @@ class DepthCurve(JsonFile):
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model_id", str(self.model_id))
         depths = [point["n_layers"] for point in self.points]
         if not depths or depths != sorted(set(depths)):
             raise InvalidPlanError(f"The points of a curve need growing depths, got {depths}.")
@@ -394,6 +396,8 @@ def check_layers(layers: Any, num_layers: int) -> tuple[int, ...]:
         InvalidPlanError: not integers, out of range, negative, repeated, or every layer.
     """
     allowed = f"indices are whole numbers from 0 to {num_layers - 1}, the model's last layer"
+    if isinstance(layers, str | bytes) or not isinstance(layers, Iterable):
+        raise InvalidPlanError(f"layers={layers!r:.80} must be a list of indices: {allowed}.")
     indices = list(layers)
     for index in indices:
         if isinstance(index, bool) or not hasattr(index, "__index__"):

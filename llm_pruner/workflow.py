@@ -185,7 +185,7 @@ def measure_quality(
         ``perplexity``; ``similarity``, of answers; ``tasks``, score by task and ``mean``; the last
         two None for running text.
     """
-    questions = [item for item in items if isinstance(item, dict)]
+    questions = [item for item in check_items(items) if isinstance(item, dict)]
     quality: dict[str, Any] = {
         "perplexity": perplexity(model, tokenizer, items, batch_size=batch_size),
         "similarity": None,

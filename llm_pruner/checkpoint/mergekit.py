@@ -38,7 +38,7 @@ def write_mergekit_yaml(
     _warn_of_mergekit(stack, removed)
     edges = [-1, *removed, len(stack)]
     slices = [
-        {"sources": [{"model": model_id, "layer_range": [left + 1, right]}]}
+        {"sources": [{"model": str(model_id), "layer_range": [left + 1, right]}]}
         for left, right in pairwise(edges)
         if right - left > 1
     ]

@@ -175,6 +175,19 @@ def refuse_adapters(model: Any) -> None:
         )
 
 
+def require_loaded(model: Any) -> None:
+    """Raise UnsupportedModelError for a model that was built without weights, on the meta device.
+
+    Those that accelerate keeps elsewhere come back when they are needed.
+    """
+    empty = any(parameter.is_meta for parameter in model.parameters())
+    if empty and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no weights (it is on the meta device): load them, with "
+            "from_pretrained or load_model."
+        )
+
+
 def forward_options(model: torch.nn.Module, logits_to_keep: int | None = None) -> dict[str, Any]:
     """Arguments that keep a forward pass cheap, as far as the model accepts them.
 

@@ -21,7 +21,7 @@ from ..distributed import on_first
 from ..errors import InvalidPlanError
 from ..healing.heal import Heal, heal_model
 from ..healing.lora_settings import LoraSettings
-from ..model.forward import refuse_adapters
+from ..model.forward import refuse_adapters, require_loaded
 from ..model.loading import model_fingerprint
 from ..offload.offloaded_stack import layers_of
 from ..results import DepthCurve, LayerScores, PruningPlan, Removes, check_layers
@@ -85,6 +85,8 @@ class BasePruner(ABC):
         self.steps: list[dict[str, Any]] = []
         self.partial_plan: PruningPlan | None = None
         self.layers = layers_of(model, layers_path)
+        if not self.layers.offloaded:
+            require_loaded(model)
         self.num_layers = len(self.layers)
         injected = injected_layers(getattr(model, "config", None))
         serving = serving_of(model, serve_with)
@@ -386,7 +388,7 @@ class BasePruner(ABC):
         return PruningPlan(
             model_id=model_id,
             num_layers=self.num_layers,
-            remove=tuple(layers),
+            remove=check_layers(layers, self.num_layers),
             versions=package_versions(),
             model=self.identity,
             engines=self._engines(layers),

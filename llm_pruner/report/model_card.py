@@ -266,10 +266,11 @@ def _history(plan: PruningPlan, report: PruningReport | None) -> str:
     versions = (report.versions if report else {}) or plan.versions
     listed = ", ".join(f"{inert(name)} {inert(version)}" for name, version in versions.items())
     measured = ", what was measured in `pruning_report.json` and `report.html`" if report else ""
+    edited = " The plan was edited by hand: what it said was measured is left out."
     lines = [
         f"Layers chosen by: {inert(plan.strategy)}. Weights: {healed}. "
         f"Made with {listed or 'llm_pruner'}.",
-        f"The plan is in `pruning_plan.json`{measured}.",
+        f"The plan is in `pruning_plan.json`{measured}.{edited if plan.edited else ''}",
     ]
     if report and report.command:
         fence = "`" * (3 + max(map(len, re.findall("`+", report.command)), default=0))

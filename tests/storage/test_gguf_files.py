@@ -293,10 +293,10 @@ DAMAGES = {
         header(tensors=1) + text("t") + struct.pack("<I", 2**32 - 1) + bytes(99),
         "4294967295 dimensions",
     ),
-    "a product past 2**64": (file_of(tensor(shape=(2**32,) * 4)), "ends at byte"),
+    "a product past 2**64": (file_of(tensor(shape=(2**32,) * 4)), "is of shape"),
     "a product that wraps to a small one": (
         file_of(tensor(shape=(2**33, 2**31, 1)), data=bytes(99)),
-        "ends at byte",
+        "is of shape",
     ),
     **{
         f"type {kind} of a tensor": (file_of(tensor(kind=kind), data=bytes(99)), "pip install")
