@@ -109,6 +109,7 @@ def hold_output(output_dir: str | Path) -> Iterator[None]:
                     f"{str(file)!r} is where the lock of this output goes, and it is no lock of "
                     "llm_pruner: move it, or choose another output."
                 )
+            new = not os.path.lexists(file)
             try:
                 lock.acquire()
             except Timeout:
@@ -117,6 +118,8 @@ def hold_output(output_dir: str | Path) -> Iterator[None]:
                     "output."
                 ) from None
             except OSError as error:
+                if new:
+                    stack.callback(_unlink, file)
                 if error.errno not in NO_LOCKS:
                     raise
                 message = "The file system of %s has no locks: let no other run write there."
@@ -124,7 +127,7 @@ def hold_output(output_dir: str | Path) -> Iterator[None]:
             stack.callback(lock.release)
             if lock.lock_counter == 1:
                 if isinstance(lock, UnixFileLock):  # others remove their file themselves
-                    stack.callback(Path(lock.lock_file).unlink, missing_ok=True)
+                    stack.callback(_unlink, file)
                 _clear_leftovers(path)
         yield
 
@@ -321,7 +324,15 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-            raise
+            logger.warning("%s is empty and could not be removed: %s.", folder, error.strerror)
+
+
+def _unlink(file: Path) -> None:
+    """Remove a lock; what was done under it is done if that fails."""
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s is of no use and could not be removed: %s.", file, error.strerror)
 
 
 def _umask() -> int:

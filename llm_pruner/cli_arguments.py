@@ -34,7 +34,7 @@ examples:
   llm-pruner --model my/model --layers 3,7,11 --heal lora --output pruned_model
 
 exit codes: 0 done; 2 usage; 3 unusable model or data; 4 output or environment; 5 hub;
-6 verification failed; 130 interrupted (continue with --resume)
+6 verification failed; 70 a fault of llm_pruner; 130 interrupted (continue with --resume)
 """
 
 

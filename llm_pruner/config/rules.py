@@ -189,7 +189,7 @@ def text_config(config: Any) -> Any:
 
 def layer_counts(config: Any) -> set[int]:
     """The values of all layer-counting fields of `config`, or else its derived layer count."""
-    values = {vars(config).get(name) for name in COUNT_FIELDS}
+    values = [vars(config).get(name) for name in COUNT_FIELDS]
     counts = {value for value in values if isinstance(value, int) and not isinstance(value, bool)}
     derived = getattr(config, "num_hidden_layers", None)
     return counts or ({derived} if isinstance(derived, int) else set())
@@ -264,7 +264,7 @@ def _refit(config: Any, pattern: Pattern, removal: Removal) -> dict[str, int]:
 
 def extra_layers(config: Any) -> set[int]:
     """How many blocks for multi-token prediction may follow the last layer, by any count."""
-    counts = {vars(config).get(name) for name in MTP_COUNTS}
+    counts = [vars(config).get(name) for name in MTP_COUNTS]
     return {0} | {count for count in counts if type(count) is int and count > 0}
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .prefix_sharing import LayerSet
 
 FIELDS = ("key", "removed", "chunk", "values")
+BEGINS = b'{"key": "'
 LONGEST = 10_000_000  # bytes of a line that is looked at
 LOOKED_AT = 1000  # lines of a file that may be a journal
 
@@ -111,7 +112,7 @@ def is_journal(path: Path) -> bool:
     with path.open("rb") as file:
         first = file.readline(LONGEST)
         lines = islice(iter(lambda: file.readline(LONGEST), b""), LOOKED_AT)
-        return not first or any(set(FIELDS) <= _parsed(line).keys() for line in (first, *lines))
+        return not first or any(line.startswith(BEGINS) for line in (first, *lines))
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
