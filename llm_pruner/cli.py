@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .atomic_output import clear_checkpoints, hold_output
-from .cli_arguments import Request, check_request, parse_request
+from .cli_arguments import Request, parse_request
+from .cli_checks import check_request
 from .distributed import group, launched, on_first, one_only, rank, reported_by_first
 from .errors import (
     InvalidPlanError,

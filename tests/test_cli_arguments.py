@@ -6,7 +6,8 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from llm_pruner.cli_arguments import check_request, parse_request
+from llm_pruner.cli_arguments import parse_request
+from llm_pruner.cli_checks import check_request
 from llm_pruner.errors import (
     HubError,
     InvalidPlanError,

@@ -142,3 +142,10 @@ def test_the_originals_card_is_read_where_there_is_one(tmp_path, caplog):
     caplog.set_level("INFO", logger="llm_pruner")
     assert original_card("nobody/has-this") == ""
     assert "No card of nobody/has-this can be read (" in caplog.text
+
+
+def test_a_plan_that_was_edited_says_so_and_repeats_nothing():
+    plan = PruningPlan("some/model", 8, (2, 5), edited=True)
+    text = card_text(plan)
+    assert "The plan was edited by hand: what it said was measured is left out." in text
+    assert "This was not measured." in text

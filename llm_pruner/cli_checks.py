@@ -1,0 +1,71 @@
+"""What a request of the command needs, checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from .atomic_output import check_output, own_checkpoints
+from .cli_arguments import Request
+from .distributed import on_first
+from .errors import MissingDependencyError, OutputError, UnsupportedModelError
+from .hub import check_upload
+from .output_rules import check_file, is_curve, is_plan, is_recipe
+from .pruners.registry import check_strategy_name
+from .search.journal import Journal
+from .storage.gguf_models import find_gguf
+from .utils import resolve_model_id, user_path
+
+
+def check_request(request: Request) -> None:
+    """Refuse what this machine cannot do, before anything is loaded.
+
+    Raises:
+        UnknownNameError, LoadError: no such strategy.
+        MissingDependencyError: an optional package is needed.
+        OutputError, HubError: the output cannot be written or uploaded.
+        UnsupportedModelError, LoadError: not with a model in GGUF, or there is no such file.
+    """
+    check_strategy_name(request.strategy)
+    if request.output.endswith(".gguf"):
+        raise OutputError(
+            f"--output {request.output} must be a folder, into which a pruned GGUF is written with "
+            "its plan and card: name one without .gguf."
+        )
+    for name, asked, why in (
+        ("--heal", request.heal != "none", "heal the original model, and convert the result"),
+        ("--max-memory", request.max_memory is not None, "it is dequantised as a whole"),
+        ("--export-yaml", request.export_yaml is not None, "MergeKit does not read it"),
+    ):
+        if asked and find_gguf(request.model):
+            raise UnsupportedModelError(
+                f"{name} is not for a model in GGUF: {why}. Leave {name} out."
+            )
+    if request.heal == "lora" and importlib.util.find_spec("peft") is None:
+        raise MissingDependencyError("--heal lora needs peft: pip install 'llm_pruner[heal]'.")
+    if (repo_id := request.push_to_hub) is not None:
+        on_first(lambda: check_upload(repo_id))
+    on_first(lambda: _check_files(request))
+
+
+def _check_files(request: Request) -> None:
+    """Refuse outputs that cannot be written, or that would replace what they may not."""
+    strategy = request.strategy.rpartition(":")[0]
+    sources = [request.plan, request.eval_dataset, request.heal_data, request.fix_gguf, strategy]
+    reads = [resolve_model_id(request.model), *filter(None, sources)]
+    if user_path(request.model).resolve() == user_path(request.output).resolve():
+        raise OutputError(f"--output {request.output} is the model itself: choose another folder.")
+    if request.writes_model:
+        check_output(request.output, overwrite=request.overwrite, reads=reads)
+    if request.chooses and (request.resume or not request.dry_run):
+        Journal(request.beside("journal.jsonl")).check()
+    if request.dry_run:
+        return
+    if request.heal == "lora":
+        own_checkpoints(request.beside("healing"))
+    if request.chooses:
+        check_file(request.beside("partial_plan.json"), is_plan, reads=reads)
+    if request.sweep is not None:
+        for ending in ("curve.json", "curve.png"):
+            check_file(request.beside(ending), is_curve, reads=reads)
+    if request.export_yaml is not None:
+        check_file(request.export_yaml, is_recipe, reads=reads)
