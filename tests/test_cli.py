@@ -177,7 +177,7 @@ def test_a_plan_alone_is_carried_out_on_disk(run, saved, tmp_path):
     _, out, _ = run("--strategy", "pruneme", "--n-layers", "2", "--dry-run", "--json")
     (tmp_path / "plan.json").write_text(out)
     plan = PruningPlan.from_json(out)
-    assert set(plan.model) == {"tensors", "weights"}
+    assert set(plan.model) == {"tensors", "weights", "sha256"}
     assert plan.data["seed"] == 0
     assert plan.data["source"].endswith("texts.jsonl")
     assert run("--plan", "plan.json", "--output", "out", data=None)[0] == 0

@@ -133,7 +133,8 @@ def comparable(report: dict[str, Any]) -> dict[str, Any]:
     for healing in (report["heal"], report["plan"]["healing"]):
         for stage in healing["stages"]:
             del stage["seconds"]
-    changing = ("seconds", "output_dir", "command")
+    changing = ("seconds", "output_dir", "command", "checksum")
+    report["plan"].pop("checksum", None)
     rest = {name: value for name, value in report.items() if name not in changing}
     return {**rest, "comparisons": rows}
 

@@ -160,13 +160,13 @@ def prune_on_disk(
     names = find_layers(checkpoint.tensors, checkpoint.config, source.name)
     plan = _checked_plan(checkpoint, names, layers, str(model_id))
     plan = replace(plan, drop_mtp=plan.drop_mtp or drop_mtp)
+    if all(judge(checkpoint.config, engine).state == "right" for engine in serve_with):
+        serving = Serving.of_config(checkpoint.config, serve_with)
+        serving.refuse_misplaced(plan.remove, names.num_layers)
     config = pruned_config(
         checkpoint, names, plan, trust_remote_code=trust_remote_code, verify=verify
     )
     plan = replace(plan, engines=verdicts(config))
-    if all(judge(checkpoint.config, engine).state == "right" for engine in serve_with):
-        serving = Serving.of_config(checkpoint.config, serve_with)
-        serving.refuse_misplaced(plan.remove, names.num_layers)
     refuse_wrong(config, serve_with)
     kept = kept_tensors(checkpoint, names, plan)
     files = with_all_files(source)

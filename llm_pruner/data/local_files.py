@@ -108,10 +108,11 @@ def _read_file(path: Path) -> list[EvalItem]:
     reader = READERS.get(regular_file(path).suffix.lower())
     if reader is None:
         raise InvalidDataError(f"Cannot read {path}: file types are {', '.join(READERS)}.")
+    name = os.fsencode(path.stem).decode("utf-8", "replace")  # it may be in another encoding
     items = []
     for where, row in reader(path, _text_of(path)):
         try:
-            items.append(to_item(row, path.stem))
+            items.append(to_item(row, name))
         except InvalidDataError as error:
             raise InvalidDataError(f"{path}{where}: {error}") from None
     if not items:

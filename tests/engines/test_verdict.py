@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from llm_pruner.checkpoint.on_disk import prune_checkpoint
 from llm_pruner.engines.llama_cpp import ARCHITECTURES, gguf_settings
@@ -296,10 +293,13 @@ def test_some_engines_need_a_layer_of_each_kind(values, removed, engine):
 
 
 def test_on_disk_too_sets_that_work_are_named(tmp_path):
-    values = config("cohere2", layer_types=every(4, FULL, WINDOW))
-    tensors = {f"model.layers.{i}.norm.weight": np.ones(2) for i in range(12)}
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(values))
+    from transformers import AutoModelForCausalLM, Cohere2Config
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 32, "num_hidden_layers": 12}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+    values = Cohere2Config(**sizes, **heads, layer_types=every(4, FULL, WINDOW))
+    AutoModelForCausalLM.from_config(values).save_pretrained(tmp_path / "source")
+    source, out = tmp_path / "source", tmp_path / "out"
     with pytest.raises(InvalidPlanError, match=r"Sets close to this one .*\[4, 5, 6, 7\]"):
-        prune_checkpoint(tmp_path, [4, 5, 6], tmp_path / "out", serve_with=["llama.cpp"])
-    assert prune_checkpoint(tmp_path, [4, 5, 6, 7], tmp_path / "out", serve_with=["mlx"])
+        prune_checkpoint(source, [4, 5, 6], out, serve_with=["llama.cpp"])
+    assert prune_checkpoint(source, [4, 5, 6, 7], out, serve_with=["mlx"])
