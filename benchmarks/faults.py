@@ -70,7 +70,7 @@ AREAS = {
 }
 WRONG_WORDS = re.compile(
     r"Traceback \(most recent|Exception ignored|Fatal Python error|Error in sys\.|"
-    r"(?i:\bthis is a bug\b|\bunexpected error\b|\binternal error\b|fault of llm_pruner)"
+    r"(?i:\bthis is a bug\b|\bunexpected error\b|\binternal error\b|This is a fault of llm_pruner)"
 )
 
 

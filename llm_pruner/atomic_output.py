@@ -26,8 +26,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import OutputError
-from .output_rules import as_path, holds_something, os_errors_as, refuse_what_stands, write_list
-from .utils import logger
+from .output_rules import (
+    as_path,
+    entries,
+    holds_something,
+    os_errors_as,
+    refuse_what_stands,
+    write_list,
+)
+from .utils import logger, readable
 
 KEY_FILE = "healing.json"  # marks a folder of training checkpoints as ours
 SPARE = 12  # descriptors kept back, so that a stage can be removed when no others are left
@@ -124,6 +131,10 @@ def hold_output(output_dir: str | Path) -> Iterator[None]:
                     raise
                 message = "The file system of %s has no locks: let no other run write there."
                 logger.warning(message, path)
+            except BaseException:  # an interrupt
+                if new:
+                    _unlink(file)
+                raise
             stack.callback(lock.release)
             if lock.lock_counter == 1:
                 if isinstance(lock, UnixFileLock):  # others remove their file themselves
@@ -169,13 +180,17 @@ def staged_output(
                     yield stage
                     write_list(stage)
                     _apply_umask(stage)
-                    for written in (*stage.rglob("*"), stage):
+                    for written in (*entries(stage), stage):
                         _sync(written)
                     refuse_what_stands(path, overwrite, reads)  # what may have come meanwhile
                     _put_in_place(stage, path)
                 finally:
                     give_back()
-                    _remove(stage)
+                    try:
+                        _remove(stage)
+                    except BaseException:  # an interrupt: it may still be removed
+                        _remove(stage)
+                        raise
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
@@ -186,11 +201,14 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    data = content.encode() if isinstance(content, str) else content
+    data = readable(content).encode() if isinstance(content, str) else content
     target = Path(path).resolve()
     if target.exists() and not target.is_file():
         with os_errors_as(f"Cannot write {str(path)!r}"):
-            target.write_bytes(data)
+            descriptor = os.open(target, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+            os.set_blocking(descriptor, True)  # only a pipe that nobody reads is not waited for
+            with open(descriptor, "wb") as opened:
+                opened.write(data)
         return
     with replaced_file(path) as file:
         file.write(data)
@@ -344,7 +362,7 @@ def _umask() -> int:
 def _apply_umask(folder: Path) -> None:
     """safetensors and mkdtemp make everything private; give the modes a plain write would."""
     allowed = ~_umask()
-    for path in (folder, *folder.rglob("*")):
+    for path in (folder, *entries(folder)):
         if path.is_dir():
             path.chmod(0o777 & allowed)
         elif path.stat().st_nlink == 1:  # a linked file has the mode of another

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .pruners.base import BasePruner
 
 INTERRUPTED = 130
+NO_MEMORY = ("allocate memory", "out of memory", "can't start new thread")  # how libraries say it
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
 
 
@@ -79,7 +80,7 @@ def _explained(error: Exception) -> tuple[int, str]:
     if isinstance(error, LLMPrunerError):
         return error.exit_code, str(error)
     text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
+    if isinstance(error, MemoryError) or any(sign in text for sign in NO_MEMORY):
         advice = "Use a smaller --batch-size, or --max-memory to read layers from the disk."
         return OutOfMemoryError.exit_code, f"The memory does not suffice ({text}). {advice}"
     if isinstance(error, OSError):

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hi
 from .atomic_output import write_atomically
 from .errors import InvalidPlanError, LLMPrunerError
 from .output_rules import OUTPUT_FILES
-from .utils import regular_file
+from .utils import readable, regular_file
 
 CHECKSUM = "checksum"
 MAX_DEPTH = 100  # of nested values: far more than any file of ours, or of a publisher, has
@@ -230,8 +230,7 @@ def _unicode(values: dict[str, Any]) -> dict[str, Any]:
     text = json.dumps(values, allow_nan=False)
     if not SURROGATE.search(text):
         return values
-    raw = json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogateescape")
-    found: dict[str, Any] = json.loads(raw.decode("utf-8", "replace"))
+    found: dict[str, Any] = json.loads(readable(json.dumps(values, ensure_ascii=False)))
     return found
 
 

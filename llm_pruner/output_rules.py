@@ -38,7 +38,7 @@ def check_file(
     """Check, before the work, that a single file can be written where it was asked for.
 
     Args:
-        path: where it is to go. A pipe or a device is written to.
+        path: where it is to go. A device is written to.
         is_ours: whether a file that stands there was written by llm_pruner, and may be replaced.
         reads: files that are read for it.
 
@@ -57,6 +57,8 @@ def check_file(
                     f"{str(path)!r} is there, and llm_pruner did not write it: move it, or choose "
                     "another place."
                 )
+        if target.is_fifo() or target.is_socket():
+            raise OutputError(f"{str(path)!r} is a pipe: name a file.")
         if target.exists() and not target.is_file():
             return
         folder = target.resolve().parent
@@ -140,8 +142,16 @@ def write_list(stage: Path) -> None:
 
 def _files(folder: Path) -> list[str]:
     """The names of everything in a folder but of folders that hold something, sorted."""
-    entries = (path for path in folder.rglob("*") if path.is_symlink() or not holds_something(path))
-    return sorted(path.relative_to(folder).as_posix() for path in entries)
+    found = (path for path in entries(folder) if path.is_symlink() or not holds_something(path))
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def entries(folder: Path) -> Iterator[Path]:
+    """Everything below a folder; unlike with `rglob`, what cannot be listed is an OSError."""
+    for path in sorted(folder.iterdir()):
+        yield path
+        if path.is_dir() and not path.is_symlink():
+            yield from entries(path)
 
 
 def _written_files(folder: Path) -> set[str]:

@@ -225,6 +225,14 @@ def format_bytes(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
+def readable(text: str) -> str:
+    """Text that UTF-8 can write: the name of a file may hold bytes of another encoding."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # halves of characters that no file system has
+        return text.encode("utf-8", "replace").decode()
+
+
 def shown(value: object) -> str:
     """The beginning of any value, for messages."""
     try:

@@ -24,7 +24,7 @@ from ..config.config_file import (
 from ..config.layer_names import LayerNames
 from ..config.rules import MTP_COUNTS
 from ..config.tensor_shapes import find_misfit
-from ..errors import LoadError, UnsupportedModelError
+from ..errors import LLMPrunerError, LoadError, UnsupportedModelError
 from ..results import PruningPlan
 from ..storage.safetensors_files import Checkpoint
 from ..utils import logger
@@ -52,7 +52,14 @@ def pruned_config(
         UnsupportedModelError: the architecture's config cannot express the pruned model.
     """
     values = checkpoint.config
-    config = prune_config_file(values, plan.keep, layers.num_layers, drop_mtp=plan.drop_mtp)
+    try:
+        config = prune_config_file(values, plan.keep, layers.num_layers, drop_mtp=plan.drop_mtp)
+    except LLMPrunerError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise checkpoint.source.broken(
+            "config.json", f"its values do not go together ({type(error).__name__}: {error})"
+        ) from error
     one_list = len(layers.prefixes) == 1
     shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors.values()}
     if verify or not one_list or not is_spelled_out(values, layers.num_layers):

@@ -16,7 +16,15 @@ from ..errors import LoadError, UnsupportedModelError
 from ..results import MOST_LAYERS
 from .layer_names import LayerNames
 from .outer_rules import prune_outer
-from .rules import COUNT_FIELDS, FIELD_RULES, MTP_COUNTS, OTHER_TOWERS, extra_layers, prune_config
+from .rules import (
+    COUNT_FIELDS,
+    FIELD_RULES,
+    MTP_COUNTS,
+    OTHER_TOWERS,
+    Removal,
+    extra_layers,
+    prune_config,
+)
 
 # Parts of a config that describe the decoder of a composite model, the likeliest first.
 PART_NAMES = (
@@ -151,9 +159,10 @@ def _wanted(field: str, value: Any) -> str | None:
     whole = all(type(one) is int for one in numbers)
     if field in SIZES and not (whole and all(0 < one <= LARGEST for one in numbers)):
         return f"a whole number from 1 to {LARGEST:,}"
-    if field in (*FIELD_RULES, *MTP_COUNTS) and not (
-        isinstance(value, bool) or (whole and all(0 <= one <= LARGEST for one in numbers))
-    ):
+    fits = whole and all(0 <= one <= LARGEST for one in numbers)
+    if field in FIELD_RULES and FIELD_RULES[field] not in (Removal.prefix, Removal.suffix):
+        return None if fits and isinstance(value, list) else "a list of whole numbers from 0"
+    if field in (*FIELD_RULES, *MTP_COUNTS) and not (fits or isinstance(value, bool)):
         return "whole numbers from 0"
     return None
 

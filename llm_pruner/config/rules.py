@@ -143,7 +143,8 @@ def _spell_out(config: Any) -> None:
         dense.update(index for index in range(n_layers) if (index + 1) % step)
         config.mlp_only_layers, config.decoder_sparse_step = sorted(dense), 1
     kinds = vars(config).get("block_types")
-    if kinds and len(kinds) < n_layers:
+    recurrent = vars(config).get("model_type", getattr(config, "model_type", ""))
+    if recurrent == "recurrent_gemma" and kinds and len(kinds) < n_layers:
         config.block_types = [kinds[index % len(kinds)] for index in range(n_layers)]
 
 

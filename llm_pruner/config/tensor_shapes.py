@@ -22,7 +22,14 @@ OTHERS = ("lm_head", "embed_out", "wpe", "rotary_emb", "word_embeddings_layernor
 # Settings whose values are of one type, by what their names are, begin or end with.
 FLOATS = ("_eps", "_epsilon", "initializer_range", "_dropout")
 TEXTS = ("hidden_act", "activation_function", "hidden_activation")
-WHOLE = ("max_position_embeddings", "pretraining_tp", "bos_token_id", "pad_token_id")
+WHOLE = ("max_position_embeddings", "pretraining_tp", "bos_token_id", "head_dim", "vocab_size")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+# What comes before the number of a layer where tensors are named as transformers writes them.
+PREFIXES = tuple(
+    f"{base}{layers}."
+    for base in ("", "model.", "transformer.", "gpt_neox.", "model.decoder.", "decoder.")
+    for layers in ("layers", "h", "blocks")
+)
 SWITCHES = ("use_cache", "tie_word_embeddings", "attention_bias", "mlp_bias")
 # Weights that a layer has all of, or none.
 TOGETHER = (
@@ -52,6 +59,8 @@ def find_misfit(
             outer[name] = shape
         elif parts[1] < names.num_layers:
             layers[parts[1]][parts[2].lstrip(".")] = shape
+    if strange := set(names.prefixes) - set(PREFIXES):
+        return f"its layers are named {min(strange)}0"
     part = decoder_part(values)
     sizes = {} if stored_quantization(values) else _sizes(part)
     return (
@@ -74,6 +83,12 @@ def _odd(part: dict[str, Any]) -> str | None:
         if name.endswith(WHOLE) and type(value) is not int and name != "eos_token_id":
             return f"{name} is {value!r:.80}"
         if name.startswith(SWITCHES) and type(value) is not bool:
+            return f"{name} is {value!r:.80}"
+        if name == "initializer_range" and not 0 <= value <= 1:
+            return f"{name} is {value!r:.80}"
+        if name in ("dtype", "torch_dtype") and str(value).removeprefix("torch.") not in DTYPES:
+            return f"{name} is {value!r:.80}"
+        if name == "id2label" and not (isinstance(value, dict) and all(map(str.isdigit, value))):
             return f"{name} is {value!r:.80}"
         if name in ("rope_scaling", "rope_parameters"):
             kind = isinstance(value, dict) and value.get("rope_type", value.get("type"))

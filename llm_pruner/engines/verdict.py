@@ -13,6 +13,7 @@ from ..config.config_file import decoder_part, layer_count
 from ..errors import InvalidPlanError, UnknownNameError
 from .llama_cpp import LLAMA_CPP
 from .mlx import MLX
+from .rules import Rule
 from .vllm import VLLM
 
 ENGINES = {engine.name: engine for engine in (LLAMA_CPP, VLLM, MLX)}
@@ -72,6 +73,15 @@ def judge(config: Mapping[str, Any], engine: str, kept: Sequence[int] | None = N
         kind = part.get("model_type") or config.get("model_type")
         return Verdict(engine, "unknown", f"nothing is known of {kind} there")
     left = range(depth) if kept is None else kept
+    try:
+        return _judged(engine, rules, part, depth, left)
+    except (TypeError, LookupError, ValueError, ArithmeticError, AttributeError) as error:
+        return Verdict(engine, "unknown", f"the config's values do not go together ({error})")
+
+
+def _judged(
+    engine: str, rules: Iterable[Rule], part: dict[str, Any], depth: int, left: Sequence[int]
+) -> Verdict:
     count = len(left)
     reasons: list[str] = []
     sayable = True

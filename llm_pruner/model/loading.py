@@ -21,6 +21,7 @@ from ..utils import (
     explain_load_failure,
     get_device,
     no_foreign_bars,
+    readable,
     regular_file,
     resolve_model_id,
     user_path,
@@ -171,6 +172,11 @@ def read_model(
 
     if paths := find_gguf(model_id):
         return _read_gguf(paths, model_id, dtype=dtype, **placement)
+    if readable(str(model_id)) != str(model_id):
+        raise LoadError(
+            f"The name of model {model_id!r} is not UTF-8, which tokenizers need: rename it, or if "
+            "it is the locale that is not UTF-8, set PYTHONUTF8=1."
+        )
     source, auto, _ = model_class(model_id, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:

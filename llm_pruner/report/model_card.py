@@ -12,7 +12,7 @@ from ..atomic_output import write_atomically
 from ..errors import OutputError
 from ..hub import http_error
 from ..results import Comparison, PruningPlan, PruningReport
-from ..utils import logger, regular_file, user_path
+from ..utils import logger, readable, regular_file, user_path
 from . import summary
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ def card_text(
         meta |= {"eval_results": results, "model_name": name}
     library = "gguf" if gguf else "transformers"
     data = ModelCardData(library_name=library, tags=[*TAGS, *theirs], **meta)
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report, gguf)}"))
+    text = f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report, gguf)}"
+    return str(ModelCard(readable(text)))
 
 
 def _metadata(card: str) -> dict[str, str | list[str]]:

@@ -295,7 +295,7 @@ class _Listed:
 def _read_tensor(cursor: _Cursor, sizes: dict[int, tuple[str, int, int]]) -> _Listed:
     name = cursor.text(LONGEST_NAME)
     dimensions = cursor.number("I")
-    if dimensions > MOST_DIMENSIONS:
+    if not 0 < dimensions <= MOST_DIMENSIONS:
         cursor.fail(f"tensor {name!r} has {dimensions} dimensions")
     shape = struct.unpack(f"<{dimensions}Q", cursor.take(8 * dimensions))
     kind, offset = cursor.number("I"), cursor.number("Q")
@@ -305,7 +305,7 @@ def _read_tensor(cursor: _Cursor, sizes: dict[int, tuple[str, int, int]]) -> _Li
             "(pip install -U gguf)"
         )
     dtype, block, size = sizes[kind]
-    if math.prod(max(1, length) for length in shape) >= 2**63:
+    if math.prod(max(1, length) for length in shape) >= 2**59:
         cursor.fail(f"tensor {name!r} is of shape {list(shape)}")
     row = shape[0] if shape else 1
     if row % block:

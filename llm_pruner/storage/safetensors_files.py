@@ -197,8 +197,8 @@ def _entry(
         dtype, shape = entry["dtype"], tuple(check_type(entry["shape"], list[int], "shape"))
         start, end = entry["data_offsets"]
         for number in (*shape, start, end):
-            if type(number) is not int or number < 0:
-                raise ValueError("a negative or fractional number")
+            if type(number) is not int or not 0 <= number < 2**63:
+                raise ValueError(f"a number of {number!r:.40}")
         bits = math.prod(shape) * BITS[dtype]
     except (TypeError, KeyError, ValueError) as error:
         reason = f"the entry of tensor {name!r} is damaged ({error})"

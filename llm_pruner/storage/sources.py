@@ -220,7 +220,7 @@ class LocalFolder(Source):
 
     def files(self) -> list[str]:
         found: list[str] = []
-        for folder, _, names in os.walk(self.folder):
+        for folder, _, names in os.walk(self.folder, onerror=self._refuse):
             paths = (Path(folder, name) for name in names)
             found += [path.relative_to(self.folder).as_posix() for path in paths if path.is_file()]
             if len(found) > MOST_FILES:
@@ -229,6 +229,9 @@ class LocalFolder(Source):
                     "checkpoint: give the folder of one."
                 )
         return sorted(found)
+
+    def _refuse(self, error: OSError) -> None:
+        raise self.broken(str(error.filename), error.strerror or str(error)) from error
 
     def size(self, file: str) -> int:
         with self._reading(file):
