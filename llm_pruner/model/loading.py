@@ -181,6 +181,7 @@ def read_model(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer("a b")  # what its settings make impossible is found here
         model, info = auto.from_pretrained(
             source, dtype=dtype, output_loading_info=True, **options, **placement
         )
