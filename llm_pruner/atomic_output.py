@@ -205,10 +205,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     target = Path(path).resolve()
     if target.exists() and not target.is_file():
         with os_errors_as(f"Cannot write {str(path)!r}"):
-            descriptor = os.open(target, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
-            os.set_blocking(descriptor, True)  # only a pipe that nobody reads is not waited for
-            with open(descriptor, "wb") as opened:
-                opened.write(data)
+            target.write_bytes(data)
         return
     with replaced_file(path) as file:
         file.write(data)

@@ -295,7 +295,7 @@ class _Listed:
 def _read_tensor(cursor: _Cursor, sizes: dict[int, tuple[str, int, int]]) -> _Listed:
     name = cursor.text(LONGEST_NAME)
     dimensions = cursor.number("I")
-    if not 0 < dimensions <= MOST_DIMENSIONS:
+    if dimensions > MOST_DIMENSIONS:
         cursor.fail(f"tensor {name!r} has {dimensions} dimensions")
     shape = struct.unpack(f"<{dimensions}Q", cursor.take(8 * dimensions))
     kind, offset = cursor.number("I"), cursor.number("Q")

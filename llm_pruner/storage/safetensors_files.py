@@ -198,7 +198,7 @@ def _entry(
         start, end = entry["data_offsets"]
         for number in (*shape, start, end):
             if type(number) is not int or not 0 <= number < 2**63:
-                raise ValueError(f"a number of {number!r:.40}")
+                raise ValueError("a negative or fractional number, or one past 2**63")
         bits = math.prod(shape) * BITS[dtype]
     except (TypeError, KeyError, ValueError) as error:
         reason = f"the entry of tensor {name!r} is damaged ({error})"

@@ -347,7 +347,7 @@ def same_name_twice(entries, header):
         (first_entry(data_offsets=[0, 4]), r"needs [\d,]+ bytes, and its offsets give it"),
         (header_with(lambda x, header: x[1].update(x[0])), r"begins at byte \d+, not at"),
         (first_entry(shape=[3]), r"needs [\d,]+ bytes, and its offsets give it"),
-        (first_entry(shape=[-1, -8]), r"is damaged \(a negative or fractional number\)"),
+        (first_entry(shape=[-1, -8]), r"is damaged \(a negative or fractional number"),
         (first_entry(dtype="F7"), r"is damaged \('F7'\)"),
         (header_with(same_name_twice), r"not valid JSON: the key '.*' is twice"),
         (lambda raw: (2**63).to_bytes(8, "little") + raw[8:], r"claims a header of"),
