@@ -299,7 +299,8 @@ def signature(text: str) -> str:
 
 def cause_of(one: dict[str, Any]) -> str:
     """The complaint on one line, without what differs from case to case."""
-    line = " ".join(re.sub(r"/tmp/\S+", "...", one["complaint"]).split())
+    folder = re.escape(tempfile.gettempdir())
+    line = " ".join(re.sub(rf"{folder}/\S+", "...", one["complaint"]).split())
     return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in line)
 
 

@@ -114,5 +114,5 @@ class _Renderer(threading.Thread):
 def _attempt(work: Work) -> str | Exception:
     try:
         return str(work())
-    except Exception as error:
+    except Exception as error:  # raised again by the thread that asked
         return error

@@ -274,7 +274,7 @@ def model_class(model_id: str, **options: Any) -> tuple[str, Any, Any]:
             values, _ = transformers.PretrainedConfig.get_config_dict(source, **options)
             check_config(values, model_id)
         config = transformers.AutoConfig.from_pretrained(source, **options)
-    except LoadError:
+    except (LoadError, MemoryError):
         raise
     except Exception as error:  # whatever strange values make of it
         raise LoadError(explain_load_failure("model", model_id, error)) from error

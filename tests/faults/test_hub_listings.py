@@ -39,7 +39,7 @@ def refused(tmp_path, message):
         "../evil.txt",
         "../../evil.txt",
         "a/../../../evil.txt",
-        "/tmp/evil.txt",
+        "/evil/evil.txt",
         "a//evil.txt",
         "a/",
         "./evil.txt",
