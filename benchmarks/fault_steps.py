@@ -287,7 +287,8 @@ STREAMS: dict[str, tuple[str, dict[str, str | None], str, bool]] = {
         "",
         True,
     ),
-    "PYTHONHASHSEED=1 and -O": ("", {"PYTHONHASHSEED": "1", "PYTHONOPTIMIZE": "2"}, "", True),
+    "PYTHONHASHSEED=1 and -O": ("", {"PYTHONHASHSEED": "1", "PYTHONOPTIMIZE": "1"}, "", True),
+    "python -OO": ("", {"PYTHONOPTIMIZE": "2"}, "", False),
     "warnings are errors": ("", {"PYTHONWARNINGS": "error"}, "", False),
     **{
         f"ulimit -n {number}": (f'ulimit -n {number}; "$@"', {}, "", False)

@@ -117,8 +117,8 @@ def hold_output(output_dir: str | Path) -> Iterator[None]:
                     "llm_pruner: move it, or choose another output."
                 )
             new = not os.path.lexists(file)
-            try:
-                lock.acquire()
+            try:  # one that is made here is free: what refuses it, as some file systems do, may pass
+                lock.acquire(blocking=new, timeout=0.2)
             except Timeout:
                 raise OutputError(
                     f"Another run is writing {str(output_dir)!r}: wait for it, or choose another "

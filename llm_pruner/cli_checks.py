@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 from .atomic_output import check_output, own_checkpoints
 from .cli_arguments import Request
@@ -21,10 +22,15 @@ def check_request(request: Request) -> None:
 
     Raises:
         UnknownNameError, LoadError: no such strategy.
-        MissingDependencyError: an optional package is needed.
+        MissingDependencyError: an optional package, or docstrings, are needed.
         OutputError, HubError: the output cannot be written or uploaded.
         UnsupportedModelError, LoadError: not with a model in GGUF, or there is no such file.
     """
+    if sys.flags.optimize > 1:
+        raise MissingDependencyError(
+            "python -OO (or PYTHONOPTIMIZE=2) removes the docstrings, which transformers reads: "
+            "use -O, or neither."
+        )
     check_strategy_name(request.strategy)
     if request.output.endswith(".gguf"):
         raise OutputError(

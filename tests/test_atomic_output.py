@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -614,6 +615,20 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog, code
     write(tmp_path / "out")
     assert (tmp_path / "out").is_dir()
     assert "has no locks" in caplog.text or code == errno.ENOSYS  # filelock has a way of its own
+
+
+def test_a_lock_refused_once_leaves_nothing(tmp_path, monkeypatch):
+    """Some file systems answer EACCES, which filelock takes for another run's lock."""
+    flock, refusals = fcntl.flock, [errno.EACCES]
+
+    def refuse_once(*arguments):
+        if refusals:
+            raise OSError(refusals.pop(), "refused")
+        return flock(*arguments)
+
+    monkeypatch.setattr("fcntl.flock", refuse_once)
+    write(tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"] and not refusals
 
 
 def test_a_stage_is_removed_when_no_descriptors_are_left(tmp_path):

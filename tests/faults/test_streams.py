@@ -48,6 +48,12 @@ def test_a_reader_that_leaves_stops_nothing(place):
     assert (code, out, err, written) == (0, "", "", True)
 
 
+def test_python_without_docstrings_is_refused(place):
+    code, _, err, _ = run(place, "", PYTHONOPTIMIZE="2")
+    assert code == 4 and "python -OO" in err and "transformers reads" in err, (code, err)
+    assert run(place, "", PYTHONOPTIMIZE="1")[0] == 0
+
+
 def test_a_full_disk_behind_stdout_is_said_after_the_work(place):
     code, _, err, written = run(place, ">/dev/full")
     assert (code, written) == (4, True)
