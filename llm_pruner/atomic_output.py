@@ -117,7 +117,7 @@ def hold_output(output_dir: str | Path) -> Iterator[None]:
                     "llm_pruner: move it, or choose another output."
                 )
             new = not os.path.lexists(file)
-            try:  # one that is made here is free: what refuses it, as some file systems do, may pass
+            try:  # one that is made here is free: what refuses it, a file system, may pass
                 lock.acquire(blocking=new, timeout=0.2)
             except Timeout:
                 raise OutputError(

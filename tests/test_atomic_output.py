@@ -628,7 +628,8 @@ def test_a_lock_refused_once_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fcntl.flock", refuse_once)
     write(tmp_path / "out")
-    assert os.listdir(tmp_path) == ["out"] and not refusals
+    assert os.listdir(tmp_path) == ["out"]
+    assert not refusals
 
 
 def test_a_stage_is_removed_when_no_descriptors_are_left(tmp_path):
