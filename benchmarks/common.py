@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -83,15 +84,56 @@ def counted(
             handle.remove()
 
 
+@dataclass
+class Work:
+    """What something took; filled in when the block of `worked` ends.
+
+    Attributes:
+        seconds: by the clock.
+        layer_tokens: tokens that layers were run on, summed over the layers.
+        head_tokens: tokens that the head was run on.
+        flops: two per parameter and token, in layers and head; the products of attention between
+            tokens, and backward passes, are not in it.
+    """
+
+    seconds: float = 0.0
+    layer_tokens: int = 0
+    head_tokens: int = 0
+    flops: int = 0
+
+
+@contextmanager
+def worked(stack: LayerStack) -> Iterator[Work]:
+    """Inside the block, time and forward work are counted, head and padding included.
+
+    Copies of the model that are made inside the block count too: they inherit its hooks.
+    """
+    work, head = Work(), stack.model.get_output_embeddings()
+    sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in stack]
+    started = synchronised()
+    with counted(stack) as layers, counted([head] if head is not None else []) as heads:
+        try:
+            yield work
+        finally:
+            work.seconds = synchronised() - started
+            work.layer_tokens, work.head_tokens = layers.total(), heads.total()
+            work.flops = 2 * sum(sizes[index] * tokens for index, tokens in layers.items())
+            if head is not None:
+                work.flops += 2 * head.weight.numel() * work.head_tokens
+
+
 def timed(run: Callable[[], Any]) -> float:
     """Seconds that `run` takes, work queued on a GPU included."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = synchronised()
     run()
+    return synchronised() - started
+
+
+def synchronised() -> float:
+    """The clock, once the work queued on a GPU is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter()
 
 
 def batches_of(quality: RemovalQuality) -> list[Batch]:

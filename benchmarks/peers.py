@@ -1,0 +1,484 @@
+"""The library's choice of layers and its healing against published baselines, on the same data.
+
+    python benchmarks/peers.py --model M --calibrate passages.jsonl --n-tokens 8192 --k 2 4 \\
+        --select smart sleb shortgpt --repair none linear replaceme \\
+        --judge wiki=valid.txt books=books.jsonl --tasks arc_easy=arc_easy.jsonl \\
+        --out results.json
+
+Prints a Markdown table. Every method chooses on the same calibration texts, all with the same
+layers protected (`last-k` is a rule of its own), and every repair gets the same texts. They are
+passages of the calibration files, drawn in turn, until they hold `--n-tokens` tokens, and short
+enough to be divided, as the library's healing does. A text file judges by windows of 512 tokens,
+evenly spread over the joined text; perplexity is the exponential of the mean loss. Intervals are
+paired bootstrap 95 % intervals of the difference from the full model, over windows and over items.
+
+`sleb` measures the same sets, and gets the same losses, whether it runs whole passes (`--naive`) or
+shares prefixes as the library does (otherwise, to save time). Only with `--naive` are its seconds
+and counts those of the method; otherwise its counts are computed, and its seconds left out.
+
+Counts are of forward passes, padding included. `--out` is also what a run resumes from: what it
+holds for the same model, data and settings is not computed again. Delete it after a change of the
+code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Work, naive_losses, worked
+from peer_repairs import REPAIRS, Cut
+
+from llm_pruner import LayerStack, LLMPrunerError, get_strategy, load_eval_dataset, load_model
+from llm_pruner.atomic_output import write_atomically
+from llm_pruner.data.items import fingerprint
+from llm_pruner.data.tokens import Batch, encode_sequences, pad_sequences
+from llm_pruner.evaluation.likelihood import sequence_nll
+from llm_pruner.evaluation.tasks import choice_losses, choice_score, choice_score_norm
+from llm_pruner.search.removal_quality import RemovalQuality
+from llm_pruner.stats import paired_interval
+from llm_pruner.utils import tokenizer_fingerprint
+
+PROTECT = (2, 2)
+WINDOW = 512  # tokens, of a text that judges
+PASSAGE, PASSAGES = 96, 40  # words of a calibration text, at most; texts, about, at least
+BATCH_SIZE = 8
+FORMAT = 1  # of the results file
+
+
+def main() -> None:
+    """Choose, repair, judge, print."""
+    args = _options().parse_args()
+    torch.set_num_threads(args.threads)
+    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
+    calibration = args.calibrate.split(",")
+    judging = {**dict(args.judge), **dict(args.tasks)}
+    if shared := set(map(_real, calibration)) & set(map(_real, judging.values())):
+        sys.exit(f"{', '.join(sorted(shared))} would calibrate and judge: use different files.")
+    texts = calibration_texts(tokenizer, calibration, args.n_tokens, args.seed)
+    judge = Judge.of(tokenizer, dict(args.judge), args.judge_tokens, dict(args.tasks),
+                     args.task_items)  # fmt: skip
+    task = Comparison(model, tokenizer, texts, judge, Results(args.out), args.naive, args.minutes)
+    rows = list(task.rows(args.select, args.repair, args.k))
+    print("\n".join(table(rows)))
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    many: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--calibrate", required=True, metavar="FILE,FILE", help=".txt or .jsonl")
+    parser.add_argument("--n-tokens", type=int, default=8192, help="to choose and repair on")
+    parser.add_argument("--k", type=int, nargs="+", default=[2], help="how many layers go")
+    parser.add_argument("--select", choices=SELECTIONS, default=list(SELECTIONS), **many)
+    parser.add_argument("--repair", choices=REPAIRS, default=["none"], **many)
+    files: dict[str, Any] = {"nargs": "+", "type": _named, "metavar": "NAME=FILE", "default": []}
+    parser.add_argument("--judge", **files, help="texts: .txt, or .jsonl with a field text")
+    parser.add_argument("--judge-tokens", type=int, default=8192, help="of each text")
+    parser.add_argument("--tasks", **files, help="items with choices")
+    parser.add_argument("--task-items", type=int, default=200, help="of each task")
+    parser.add_argument("--minutes", type=float, default=1.0, help="of training, for lora")
+    parser.add_argument("--naive", action="store_true", help="sleb by whole passes")
+    parser.add_argument("--out", type=Path, default=None, help="results, to be resumed from")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration texts")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, found, path = text.partition("=")
+    if not (name and found and path):
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=FILE.")
+    return name, path
+
+
+def _real(path: str) -> str:
+    return str(Path(path).resolve())
+
+
+# Data
+
+
+def read_texts(path: str) -> list[str]:
+    """The texts of a .jsonl file (field ``text``), or the whole of a .txt file."""
+    content = Path(path).read_text(encoding="utf-8")
+    if not path.endswith(".jsonl"):
+        return [content]
+    return [json.loads(line)["text"] for line in content.split("\n") if line.strip()]
+
+
+def calibration_texts(tokenizer: Any, paths: Sequence[str], n_tokens: int, seed: int) -> list[str]:
+    """Passages from the files in turn, `n_tokens` tokens in all; the last is cut to fit."""
+    pools = []
+    size = max(1, min(PASSAGE, n_tokens // PASSAGES))
+    for path in paths:
+        words = (re.findall(r"\S+\s*", text) for text in read_texts(path))
+        pool = [
+            "".join(some[start : start + size]).strip()
+            for some in words
+            for start in range(0, len(some), size)
+        ]
+        random.Random(seed).shuffle(pool)
+        pools.append(pool)
+    texts: list[str] = []
+    left = n_tokens
+    while left > 1 and any(pools):
+        for pool in pools:
+            ids = tokenizer(pool.pop())["input_ids"] if pool and left > 1 else []
+            if len(ids) > 1:
+                texts.append(tokenizer.decode(ids[:left], skip_special_tokens=True))
+                left -= len(ids)
+    return texts
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What models are judged on.
+
+    Attributes:
+        texts: name -> windows, of one length but for a text that is shorter.
+        tasks: name -> items with choices.
+        key: tells it from others.
+    """
+
+    tokenizer: Any
+    texts: dict[str, list[Batch]]
+    tasks: dict[str, list[Any]]
+    key: str
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: Any,
+        texts: dict[str, str],
+        n_tokens: int,
+        tasks: dict[str, str],
+        n_items: int,
+    ) -> Judge:
+        """Read the files, by name, up to `n_tokens` tokens and `n_items` items of each."""
+        windows: dict[str, list[Batch]] = {}
+        parts: list[Any] = []
+        for name, path in texts.items():
+            whole = "\n\n".join(read_texts(path))
+            found = encode_sequences(tokenizer, [whole], max_length=WINDOW)
+            full = [one for one in found if len(one.ids) == WINDOW] or found
+            count = min(len(full), max(1, n_tokens // WINDOW))
+            chosen = [full[number * len(full) // count] for number in range(count)]
+            windows[name] = pad_sequences(tokenizer, chosen, 2)
+            parts.append([name, [one.ids for one in chosen]])
+        items = {name: load_eval_dataset(n_items, path, up_to=True) for name, path in tasks.items()}
+        parts += [[name, fingerprint(found)] for name, found in items.items()]
+        return cls(tokenizer, windows, items, _hash(parts))
+
+    def of_model(self, model: Any) -> dict[str, dict[str, Any]]:
+        """Loss and number of tokens of every window; whether every item is answered right."""
+        found: dict[str, dict[str, Any]] = {}
+        for name, batches in self.texts.items():
+            sums, counts = sequence_nll(model, batches)
+            found[name] = {"loss": sums.tolist(), "tokens": counts.tolist()}
+        for name, items in self.tasks.items():
+            losses = choice_losses(model, self.tokenizer, items, BATCH_SIZE)
+            scores = {"acc": choice_score, "acc_norm": choice_score_norm}
+            found[name] = {
+                key: [score(*pair) for pair in zip(items, losses, strict=True)]
+                for key, score in scores.items()
+            }
+        return found
+
+
+def compared(full: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """A model's figures on one text or task, and how far they are from the full model's."""
+    if "loss" in found:
+        before, after, weights = (
+            torch.tensor(values, dtype=torch.float64)
+            for values in (full["loss"], found["loss"], found["tokens"])
+        )
+        mean, other = (side.sum() / weights.sum() for side in (after, before))
+        figures = {"perplexity": float(mean.exp()), "change": float(mean - other)}
+        low, high = paired_interval(before, after, weights)
+        return {**figures, "low": low, "high": high, "tokens": int(weights.sum())}
+    figures = {}
+    for key in ("acc", "acc_norm"):
+        before, after = (torch.tensor(side[key], dtype=torch.float64) for side in (full, found))
+        low, high = paired_interval(before, after)
+        mean = float(after.mean())
+        change = {"change": mean - float(before.mean()), "low": low, "high": high}
+        figures[key] = {"mean": mean, **change, "items": len(after)}
+    return figures
+
+
+# Choices of layers
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a way of choosing layers works from, besides how many go."""
+
+    model: Any
+    tokenizer: Any
+    texts: list[str]
+    naive: bool = False
+
+
+def _strategy(name: str, choice: Choice, k: int) -> tuple[int, ...]:
+    pruner = get_strategy(name)(choice.model, choice.tokenizer, protect=PROTECT)
+    return tuple(pruner.plan(choice.texts, n_layers=k).remove)
+
+
+def last_k(choice: Choice, k: int) -> tuple[int, ...]:
+    """The k layers before the last one, which stays (arXiv:2411.15558); nothing is measured.
+
+    Departure: none, but that it is not held to the layers the others have to keep.
+    """
+    depth = len(LayerStack(choice.model))
+    if not 0 < k < depth:
+        raise ValueError(f"k={k} must be from 1 to {depth - 1}.")
+    return tuple(range(depth - 1 - k, depth - 1))
+
+
+def sleb(choice: Choice, k: int) -> tuple[int, ...]:
+    """SLEB (Song et al., arXiv:2402.09025): the layer whose loss costs least, again and again.
+
+    In every round each remaining candidate is measured by a pass of the whole model without it and
+    without those already gone, on all tokens, the head included. The measure is the mean loss,
+    which orders sets as perplexity does.
+
+    Departures: (2, 2) layers are protected, where the paper measures all. Without `Choice.naive`
+    prefixes are shared, which gives the same losses.
+    """
+    stack = LayerStack(choice.model)
+    if choice.naive:
+        batches = _batches(choice)
+        losses = partial(naive_losses, stack, batches)
+    else:
+        quality = RemovalQuality(stack, choice.tokenizer, choice.texts, batch_size=BATCH_SIZE)
+
+        def losses(sets: list[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+            quality.measure(sets)
+            return {removed: -quality.change(removed) for removed in sets}
+
+    removed: tuple[int, ...] = ()
+    for _ in range(k):
+        left = [layer for layer in _candidates(stack) if layer not in removed]
+        found = losses([tuple(sorted((*removed, layer))) for layer in left])
+        removed = min(found, key=found.__getitem__)
+    return removed
+
+
+def naive_work(choice: Choice, k: int) -> Work:
+    """What naive `sleb` takes, computed; without the seconds."""
+    stack = LayerStack(choice.model)
+    candidates, depth = len(_candidates(stack)), len(stack)
+    tokens = sum(batch.input_ids[:, 1:].numel() for batch in _batches(choice))
+    layers = sum((candidates - gone) * (depth - gone - 1) for gone in range(k))
+    passes = sum(candidates - gone for gone in range(k))
+    size = sum(weight.numel() for layer in stack for weight in layer.parameters()) / depth
+    head = choice.model.get_output_embeddings().weight.numel()
+    flops = 2 * (layers * size + passes * head) * tokens
+    return Work(0.0, layers * tokens, passes * tokens, round(flops))
+
+
+def _candidates(stack: LayerStack) -> range:
+    return range(PROTECT[0], len(stack) - PROTECT[1])
+
+
+def _batches(choice: Choice) -> list[Batch]:
+    sequences = encode_sequences(choice.tokenizer, choice.texts, max_length=WINDOW)
+    return pad_sequences(choice.tokenizer, sequences, BATCH_SIZE)
+
+
+# Name -> what chooses k layers. Sources and departures of a strategy are in its class.
+SELECTIONS: dict[str, Callable[[Choice, int], tuple[int, ...]]] = {
+    "smart": partial(_strategy, "smart"),
+    "sleb": sleb,
+    "shortgpt": partial(_strategy, "bi"),
+    "pruneme": partial(_strategy, "pruneme"),
+    "ablation": partial(_strategy, "ablation"),
+    "last-k": last_k,
+    "avss": partial(_strategy, "avss"),
+}
+
+
+# A run
+
+
+class Results:
+    """What has been computed, by all it depends on; in a file that is replaced as it grows."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._known: dict[str, Any] = {}
+        self.rows: list[dict[str, Any]] = []
+        if path is not None and path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found.get("format") != FORMAT:
+                sys.exit(f"{path} holds no results of this benchmark: name another file.")
+            self._known = found["computed"]
+
+    def get(self, parts: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The value for `parts`, made if it is not there."""
+        key = _hash([FORMAT, parts])
+        if key not in self._known:
+            self._known[key] = {**parts, "value": make()}
+            self.write()
+        value: dict[str, Any] = self._known[key]["value"]
+        return value
+
+    def write(self) -> None:
+        """Replace the file, if there is one."""
+        if self._path is not None:
+            content = {"format": FORMAT, "rows": self.rows, "computed": self._known}
+            write_atomically(self._path, json.dumps(content, indent=1))
+
+
+def _hash(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass
+class Comparison:
+    """One model, one set of calibration texts, one judge."""
+
+    model: Any
+    tokenizer: Any
+    texts: list[str]
+    judge: Judge
+    results: Results
+    naive: bool = False
+    minutes: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.stack = LayerStack(self.model)
+        prints = self.stack.fingerprint, tokenizer_fingerprint(self.tokenizer)
+        dtype = str(next(self.model.parameters()).dtype)
+        self._model = {"model": ":".join((*prints, dtype))}
+        self._data = {**self._model, "calibration": fingerprint(self.texts)}
+
+    def rows(
+        self, selections: Sequence[str], repairs: Sequence[str], counts: Sequence[int]
+    ) -> Iterator[dict[str, Any]]:
+        """One per number of layers, selection and repair, after the full model's own."""
+        full = self._judged((), "none")
+        yield self._kept({"k": 0, "select": "full model", "repair": ""}, full, full)
+        for k in counts:
+            for name in selections:
+                row: dict[str, Any] = {"k": k, "select": name}
+                try:
+                    chosen = self._chosen(name, k)
+                except (LLMPrunerError, ValueError) as error:
+                    yield self._kept({**row, "repair": "", "note": str(error)}, full)
+                    continue
+                row |= {"layers": chosen["layers"], "choosing": chosen["work"]}
+                row["note"] = chosen.get("note", "")
+                for repair in repairs:
+                    one = {**row, "repair": repair}
+                    try:
+                        found = self._judged(tuple(chosen["layers"]), repair)
+                    except (LLMPrunerError, ValueError) as error:
+                        yield self._kept({**one, "note": str(error)}, full)
+                        continue
+                    yield self._kept(one, full, found)
+
+    def _kept(
+        self, row: dict[str, Any], full: dict[str, Any], found: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """`row` with its figures, noted among the results and on stderr."""
+        if found is not None:
+            row["repairing"] = found["work"]
+            before, after = full["judged"], found["judged"]
+            row["judged"] = {name: compared(before[name], after[name]) for name in after}
+        self.results.rows.append(row)
+        self.results.write()
+        print(" ".join(f"{key}={row.get(key)}" for key in ("k", "select", "repair", "layers")),
+              file=sys.stderr, flush=True)  # fmt: skip
+        return row
+
+    def _chosen(self, name: str, k: int) -> dict[str, Any]:
+        choice = Choice(self.model, self.tokenizer, self.texts, self.naive)
+        naive = {"naive": self.naive} if name == "sleb" else {}
+        parts = {**self._data, "select": name, "k": k, "protect": PROTECT, **naive}
+
+        def make() -> dict[str, Any]:
+            with worked(self.stack) as work:
+                layers = SELECTIONS[name](choice, k)
+            if not naive or self.naive:
+                return {"layers": list(layers), "work": asdict(work)}
+            counted = asdict(naive_work(choice, k)) | {"seconds": None}
+            note = f"prefixes shared: {work.seconds:.1f} s, {work.flops / 1e12:.2f} TFLOP"
+            return {"layers": list(layers), "work": counted, "note": note}
+
+        return self.results.get(parts, make)
+
+    def _judged(self, removed: tuple[int, ...], repair: str) -> dict[str, Any]:
+        parts = {**self._model, "judge": self.judge.key, "removed": removed, "repair": repair}
+        if repair != "none":
+            parts |= {"calibration": self._data["calibration"]}
+        if repair == "lora":
+            parts |= {"minutes": self.minutes}
+        cut = Cut(self.stack, removed, self.tokenizer, self.texts, self.minutes)
+
+        def make() -> dict[str, Any]:
+            with worked(self.stack) as work:
+                model = REPAIRS[repair](cut) if removed else self.model
+            return {"work": asdict(work), "judged": self.judge.of_model(model)}
+
+        return self.results.get(parts, make)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The rows as Markdown."""
+    names = list(rows[0].get("judged", ()))
+    kinds = {name: "perplexity" in rows[0]["judged"][name] for name in names}
+    head = ["layers that go", "choice", "repair", "removed (0-based)"]
+    head += ["choosing: seconds", "layers x tokens", "head x tokens", "TFLOP"]
+    head += ["repair: seconds", "TFLOP"]
+    for name in names:
+        head += [f"{name}: perplexity", "loss"] if kinds[name] else [f"{name}: accuracy", "change"]
+    head.append("note")
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
+    for row in rows:
+        cells = [str(row["k"]), row["select"], row["repair"]]
+        cells += [", ".join(map(str, row.get("layers", ())))]
+        choosing, repairing = row.get("choosing"), row.get("repairing")
+        cells += _cost(choosing, ("layer_tokens", "head_tokens"))
+        cells += _cost(repairing if row["repair"] not in ("", "none") else None, ())
+        for name in names:
+            figures = row.get("judged", {}).get(name)
+            if figures is None:
+                cells += ["", ""]
+            elif kinds[name]:
+                cells += [f"{figures['perplexity']:.3f}", _change(figures, "+.4f")]
+            else:
+                cells += [f"{figures['acc']['mean']:.3f}", _change(figures["acc"], "+.3f")]
+        cells.append(" ".join(row.get("note", "").split()))
+        yield f"| {' | '.join(cells)} |"
+
+
+def _cost(work: dict[str, Any] | None, counts: Sequence[str]) -> list[str]:
+    if work is None:
+        return [""] * (2 + len(counts))
+    seconds = "" if work["seconds"] is None else f"{work['seconds']:.1f}"
+    return [seconds, *(f"{work[name]:,}" for name in counts), f"{work['flops'] / 1e12:.3f}"]
+
+
+def _change(figures: dict[str, Any], form: str) -> str:
+    if figures["low"] is None:
+        return f"{figures['change']:{form}}"
+    return f"{figures['change']:{form}} ({figures['low']:{form}} to {figures['high']:{form}})"
+
+
+if __name__ == "__main__":
+    main()
