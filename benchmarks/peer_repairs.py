@@ -19,6 +19,7 @@ from torch import nn
 
 from llm_pruner import LayerStack, LoraSettings, heal_model
 from llm_pruner.data.tokens import Batch, encode_sequences, pad_sequences
+from llm_pruner.evaluation.likelihood import batch_nll
 from llm_pruner.healing.residual_writers import Writer, find_writers, hooked
 from llm_pruner.model.bypass import hidden_out, with_hidden
 from llm_pruner.model.forward import evaluating, forward_options
@@ -206,24 +207,31 @@ def linearpatch(cut: Cut) -> Any:
     channel's mean absolute value after the run over that before it, in the full model.
 
     Departures: the patch is not trained. It is a hook of the layer after the cut, not a module of
-    the checkpoint. With several runs there is one patch each, all from the full model's stream.
-    Where the hidden size is no power of two, H is the Kronecker product of a Paley matrix and a
-    power of two's.
+    the checkpoint. The paper's sequences have 2,048 tokens, and the ratio is averaged over them;
+    here the texts are short, so the means are over the tokens of all texts. In them the massive
+    activations of first tokens can outweigh the rest, so the patch is also made without these, and
+    the one with the smaller loss on the calibration texts is taken. With several runs there is one
+    patch each, all from the full model's stream. Where the hidden size is no power of two, H is
+    the Kronecker product of a Paley matrix and a power of two's.
     """
-    pruned = cut.pruned()
-    layers = cut.layers_of(pruned)
-    before, after = [0.0] * len(cut.runs), [0.0] * len(cut.runs)
-    rotation = None
-    for states in at_runs(cut.stack, cut.runs, cut.batches):
-        for number, (entering, leaving) in enumerate(states):
-            if rotation is None:
-                rotation = hadamard(entering.shape[1])
-            before[number] = before[number] + (entering @ rotation).abs().sum(0)
-            after[number] = after[number] + (leaving @ rotation).abs().sum(0)
-    for run, low, high in zip(cut.runs, before, after, strict=True):
-        patch = (rotation * (high / low)) @ rotation.T
-        patched(layers[cut.above(run)], patch)
-    return pruned
+    candidates = []
+    for skip in (0, 1):
+        pruned = cut.pruned()
+        layers = cut.layers_of(pruned)
+        for run, patch in zip(cut.runs, rotated_scalings(cut, skip), strict=True):
+            patched(layers[cut.above(run)], patch)
+        candidates.append(pruned)
+    return min(candidates, key=lambda model: batch_nll(model, cut.batches))
+
+
+def rotated_scalings(cut: Cut, skip: int) -> list[torch.Tensor]:
+    """The patch of every run; the first `skip` tokens of every text are left out."""
+    rotation = hadamard(cut.stack.model.config.get_text_config().hidden_size)
+    sums = torch.zeros(len(cut.runs), 2, len(rotation), dtype=torch.float64)
+    for states in at_runs(cut.stack, cut.runs, cut.batches, skip=skip):
+        for number, pair in enumerate(states):
+            sums[number] += torch.stack([(side @ rotation).abs().sum(0) for side in pair])
+    return [(rotation * (after / before)) @ rotation.T for before, after in sums]
 
 
 def prune_comp(cut: Cut, *, fuse: bool = True) -> Any:
@@ -233,11 +241,13 @@ def prune_comp(cut: Cut, *, fuse: bool = True) -> Any:
     scaling the stream at the cut is the same, but for the norms' epsilon, as dividing by the factor
     all that the layers above add to it: their last linear maps.
 
-    Departures: the ratio is averaged, not the norms, of which few tokens have most. The paper
-    multiplies what lies below the cut, embedding included, which breaks models whose head is tied
-    to it; dividing what lies above computes the same. Layers are chosen beforehand, not in turns
-    with the compensation. Where fused and scaled models disagree (layers whose parts no linear
-    map makes, norms after the sum), the stream is scaled.
+    Departures: the authors' code averages, over channels, the ratios of the mean absolute values
+    over a sequence of 2,048 tokens; on short texts the massive activations of first tokens would
+    decide that, so the ratio is taken token by token. The paper multiplies what lies below the
+    cut, embedding included, which breaks models whose head is tied to it; dividing what lies above
+    computes the same. Layers are chosen beforehand, not in turns with the compensation. Where fused
+    and scaled models disagree (layers whose parts no linear map makes, norms after the sum), the
+    stream is scaled.
     """
     ratios = [[] for _ in cut.runs]
     batches = cut.batches
@@ -339,12 +349,16 @@ def _is_prime(number: int) -> bool:
 
 
 def at_runs(
-    stack: LayerStack, runs: Sequence[tuple[int, int]], batches: Sequence[Batch]
+    stack: LayerStack, runs: Sequence[tuple[int, int]], batches: Sequence[Batch], *, skip: int = 0
 ) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Per batch, for every run, the stream that enters and leaves it: (real tokens, hidden)."""
+    """Per batch, for every run, the stream that enters and leaves it: (real tokens, hidden).
+
+    The first `skip` tokens of every text are left out.
+    """
     for batch in batches:
         states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         real = batch.attention_mask.bool()
+        real[:, :skip] = False  # padded on the right
         edges = {layer for run in runs for layer in run}
 
         def keep(index: int, entering: torch.Tensor, leaving: torch.Tensor) -> None:

@@ -30,14 +30,14 @@ def cut(planted):
     return Cut(LayerStack(planted.model), REMOVED, planted.tokenizer, planted.choosing)
 
 
-def streams(model, batches, layer):
+def streams(model, batches, layer, skip=0):
     """What enters a layer, as transformers reports it, text by text and unpadded: (n, hidden)."""
     found = []
     for batch in batches:
         for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
             with torch.no_grad():
                 states = model(ids[None, : mask.sum()], output_hidden_states=True).hidden_states
-            found.append(states[layer][0].double())
+            found.append(states[layer][0, skip:].double())
     return torch.cat(found)
 
 
@@ -106,20 +106,28 @@ def test_prune_comp_scales_the_stream_and_fused_computes_the_same(planted, cut):
     assert (plain - wanted).abs().max() > 0.05
 
 
-def test_linearpatch_is_the_rotated_scaling_of_its_formula(planted, cut):
-    layers, batches = LayerStack(peer_repairs.linearpatch(cut)), cut.batches
-    rotation = hadamard(64)
-    for (first, last), above in [((3, 4), 3), ((6, 6), 4)]:
-        low, high = (streams(planted.model, batches, layer) for layer in (first, last + 1))
+@pytest.mark.parametrize("skip", [0, 1])
+def test_linearpatch_is_the_rotated_scaling_of_its_formula(planted, cut, skip):
+    rotation, found = hadamard(64), peer_repairs.rotated_scalings(cut, skip)
+    for (first, last), patch in zip([(3, 4), (6, 6)], found, strict=True):
+        low, high = (streams(planted.model, cut.batches, n, skip) for n in (first, last + 1))
         scale = [
             sum(abs(float(row @ rotation[:, channel])) for row in high)
             / sum(abs(float(row @ rotation[:, channel])) for row in low)
             for channel in (0, 7, 63)
         ]
-        (patch,) = patches(layers[above])
-        found = (rotation.T @ patch @ rotation).diagonal()[[0, 7, 63]]
-        assert found.tolist() == pytest.approx(scale, rel=1e-5)
+        diagonal = (rotation.T @ patch @ rotation).diagonal()[[0, 7, 63]]
+        assert diagonal.tolist() == pytest.approx(scale, rel=1e-5)
         assert torch.allclose(patch, patch.T)
+
+
+@pytest.mark.parametrize("better", [0, 1])
+def test_linearpatch_takes_the_patch_that_serves_the_calibration_texts(cut, monkeypatch, better):
+    eye = torch.eye(64, dtype=torch.float64)
+    scalings = {better: [eye, eye], 1 - better: [eye, -eye]}
+    monkeypatch.setattr(peer_repairs, "rotated_scalings", lambda cut, skip: scalings[skip])
+    layers = LayerStack(peer_repairs.linearpatch(cut))
+    assert [torch.equal(patch, eye) for n in (3, 4) for patch in patches(layers[n])] == [True, True]
 
 
 def test_a_planted_map_is_recovered_and_fused():
