@@ -51,7 +51,7 @@ from llm_pruner.utils import tokenizer_fingerprint
 
 PROTECT = (2, 2)
 WINDOW = 512  # tokens, of a text that judges
-PASSAGE, PASSAGES = 96, 40  # words of a calibration text, at most; texts, about, at least
+PASSAGE, PASSAGES = 96, 24  # words of a calibration text, at most; texts, at least
 BATCH_SIZE = 8
 FORMAT = 1  # of the results file
 
@@ -120,25 +120,40 @@ def read_texts(path: str) -> list[str]:
 
 
 def calibration_texts(tokenizer: Any, paths: Sequence[str], n_tokens: int, seed: int) -> list[str]:
-    """Passages from the files in turn, `n_tokens` tokens in all; the last is cut to fit."""
-    pools = []
-    size = max(1, min(PASSAGE, n_tokens // PASSAGES))
-    for path in paths:
-        words = (re.findall(r"\S+\s*", text) for text in read_texts(path))
-        pool = [
-            "".join(some[start : start + size]).strip()
-            for some in words
-            for start in range(0, len(some), size)
+    """Passages from the files in turn, `n_tokens` tokens in all; the last is cut to fit.
+
+    They have `PASSAGE` words at most, and are halved until there are `PASSAGES` of them.
+    """
+    files = [[re.findall(r"\S+\s*", text) for text in read_texts(path)] for path in paths]
+    size, texts = 2 * PASSAGE, list[str]()
+    while len(texts) < PASSAGES and size > 1:
+        size //= 2
+        pools = [
+            [
+                "".join(text[n : n + size]).strip()
+                for text in file
+                for n in range(0, len(text), size)
+            ]
+            for file in files
         ]
+        texts = _drawn(tokenizer, pools, n_tokens, seed)
+    return texts
+
+
+def _drawn(tokenizer: Any, pools: list[list[str]], n_tokens: int, seed: int) -> list[str]:
+    for pool in pools:
         random.Random(seed).shuffle(pool)
-        pools.append(pool)
     texts: list[str] = []
     left = n_tokens
     while left > 1 and any(pools):
         for pool in pools:
-            ids = tokenizer(pool.pop())["input_ids"] if pool and left > 1 else []
+            text = pool.pop() if pool and left > 1 else ""
+            ids = tokenizer(text)["input_ids"]
             if len(ids) > 1:
-                texts.append(tokenizer.decode(ids[:left], skip_special_tokens=True))
+                short = len(ids) <= left
+                texts.append(
+                    text if short else tokenizer.decode(ids[:left], skip_special_tokens=True)
+                )
                 left -= len(ids)
     return texts
 

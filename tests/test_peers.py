@@ -249,6 +249,19 @@ def test_a_run_is_judged_right_and_resumed(planted, tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out == table
 
 
+def test_calibration_texts_hold_so_many_tokens_of_every_file_in_turn(planted, tmp_path):
+    words = [f"t{number:03d}" for number in range(3, 103)]
+    (tmp_path / "a.txt").write_text(" ".join(words[:50] * 10))
+    lines = [json.dumps({"text": " ".join(words[50:])})] * 10
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    paths = [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]
+    texts = peers.calibration_texts(planted.tokenizer, paths, 301, 0)
+    found = [text.split() for text in texts]
+    assert len(texts) >= peers.PASSAGES
+    assert sum(map(len, found)) in (300, 301)  # a single token is no text
+    assert [text[0] in words[:50] for text in found] == [n % 2 == 0 for n in range(len(texts))]
+
+
 def test_one_file_does_not_calibrate_and_judge(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("some text")
     options = f"--calibrate {tmp_path / 'a.txt'} --judge same={tmp_path / 'a.txt'}"
