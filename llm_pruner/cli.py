@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from .pruners.base import BasePruner
 
 INTERRUPTED = 130
+N_SAMPLES, N_TOKENS = 80, 8192  # to choose layers on, at most, unless one of them is given
+LEAST_TOKENS = 32  # of an item, where a number of tokens is asked for
+CHARACTERS = 4  # of a token of running text, about
 NO_MEMORY = ("allocate memory", "out of memory", "can't start new thread")  # how libraries say it
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
 
@@ -239,7 +242,7 @@ def _copy_on_disk(request: Request, plan: PruningPlan | Sequence[int]) -> None:
 def _silence_transformers(request: Request) -> None:
     from transformers.utils import logging as transformers_logging
 
-    from .utils import disable_progress_bars
+    from .progress import disable_progress_bars
 
     transformers_logging.set_verbosity(logging.ERROR)
     if request.quiet or rank() > 0 or not sys.stderr.isatty():
@@ -278,6 +281,7 @@ def _make_pruner(request: Request) -> BasePruner:
             raise UnknownNameError.of(f"option of {request.strategy!r}", name, option_names(cls))
     options: dict[str, Any] = {
         "batch_size": request.batch_size,
+        "max_length": request.max_length,
         "layers_path": request.layers_path,
         "protect": request.protect,
         "serve_with": request.serve_with,
@@ -289,6 +293,8 @@ def _make_pruner(request: Request) -> BasePruner:
             options["journal"] = request.beside("journal.jsonl")
         if request.objective is not None:
             options["objective"] = request.objective
+        if request.time is not None:
+            options["time_limit"] = request.time
     elif request.objective is not None:
         raise InvalidPlanError(
             f"--objective has no meaning for {request.strategy!r}, which reads activations: leave "
@@ -312,6 +318,9 @@ def _run_in_memory(request: Request) -> None:
     if not (named and request.dry_run):
         data = on_first(lambda: _load_data(request, given))
     pruner = _make_pruner(request)
+    n_tokens = request.n_tokens or (N_TOKENS if request.n_samples is None else None)
+    if n_tokens is not None:
+        data = data.within(pruner.tokenizer, n_tokens, request.max_length)
     if request.heal != "none" or request.visualize:
         purpose = "healing" if request.heal != "none" else "drawing figures"
         pruner.layers.require_weights(purpose)
@@ -343,9 +352,11 @@ def _load_data(request: Request, given: PruningPlan | None) -> DataSplit:
     from .data.sampling import load_data
 
     source = request.eval_dataset or (DEMO_MODEL if request.model == DEMO_MODEL else None)
+    n_samples = request.n_samples or max(N_SAMPLES, (request.n_tokens or 0) // LEAST_TOKENS)
     return load_data(
         source,
-        request.n_samples,
+        n_samples,
+        passage=CHARACTERS * request.max_length,
         heal_source=request.heal_data,
         healing=request.heal != "none",
         taken=given.data.get("prompts", ()) if given else (),

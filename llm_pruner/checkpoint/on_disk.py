@@ -25,6 +25,7 @@ from ..engines.serving import Serving
 from ..engines.verdict import check_engines, judge, refuse_wrong, verdicts
 from ..errors import InvalidPlanError, LoadError, VerificationError
 from ..output_rules import PLAN_FILE
+from ..progress import progress
 from ..report.model_card import CARD_FILE, card_text, original_card
 from ..results import PruningPlan, check_layers
 from ..storage.gguf_models import find_gguf, read_gguf_checkpoint
@@ -48,7 +49,7 @@ from ..storage.sources import (
     open_source,
     with_all_files,
 )
-from ..utils import logger, package_versions, progress, resolve_model_id
+from ..utils import logger, package_versions, resolve_model_id
 from .gguf import MANIFEST_FILE, read_gguf_model, refuse_other_engines, write_pruned_gguf
 from .pruned_config import pruned_config
 from .side_files import side_files

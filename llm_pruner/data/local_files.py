@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,8 +77,8 @@ def _cell(value: str) -> object:
 
 
 def _read_txt(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    for number, paragraph in enumerate(filter(str.strip, re.split(r"\n\s*\n", text)), start=1):
-        yield f": paragraph {number}", paragraph
+    if text.strip():
+        yield "", text
 
 
 READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".txt": _read_txt}

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 from ..errors import InvalidDataError, LoadError, UnknownNameError
 from ..utils import DEMO_DIR, DEMO_MODEL, logger, user_path
 from .hub_datasets import read_hub_dataset
 from .items import EvalItem, check_items, prompt_keys, prompt_of
 from .local_files import READERS, read_local
+from .passages import PASSAGE, passages
 from .row_formats import DATASETS, DEFAULT_SOURCES, digest, find_benchmarks
+from .tokens import encode_sequences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DEMO_FILES = {
     "demo": "calibration.jsonl",
@@ -28,19 +36,31 @@ def _check_count(name: str, n: object) -> None:
 
 
 def _sample(
-    source: str, subset: str | None, split: str | None, k: int, seed: int
+    source: str, subset: str | None, split: str | None, k: int, seed: int, passage: int = PASSAGE
 ) -> list[EvalItem]:
     """At most `k` items of a benchmark, a local path or a hub id, tried in this order."""
     if not find_benchmarks(source):
         demo = source in DEMO_FILES
         path = DEMO_DIR / DEMO_FILES[source] if demo else user_path(source)
         if demo or os.path.exists(path) or path.suffix.lower() in READERS:
-            items = read_local(path)
-            chosen = random.Random(seed).sample(range(len(items)), min(k, len(items)))
-            return [items[index] for index in sorted(chosen)]
+            return _draw(_cut(read_local(path), passage), k, seed)
         if "/" not in source:
             raise UnknownNameError.of("dataset", source, [*DATASETS, *DEMO_FILES])
-    return read_hub_dataset(source, subset, split, k, seed)
+    return _draw(_cut(read_hub_dataset(source, subset, split, k, seed), passage), k, seed)
+
+
+def _cut(items: Sequence[EvalItem], passage: int) -> list[EvalItem]:
+    """The items, running text among them in passages."""
+    found: list[EvalItem] = []
+    for item in items:
+        found += passages(item, passage) if isinstance(item, str) else [item]
+    return found
+
+
+def _draw(items: list[EvalItem], k: int, seed: int) -> list[EvalItem]:
+    """At most `k` of the items, in their order."""
+    chosen = random.Random(seed).sample(range(len(items)), min(k, len(items)))
+    return [items[index] for index in sorted(chosen)]
 
 
 def safe_sample(
@@ -62,7 +82,12 @@ def safe_sample(
 
 
 def load_eval_dataset(
-    n: int, source: str | None = None, *, seed: int = 0, up_to: bool = False
+    n: int,
+    source: str | None = None,
+    *,
+    seed: int = 0,
+    up_to: bool = False,
+    passage: int = PASSAGE,
 ) -> list[EvalItem]:
     """`n` evaluation items, drawn by `seed`; fewer, with a warning, if the source has fewer.
 
@@ -72,14 +97,19 @@ def load_eval_dataset(
             short name of `DATASETS`, a file (.jsonl, .json, .csv, .txt), a folder of such files,
             or a hub id. Write ``./sciq`` for a folder with the name of a benchmark.
         up_to: `n` is an upper limit: no warning if there are fewer.
+        passage: characters that an item of running text has at most, see `passages`.
 
     Raises:
-        InvalidDataError: `n` below 1, or a file with unusable content.
+        InvalidDataError: `n` or `passage` below 1, or a file with unusable content.
         LoadError: the source, or every source of the mixture, cannot be loaded.
         UnknownNameError: no such source.
     """
     _check_count("n", n)
-    items = _mixture(n, seed) if source is None else _sample(str(source), None, None, n, seed)
+    _check_count("passage", passage)
+    if source is None:
+        items = _mixture(n, seed)
+    else:
+        items = _sample(str(source), None, None, n, seed, passage)
     if len(items) < n and not up_to:
         logger.warning("%d items requested, only %d available: using these.", n, len(items))
     return items
@@ -155,6 +185,18 @@ class DataSplit:
     healing: list[EvalItem]
     held_out: list[EvalItem]
 
+    def within(
+        self, tokenizer: PreTrainedTokenizerBase, n_tokens: int, max_length: int = 512
+    ) -> DataSplit:
+        """The same with no more items to score on, nor held out, than have `n_tokens` tokens.
+
+        An item of one sequence counts for `max_length` tokens at most. Those that stay are drawn by
+        their prompts; at least one stays of each list.
+        """
+        given = tokenizer, n_tokens, max_length
+        scoring, held_out = (_fitting(part, *given) for part in (self.scoring, self.held_out))
+        return DataSplit(scoring, self.healing, held_out)
+
     @property
     def judging(self) -> list[EvalItem]:
         """The former name of `held_out`."""
@@ -169,6 +211,7 @@ def load_data(
     healing: bool = False,
     taken: Collection[str] = (),
     seed: int = 0,
+    passage: int = PASSAGE,
 ) -> DataSplit:
     """Load `n_samples` items to score on and as many held out; more to heal with if asked.
 
@@ -180,16 +223,18 @@ def load_data(
         healing: whether to load healing items.
         taken: `prompt_keys` of items to leave out everywhere, such as those a plan is based on.
         seed: of the sampling.
+        passage: characters that an item of running text has at most, see `passages`.
 
     Raises:
         LoadError, InvalidDataError: the source cannot be read or holds too few items.
     """
     _check_count("n_samples", n_samples)
-    pool = load_eval_dataset(n_samples * (2 + HEAL_ITEMS), source, seed=seed, up_to=True)
+    draw = partial(load_eval_dataset, seed=seed, passage=passage)
+    pool = draw(n_samples * (2 + HEAL_ITEMS), source, up_to=True)
     pool = _others(pool, taken)
     if source == DEMO_MODEL:
         heal_source = "demo-heal" if heal_source is None else heal_source
-        held_out = load_eval_dataset(n_samples, "demo-eval", seed=seed)
+        held_out = draw(n_samples, "demo-eval")
     else:
         held_out, pool = split_items(pool, min(n_samples, len(pool) // 2), seed=seed)
     scoring, rest = pool, list[EvalItem]()
@@ -200,12 +245,28 @@ def load_data(
     if not healing:
         return DataSplit(scoring, [], held_out)
     if heal_source is not None:
-        loaded = load_eval_dataset(n_samples * HEAL_ITEMS, heal_source, seed=seed, up_to=True)
+        loaded = draw(n_samples * HEAL_ITEMS, heal_source, up_to=True)
         rest = _others(loaded, {*taken, *prompt_keys([*scoring, *held_out])})
         if left_out := len(loaded) - len(rest):
             message = "%d of %d healing items serve another purpose already and are left out."
             logger.info(message, left_out, len(loaded))
     return DataSplit(scoring, rest, held_out)
+
+
+def _fitting(
+    items: list[EvalItem], tokenizer: PreTrainedTokenizerBase, n_tokens: int, max_length: int
+) -> list[EvalItem]:
+    """Items that have at most `n_tokens` tokens together, or one; in their order."""
+    counts = Counter[int]()
+    for sequence in encode_sequences(tokenizer, items, max_length=max_length) if items else ():
+        counts[sequence.item] += len(sequence.ids)
+    taken: list[int] = []
+    left = n_tokens
+    for index in sorted(counts, key=lambda index: digest(prompt_of(items[index]))):
+        if counts[index] <= left or not taken:
+            taken.append(index)
+            left -= counts[index]
+    return [items[index] for index in sorted(taken)]
 
 
 def _others(items: Sequence[EvalItem], taken: Collection[str]) -> list[EvalItem]:

@@ -13,7 +13,8 @@ from ..data.items import EvalItem, check_items, check_text
 from ..data.tokens import encode_prompt, pad_left
 from ..errors import InvalidDataError, NonFiniteError
 from ..model.forward import HINT, check_ids, evaluating, input_device, position_limit
-from ..utils import at_least_one, clean_output, progress, shown
+from ..progress import progress
+from ..utils import at_least_one, clean_output, shown
 from .similarity import embed, load_embedder
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from ..data.items import EvalItem
 from ..data.tokens import Batch, encode_batches
 from ..errors import InvalidDataError, NonFiniteError
 from ..model.forward import HINT, evaluating, position_limit
-from ..utils import at_least_one, progress
+from ..progress import progress
+from ..utils import at_least_one
 from .token_measures import PreparedBatch, token_sums
 
 if TYPE_CHECKING:

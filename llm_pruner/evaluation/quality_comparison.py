@@ -17,9 +17,10 @@ from ..data.items import EvalItem, check_items
 from ..data.tokens import TokenSequence, encode_sequences, pad_sequences
 from ..errors import NonFiniteError
 from ..model.forward import evaluating, position_limit
+from ..progress import progress
 from ..results import Comparison
 from ..stats import paired_draws, paired_interval, percentiles
-from ..utils import at_least_one, progress
+from ..utils import at_least_one
 from .likelihood import MAX_NLL, refuse_nonfinite
 from .similarity import Remembering, load_embedder, similarity_floor
 from .tasks import HolisticEvaluator, item_kinds, task_of

@@ -18,7 +18,8 @@ from ..data.sampling import safe_sample
 from ..data.tokens import Batch, encode_batches
 from ..errors import InvalidDataError, LoadError, UnknownNameError
 from ..model.forward import position_limit
-from ..utils import at_least_one, progress, shown
+from ..progress import progress
+from ..utils import at_least_one, shown
 from .generation import ModelEvaluator, check_answers, question_items
 from .likelihood import sequence_nll
 from .lm_eval_backend import TaskResult, run_tasks

@@ -19,7 +19,8 @@ from ..model.bypass import hidden_out
 from ..model.forward import HINT
 from ..model.layer_stack import LayerStack
 from ..model.removal import share_copy
-from ..utils import logger, progress
+from ..progress import progress
+from ..utils import logger
 from .job import HealingJob
 from .residual_writers import Writer, find_writers, gain_slope, hooked, run_layers
 

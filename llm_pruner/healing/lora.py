@@ -38,7 +38,8 @@ from ..evaluation.likelihood import batch_nll
 from ..model.forward import evaluating
 from ..model.layer_stack import LayerStack
 from ..model.removal import share_copy
-from ..utils import logger, progress
+from ..progress import progress
+from ..utils import logger
 from .job import HealingJob
 from .lora_settings import LoraSettings, default_rate
 

@@ -14,13 +14,13 @@ from ..config.config_file import check_config, refuse_lacking_layers
 from ..config.gguf_metadata import find_blocks
 from ..distributed import launched_here
 from ..errors import LoadError, UnsupportedModelError
+from ..progress import no_foreign_bars
 from ..storage.gguf_models import find_gguf, read_gguf_checkpoint, write_joined
 from ..storage.safetensors_files import check_files
 from ..storage.sources import INDEX_FILE, SINGLE_FILE, LocalFolder
 from ..utils import (
     explain_load_failure,
     get_device,
-    no_foreign_bars,
     readable,
     regular_file,
     resolve_model_id,

@@ -22,7 +22,7 @@ from ..errors import UnsupportedModelError
 from ..model.bypass import Bypass
 from ..model.forward import owner, tensors_in, work_for
 from ..model.layer_stack import LayerStack, Observer
-from ..utils import progress
+from ..progress import progress
 from .activation_store import ActivationStore
 from .weight_store import EMBEDDING, Stations
 

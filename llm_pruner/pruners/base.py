@@ -46,6 +46,8 @@ class BasePruner(ABC):
             (2, 2), or a quarter of the depth at each end (rounded down) on a model of fewer than
             8 layers; a value that is given is used as it is.
         batch_size: sequences per forward pass; does not change a result.
+        max_length: longest sequence, in tokens: running text is cut into windows of so many, and a
+            prompt that is too long loses its beginning.
         layers_path: dotted name of the layer list, for models in which it is not found.
         serve_with: engines that have to compute the pruned model right, of `engines.ENGINES`: only
             sets of layers after which they do are considered, or accepted.
@@ -75,12 +77,15 @@ class BasePruner(ABC):
         *,
         protect: tuple[int, int] | None = None,
         batch_size: int = 8,
+        max_length: int = 512,
         layers_path: str | None = None,
         serve_with: Sequence[str] = (),
     ) -> None:
-        if type(batch_size) is not int or batch_size < 1:
-            raise InvalidPlanError(f"batch_size={batch_size} must be a whole number from 1.")
+        for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
+            if type(value) is not int or value < least:
+                raise InvalidPlanError(f"{name}={value} must be a whole number from {least}.")
         refuse_adapters(model)
+        self.max_length = max_length
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.steps: list[dict[str, Any]] = []
         self.partial_plan: PruningPlan | None = None
@@ -212,8 +217,8 @@ class BasePruner(ABC):
                 plan = replace(plan, held_out=quality.cost(plan.remove))
         except BaseException:
             kept = [step["removed"] for step in self.steps if step["kept"]]
-            if self.partial_plan is None and kept:
-                self.partial_plan = record(kept[-1], None)
+            if self.partial_plan is None and kept:  # the last of those with the most layers
+                self.partial_plan = record(max(reversed(kept), key=len), None)
             raise
         self.partial_plan = None
         return plan
@@ -266,7 +271,13 @@ class BasePruner(ABC):
 
     def quality(self, eval_data: Sequence[EvalItem]) -> RemovalQuality:
         """The measuring instrument for `eval_data`: the likelihood of the references."""
-        return RemovalQuality(self.layers, self.tokenizer, eval_data, batch_size=self.batch_size)
+        return RemovalQuality(
+            self.layers,
+            self.tokenizer,
+            eval_data,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+        )
 
     def measure_choice(self, layers: Sequence[int], held_out: Sequence[EvalItem]) -> dict[str, Any]:
         """What removing `layers` costs on other data, as `PruningPlan.held_out` describes it."""
@@ -434,7 +445,7 @@ class BasePruner(ABC):
                 output of the last one before the final norm.
             real: bool (sequences, tokens), false for padding.
         """
-        data = self.tokenizer, eval_data, self.batch_size
+        data = self.tokenizer, eval_data, self.batch_size, self.max_length
         return read_stream(self.layers, *data, shared=shared)
 
     def _scored(self, scores: Mapping[int, float]) -> LayerScores:

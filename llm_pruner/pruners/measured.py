@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import random
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +17,12 @@ from ..results import LayerScores, check_layers
 from ..search.layer_search import depth_curve, search_layers, single_removals
 from ..search.objectives import ObjectiveLike, parse_objective
 from ..search.removal_quality import RemovalQuality
+from ..search.rough import reduced
 from .base import BasePruner
 from .budget import Budget
 from .healing_search import Repairs, search_in_rounds
 from .registry import register_strategy
+from .similarity import block_influence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,6 +74,7 @@ class MeasuredPruner(BasePruner):
             eval_data,
             objective=self.objective,
             batch_size=self.batch_size,
+            max_length=self.max_length,
             journal=self.journal,
             seed=self.seed,
         )
@@ -98,6 +104,9 @@ class MeasuredPruner(BasePruner):
         return {"objective": self.objective, "seed": self.seed}
 
 
+FEW = 8  # items of which a single pass gives the first result of a search
+
+
 @register_strategy("ablation")
 class AblationPruner(MeasuredPruner):
     """Sensitivity: what the model loses without each layer alone, measured.
@@ -117,12 +126,18 @@ class SmartPruner(MeasuredPruner):
     Layers are removed one by one, each measured on top of those already removed, so that
     interactions are seen (SLEB, Song et al., arXiv:2402.09025, is the plain greedy search); then
     layers are swapped until no swap is better. Candidates that are clearly worse on few items are
-    not measured on all (`LayerSearch`). The weights are healed afterwards, by
-    ``prune_and_save(..., heal=)``; with `repairs` they are also healed after every few removals,
-    and the next layers are chosen on the healed model.
+    not measured on all (`LayerSearch`), and a model in float32 is first measured in bfloat16 where
+    that is faster. The search never takes more than plain greedy search would. The weights are
+    healed afterwards, by ``prune_and_save(..., heal=)``; with `repairs` they are also healed after
+    every few removals, and the next layers are chosen on the healed model.
 
     Args:
         repairs: how to heal in between; not at all if None.
+        time_limit: seconds after which the search ends with the best set so far; none if None. A
+            set of a given number of layers exists after a single pass.
+
+    Raises:
+        InvalidPlanError: `time_limit` is no positive number.
     """
 
     def __init__(
@@ -131,10 +146,14 @@ class SmartPruner(MeasuredPruner):
         tokenizer: PreTrainedTokenizerBase,
         *,
         repairs: Repairs | None = None,
+        time_limit: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model, tokenizer, **options)
-        self.repairs = repairs
+        if time_limit is not None and not 0 < time_limit < math.inf:
+            raise InvalidPlanError(f"time_limit={time_limit} must be a positive number of seconds.")
+        self.repairs, self.time_limit = repairs, time_limit
+        self._roughs: dict[str, RemovalQuality | None] = {}  # of the data searched on last
 
     def description(self) -> str:
         return "Removes layer by layer, measuring each combination; then swaps layers."
@@ -209,7 +228,7 @@ class SmartPruner(MeasuredPruner):
         limits: dict[str, Any] = {"n_layers": n_layers, "tolerance": tolerance}
         limits |= {"on_step": self.steps.append, "fits": self._fits}
         if self.repairs is None:
-            return search_layers(self.quality(eval_data), pool, **limits)
+            return self._search_once(pool, eval_data, limits)
         how = self.repairs
         refuse_overlap(how.items, prompt_keys(eval_data), "to heal with", "to choose layers on")
 
@@ -226,6 +245,43 @@ class SmartPruner(MeasuredPruner):
             **limits,
         )
 
+    def _search_once(
+        self, pool: Sequence[int], eval_data: Sequence[EvalItem], limits: dict[str, Any]
+    ) -> list[int]:
+        """A search without healing, within the time and for no more than plain greedy search."""
+        quality = self.quality(eval_data)
+        deadline = None if self.time_limit is None else time.monotonic() + self.time_limit
+        rough = self._rough(eval_data) if quality.can_bypass else None
+        both = [quality] if rough is None else [quality, rough]
+        count, work = limits["n_layers"], math.inf
+        if count is not None:
+            work = quality.token_cost.of_naive_greedy(len(pool), count) * quality.tokens
+            work += sum(one.work for one in both)  # of earlier searches
+        scores = self._one_pass_scores(eval_data) if count and len(pool) > count else None
+        try:
+            for one in both:
+                one.deadline = deadline
+            return search_layers(quality, pool, rough=rough, scores=scores, work=work, **limits)
+        finally:
+            for one in both:
+                one.deadline = None
+
+    def _rough(self, eval_data: Sequence[EvalItem]) -> RemovalQuality | None:
+        """Measures in reduced precision; None where that is not faster."""
+        key = f"{self.layers.fingerprint}:{fingerprint(eval_data)}"
+        if key not in self._roughs:
+            stack = reduced(self.layers)
+            self._roughs = {key: None if stack is None else self.quality_of(stack, eval_data)}
+        return self._roughs[key]
+
+    def _one_pass_scores(self, eval_data: Sequence[EvalItem]) -> dict[int, float] | None:
+        """Block influence on a few items; None where there are no states between the layers."""
+        if self.layers.offloaded or len(self.layers.paths) > 1:
+            return None
+        few = random.Random(self.seed).sample(eval_data, min(len(eval_data), FEW))
+        influence = block_influence(self, few)
+        return {layer: float(influence[layer, layer + 1]) for layer in self.candidates}
+
     def _choices(self, eval_data: Sequence[EvalItem], n_layers: int) -> list[list[int]]:
         if self.repairs is not None:
             raise InvalidPlanError("A sweep does not heal as it goes: leave repairs out.")
@@ -240,7 +296,9 @@ class SmartPruner(MeasuredPruner):
         return self.removable.sets.fits
 
     def _options(self) -> dict[str, Any]:
-        if self.repairs is None:
-            return super()._options()
-        how = {"every": self.repairs.every, "heal": self.repairs.heal}
-        return {**super()._options(), "repairs": how}
+        options = super()._options()
+        if self.time_limit is not None:
+            options["time_limit"] = self.time_limit
+        if self.repairs is not None:
+            options["repairs"] = {"every": self.repairs.every, "heal": self.repairs.heal}
+        return options

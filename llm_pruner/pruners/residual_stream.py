@@ -15,7 +15,7 @@ from ..distributed import portion
 from ..evaluation.likelihood import encode_for
 from ..model.forward import check_ids, evaluating, forward_options
 from ..model.layer_stack import LayerStack
-from ..utils import progress
+from ..progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,11 +32,12 @@ def read_stream(
     tokenizer: PreTrainedTokenizerBase,
     eval_data: Sequence[EvalItem],
     batch_size: int,
+    max_length: int,
     *,
     shared: bool,
 ) -> Iterator[States]:
     """The states of every batch and its mask; see `BasePruner.hidden_states`."""
-    batches = encode_for(stack.model, tokenizer, eval_data, batch_size)
+    batches = encode_for(stack.model, tokenizer, eval_data, batch_size, max_length)
     if shared:
         mine = portion([batch.input_ids.numel() for batch in batches])
         batches = batches[mine.start : mine.stop]

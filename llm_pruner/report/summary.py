@@ -84,6 +84,10 @@ def step_text(step: Mapping[str, Any]) -> str:
         return f"removed layer {step.get('layer')}"
     if action == "exchange":
         return f"removed {_listed(step.get('in'))} instead of {_listed(step.get('out'))}"
+    if action == "start":
+        return "first result, by block influence"
+    if action == "stop":
+        return f"ended: {step.get('why')}"
     if action == "repair":
         return f"healed ({step.get('method')})"
     return str(action)

@@ -1,21 +1,23 @@
 """Searching for the layers to remove: cut after cut, then swaps until none improves.
 
-Sets of layers are compared on growing subsets of the data, most of them only on the smallest.
+Sets of layers are compared on growing subsets of the data, most of them only on the smallest, and
+where it is faster in reduced precision. What is decided on all data is decided in full precision.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 from ..engines.layer_sets import Fits, LayerSets
 from ..errors import InvalidPlanError, UnsupportedModelError
+from ..progress import duration, job
 from ..utils import logger
 from .prefix_sharing import LayerSet
-from .removal_quality import RemovalQuality, Subset
+from .removal_quality import RemovalQuality, Subset, TimeIsUp
 
 WIDTHS = (8, 4, 2)  # candidates that stay in a round after each subset of the data
 DECAY = 0.5  # weight per round of what earlier rounds have learned about a candidate
@@ -23,6 +25,9 @@ DECAY = 0.5  # weight per round of what earlier rounds have learned about a cand
 # rival must be worse to be dropped.
 STAGES = ((1, 1.0), (1, 3.0), (2, 3.0))
 MOST_PAIRS = 1000  # swaps of two layers are tried where there are no more
+LIKELY = 8  # swaps that promise most are tried before all others
+RACE = 4  # token sequences on which swaps are compared, at least
+ROUNDING = 5e-3  # of a change in reduced precision: rivals so close are compared in full
 Step = dict[str, Any]
 OnStep = Callable[[Step], None]
 
@@ -49,6 +54,9 @@ def search_layers(
     tolerance: float | None = None,
     fits: Fits | None = None,
     on_step: OnStep | None = None,
+    rough: RemovalQuality | None = None,
+    scores: Mapping[int, float] | None = None,
+    work: float = math.inf,
 ) -> list[int]:
     """The layers whose removal costs least: a number of them, or as many as a loss allows.
 
@@ -57,6 +65,9 @@ def search_layers(
     ``-tolerance``, swaps first try to save it; if they fail, it is rolled back and the search ends
     (greater depths, which may be cheaper, are not tried).
 
+    When the deadline of `quality` has come, the search ends with the best set so far; one that has
+    fewer than `n_layers` is filled up by `scores`.
+
     Args:
         quality: measures the model without layers.
         candidates: 0-based layers that may be removed.
@@ -64,11 +75,16 @@ def search_layers(
         tolerance: largest relative loss allowed in total (0.015: 1.5 %); None for no limit.
         fits: restricts the sets that may be removed, see `LayerSets`; a cut may then take several
             layers at once.
-        on_step: called with every step as it is made, a dict of JSON values: ``action`` (``cut``
-            or ``exchange``, a swap), ``removed`` (all layers removed after it), ``change``
-            (relative, of all of them), ``samples`` (token sequences it was measured on), ``kept``,
-            ``tried`` (for a cut, candidate -> change; for a swap, how many), and ``layer``
-            (``layers`` where a cut takes several), or ``out`` and ``in``.
+        on_step: called with every step as it is made, a dict of JSON values: ``action``
+            (``start``: the set of lowest `scores`; ``cut``; ``exchange``, a swap; ``stop``, with
+            ``why``, where time or work ended the search), ``removed`` (all layers removed after
+            it), ``change`` (relative, of all of them), ``samples`` (token sequences it was
+            measured on), ``kept``, ``tried`` (for a cut, candidate -> change; for a swap, how
+            many), and ``layer`` (``layers`` where a cut takes several), or ``out`` and ``in``.
+        rough: measures the same faster and less exactly, see `LayerSearch`.
+        scores: of candidates, the lower the cheaper their removal, from a single pass. With
+            `n_layers`, the set of lowest scores is the first result and a rival of the cuts.
+        work: multiply-adds after which no more swaps are looked for, of `quality` and `rough`.
 
     Returns:
         0-based indices, ascending. On all data never worse than before the swaps.
@@ -79,9 +95,24 @@ def search_layers(
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise InvalidPlanError(f"tolerance={tolerance} must be a number from 0, e.g. 0.015.")
-    search = LayerSearch(quality, candidates, on_step, fits)
+    search = LayerSearch(quality, candidates, on_step, fits, rough, work)
     most = check_number(search.sets, n_layers)
-    begin = time.monotonic()
+    search.wanted = most if tolerance is None else 0
+    with job(search.note):
+        try:
+            if scores and search.wanted:
+                search.begin(scores)
+            removed = _cut(search, most, tolerance)
+            if search.wanted:
+                removed = search.better_of(removed, search.start)
+            return list(search.refine(removed))
+        except TimeIsUp:
+            return list(search.stop("the time is up"))
+
+
+def _cut(search: LayerSearch, most: int, tolerance: float | None) -> LayerSet:
+    """Cut after cut, `most` layers or as many as the tolerance allows."""
+    quality, begin = search.quality, time.monotonic()
     removed: LayerSet = ()
     while len(removed) < most:
         try:
@@ -103,18 +134,17 @@ def search_layers(
             search.report(one, kept=kept, removed=done if kept else removed)
         if not kept:
             break
-        removed = after
-        each = (time.monotonic() - begin) / len(removed)
+        removed = search.best = after
         logger.info(
-            "Cut %d of %s: %s, total change %+.4f on %d samples; %s",
+            "Cut %d of %s: %s, total change %+.4f on %d samples; %s so far",
             len(removed),
             most if tolerance is None else f"at most {most}",
             f"layer {step['layer']}" if "layer" in step else f"layers {step['layers']}",
             quality.change(removed) if swaps else step["change"],
             step["samples"],
-            f"about {each * (most - len(removed)):.0f} s to the last cut, then swaps",
+            duration(time.monotonic() - begin),
         )
-    return list(search.refine(removed))
+    return removed
 
 
 def depth_curve(
@@ -162,10 +192,15 @@ class LayerSearch:
     Args:
         quality: measures the model without layers.
         candidates: 0-based layers that may be removed.
-        on_step, fits: see `search_layers`.
+        on_step, fits, work: see `search_layers`.
+        rough: measures the same on the same data, faster and less exactly: it drops what is
+            clearly worse, and `quality` alone has the last word on swaps. `quality` itself if None.
 
     Attributes:
         sets: the sets of layers that may be removed.
+        wanted: how many layers the result has to have; 0 if any number will do.
+        best: the best set so far; it may have fewer layers than wanted.
+        start: the set of lowest scores of a single pass; empty without scores.
     """
 
     def __init__(
@@ -174,11 +209,86 @@ class LayerSearch:
         candidates: Sequence[int],
         on_step: OnStep | None = None,
         fits: Fits | None = None,
+        rough: RemovalQuality | None = None,
+        work: float = math.inf,
     ) -> None:
-        self.quality, self._on_step = quality, on_step
+        self.quality, self.rough, self._on_step = quality, rough or quality, on_step
         self.sets = LayerSets(len(quality.stack), candidates, fits)
+        self.wanted, self.best, self.start = 0, (), ()
+        self._scores: Mapping[int, float] = {}
+        self._work = work
         self._gains: dict[int, tuple[float, float]] = {}  # layer -> (sum of gains, weight)
         self._turn = 0
+        self._begun, self._before = time.monotonic(), self._spent()
+
+    wanted: int
+    best: LayerSet
+    start: LayerSet
+
+    def begin(self, scores: Mapping[int, float]) -> None:
+        """Take the set of lowest scores for a first result, measured on a part of the data."""
+        self._scores, found = scores, self.sets.cheapest(scores, self.wanted)
+        if found is None or self.quality.refusal(found) or not self._allowed([found])[0]:
+            return
+        subset = self.rough.subsets()[0]
+        step: Step = {"action": "start", "change": self.rough.change(found, subset)}
+        step["samples"] = self.rough.size(subset)
+        message = "First result: layers %s, total change %+.4f on %d samples"
+        logger.info(message, list(found), step["change"], step["samples"])
+        self.start = found
+        self.report(step, kept=True, removed=found)
+
+    def better_of(self, grown: LayerSet, other: LayerSet) -> LayerSet:
+        """The better of two sets on all data; the first if the other is empty or as good."""
+        if other in ((), grown) or self.rough.change(other) < self.rough.change(grown) - ROUNDING:
+            return grown
+        if self.quality.change(other) <= self.quality.change(grown):
+            return grown
+        self.best = other
+        self.report(self._exchange(grown, other, 1), kept=True, removed=other)
+        return other
+
+    def stop(self, why: str) -> LayerSet:
+        """End where the search stands: the best set so far, with as many layers as are wanted."""
+        cut = found = self.best
+        if len(cut) < self.wanted:
+            filled = self._scores and self.sets.cheapest(self._scores, self.wanted, must=cut)
+            found = filled if filled and not self.quality.refusal(filled) else self.start
+            if not found:
+                raise InvalidPlanError(
+                    f"Search: {why} before {self.wanted} layers were found: allow more time."
+                )
+            why = f"{why} after {len(cut)} of {self.wanted} cuts; the others by block influence"
+        logger.info("Search: %s.", why)
+        self.rough.deadline = self.quality.deadline = None
+        known = not self.quality.work_for([found])
+        judge, subset = (self.quality, None) if known else (self.rough, self.rough.subsets()[0])
+        step: Step = {"action": "stop", "why": why, "change": judge.change(found, subset)}
+        self.report(step | {"samples": judge.size(subset)}, kept=True, removed=found)
+        return found
+
+    def note(self) -> str:
+        """How far the search has come, for the log."""
+        said = [f"best so far {list(self.best)}"] if self.best else []
+        done = self._spent() - self._before
+        left = self._expected() - done
+        if done > 0 and left > 0:
+            seconds = (time.monotonic() - self._begun) * left / done
+            if self.quality.deadline is not None:
+                seconds = min(seconds, self.quality.deadline - time.monotonic())
+            said.append(f"about {duration(max(0.0, seconds))} left to the end of the search")
+        return ", ".join(said)
+
+    def _expected(self) -> float:
+        """Multiply-adds that a search for the wanted number of layers takes, about; 0: unknown."""
+        quality, count = self.rough, self.wanted
+        shares = [quality.size(subset) / quality.size() for subset in quality.subsets()]
+        return (
+            quality.token_cost.of_search(
+                len(self.sets.candidates), count, shares, replays=quality.stack.can_replay
+            )
+            * quality.tokens
+        )
 
     def grow(self, removed: LayerSet) -> tuple[LayerSet, Step]:
         """`removed` plus the layer that costs least on top of it; of equals, the deeper one.
@@ -194,7 +304,7 @@ class LayerSearch:
         Raises:
             UnsupportedModelError: no candidate can be removed.
         """
-        quality, subsets = self.quality, self._subsets()
+        quality, subsets = self.rough, self._subsets()
         sets = self.sets.grown(removed)
         allowed, why = self._allowed(sets.values())
         every = [layer for layer, one in sets.items() if one in allowed]
@@ -224,7 +334,7 @@ class LayerSearch:
                 break
         dropped = [layer for layer in every if layer not in left]  # should the best be refused
         for layer in [*left, *sorted(dropped, key=merit, reverse=True)]:
-            if not (why := quality.refusal(sets[layer])):
+            if not (why := self.quality.refusal(sets[layer])):
                 new = sorted({*sets[layer]} - {*removed})
                 return sets[layer], {
                     "action": "cut",
@@ -252,33 +362,100 @@ class LayerSearch:
             on_step: called with every swap; `search_layers`' own listener if None.
         """
         stage = 0
-        subsets = self._subsets()
+        self.best = removed if on_step is None else self.best
         while stage < len(STAGES) and STAGES[stage][0] <= len(removed):
             if enough is not None and self.quality.change(removed) >= enough:
                 break
             size, errors = STAGES[stage]
+            if self._spent() > self._work:
+                if on_step is None:
+                    self.stop("swaps ended: more would cost more than plain greedy search")
+                break
             rivals = list(self.sets.swaps(removed, size))
             better = None
             if size == 1 or len(rivals) <= MOST_PAIRS:
-                left, _ = self._allowed(rivals)
-                while (better := self._winner(removed, left, subsets, errors)) and (
-                    self.quality.refusal(better)
-                ):
-                    left.remove(better)
+                better = self._best_swap(removed, rivals, errors)
             if not better:
                 stage += 1
                 continue
-            out, back = sorted({*removed} - {*better}), sorted({*better} - {*removed})
-            change = self.quality.change(better)
-            logger.info("Removing %s instead of %s: total change %+.4f", back, out, change)
-            step: Step = {"action": "exchange", "out": out, "in": back, "tried": len(rivals)}
-            step |= {"change": change, "samples": self.quality.size()}
+            step = self._exchange(removed, better, len(rivals))
             if on_step:
                 on_step({**step, "removed": list(better)})
             else:
+                self.best = better
                 self.report(step, kept=True, removed=better)
-            removed, stage, subsets = better, 0, self._subsets()
+            removed, stage = better, 0
         return removed
+
+    def _spent(self) -> float:
+        """Multiply-adds of all measurements."""
+        other = 0.0 if self.rough is self.quality else self.rough.work
+        return self.quality.work + other
+
+    def _exchange(self, removed: LayerSet, better: LayerSet, tried: int) -> Step:
+        out, back = sorted({*removed} - {*better}), sorted({*better} - {*removed})
+        change = self.quality.change(better)
+        logger.info("Removing %s instead of %s: total change %+.4f", back, out, change)
+        step: Step = {"action": "exchange", "out": out, "in": back, "tried": tried}
+        return step | {"change": change, "samples": self.quality.size()}
+
+    def _best_swap(
+        self, removed: LayerSet, rivals: Sequence[LayerSet], errors: float
+    ) -> LayerSet | None:
+        """The best swap, if it is better on all data; not all are tried where that is dear."""
+        left, _ = self._allowed(rivals)
+        race = self._race()
+        single = bool(left) and len({*left[0]} - {*removed}) == 1
+        dear = self._would_take(left, race) > self._work
+        if (single or dear) and len(left) > 3 * LIKELY and self.quality.can_bypass:
+            better, left = self._try_likely(removed, left, race)
+            if better:
+                return better
+            while left and self._would_take(left, race) > self._work:
+                left = left[: len(left) // 2]
+        return self._improved(removed, left, errors, race)
+
+    def _would_take(self, rivals: Sequence[LayerSet], race: Sequence[Subset]) -> float:
+        """What will have been spent once these were measured on the first subset."""
+        return self._spent() + self.rough.work_for(rivals, race[0])
+
+    def _try_likely(
+        self, removed: LayerSet, rivals: Sequence[LayerSet], race: Sequence[Subset]
+    ) -> tuple[LayerSet | None, list[LayerSet]]:
+        """A better set among the swaps that promise most, and those worth a try, the best first.
+
+        The change of a swap is taken for the sum of those of its halves, of removing one layer
+        less and of removing one more: one measurement per layer instead of one per swap. By
+        how much this errs on the few that are tried says which others may still be better: those
+        that promise more than the set itself less three times the typical error.
+        """
+        subset, change = race[0], self.rough.change
+        halves = {layer: tuple(sorted({*removed} ^ {layer})) for layer in self.sets.candidates}
+        self.rough.measure([removed, *halves.values()], subset, "Looking for swaps")
+        bar = change(removed, subset)
+        gains = {layer: change(half, subset) - bar for layer, half in halves.items()}
+        promise = {one: sum(gains[layer] for layer in {*one} ^ {*removed}) for one in rivals}
+        ordered = sorted(rivals, key=lambda one: (promise[one], one), reverse=True)
+        likely = ordered[:LIKELY]
+        better = self._improved(removed, likely, STAGES[1][1], race)
+        errors = [change(one, subset) - bar - promise[one] for one in likely]
+        margin = 3 * math.sqrt(sum(error**2 for error in errors) / len(errors))
+        return better, [one for one in ordered if promise[one] + margin > 0]
+
+    def _improved(
+        self,
+        champion: LayerSet,
+        rivals: Iterable[LayerSet],
+        errors: float,
+        race: Sequence[Subset],
+    ) -> LayerSet | None:
+        """The best rival that the architecture allows, if it is better on all data."""
+        left = list(rivals)
+        while better := self._winner(champion, left, errors, race):
+            if not self.quality.refusal(better):
+                return better
+            left.remove(better)
+        return None
 
     def report(self, step: Step, *, kept: bool, removed: Iterable[int]) -> None:
         """Pass a step on, with whether it is kept and which layers are removed after it."""
@@ -290,24 +467,33 @@ class LayerSearch:
         self,
         champion: LayerSet,
         rivals: Sequence[LayerSet],
-        subsets: Sequence[Subset],
         errors: float,
+        race: Sequence[Subset],
     ) -> LayerSet | None:
-        quality, alive = self.quality, list(rivals)
-        for subset in subsets:
+        quality, alive = self.rough, list(rivals)
+        for subset in race:
             field = [champion, *alive]
             quality.measure(field, subset, f"Comparing {len(alive)} swaps")
             leader = max(field, key=lambda one: (quality.change(one, subset), one))
             gaps = {one: quality.gap(one, leader, subset) for one in alive if one != leader}
             typical = median(error for _, error in gaps.values()) if gaps else 0.0
+            slack = 0.0 if quality is self.quality else ROUNDING
             alive = [
                 one
                 for one in alive
-                if one == leader or gaps[one][0] + errors * max(gaps[one][1], typical) > 0
+                if one == leader or gaps[one][0] + errors * max(gaps[one][1], typical) + slack > 0
             ]
-        bar = quality.change(champion)
-        better = [one for one in alive if quality.change(one) > bar]
-        return max(better, key=lambda one: (quality.change(one), one), default=None)
+        if quality is not self.quality:
+            alive = sorted(alive, key=quality.change)[-2:]
+            self.quality.measure([champion, *alive], label="Comparing the best in full precision")
+        bar = self.quality.change(champion)
+        better = [one for one in alive if self.quality.change(one) > bar]
+        return max(better, key=lambda one: (self.quality.change(one), one), default=None)
+
+    def _race(self) -> list[Subset]:
+        """Subsets on which swaps are compared one after another: the smallest are left out."""
+        subsets = self._subsets()
+        return [one for one in subsets if self.quality.size(one) >= RACE] or subsets[-1:]
 
     def _subsets(self) -> list[Subset]:
         self._turn += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -17,9 +18,11 @@ from ..distributed import gather, portion, working_together
 from ..errors import NonFiniteError, ProcessGroupError, UnsupportedModelError
 from ..model.forward import HINT, evaluating, position_limit, require_language_model
 from ..model.layer_stack import LayerStack
+from ..progress import Progress
 from ..results import check_layers
 from ..stats import paired_draws, percentiles
-from ..utils import at_least_one, logger, progress, tokenizer_fingerprint
+from ..utils import at_least_one, logger, tokenizer_fingerprint
+from .cost import TokenCost
 from .journal import Journal
 from .objectives import MAX_LENGTH, OBJECTIVES, EncodedData, ObjectiveLike, parse_objective
 from .prefix_sharing import LayerSet, executions, in_tree_order
@@ -28,9 +31,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-BLOCK = 16  # sequences on which a comparison begins, at least
+# A comparison begins on a block of the data, which has at least so many sequences or tokens.
+BLOCK, BLOCK_TOKENS = 16, 512
+MOST_BLOCKS = 16
 Subset = tuple[int, ...]  # chunks
 Work = list[tuple[int, list[LayerSet]]]  # chunks, and the sets to measure on each
+
+
+class TimeIsUp(Exception):
+    """The time that was given to a search has passed."""
 
 
 class RemovalQuality:
@@ -46,13 +55,17 @@ class RemovalQuality:
         eval_data: what quality is measured on.
         objective: a name of `OBJECTIVES`, or several with weights: ``"nll=0.7,kl=0.3"``.
         batch_size: sequences per forward pass; does not change the result.
+        max_length: longest sequence, in tokens; running text is cut into windows.
         journal: file that keeps measurements across runs, if any.
         seed: of the order of the sequences; does not change the result on all of them.
 
     Attributes:
         unit: what `change` measures, in words.
+        token_cost: what a token costs to measure.
         measured: chunks measured by this object, over all sets of layers; measurements from the
             journal and of other processes do not count.
+        work: multiply-adds of all that has been measured, by all processes.
+        deadline: when `measure` stops, by ``time.monotonic``; never if None.
 
     Raises:
         UnknownNameError, InvalidPlanError: no such objective.
@@ -67,6 +80,7 @@ class RemovalQuality:
         *,
         objective: ObjectiveLike = "nll",
         batch_size: int = 8,
+        max_length: int = MAX_LENGTH,
         journal: str | Path | None = None,
         seed: int = 0,
     ) -> None:
@@ -74,20 +88,22 @@ class RemovalQuality:
         self.stack = stack
         mixture = parse_objective(objective)
         self.unit = _unit(mixture)
-        at_least_one(batch_size=batch_size)
-        length = min(MAX_LENGTH, position_limit(stack.model))
+        at_least_one(batch_size=batch_size, max_length=max_length)
+        length = min(max_length, position_limit(stack.model))
         encoded = encode_sequences(tokenizer, eval_data, max_length=length)
         order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(seed))
         sequences = [encoded[index] for index in order.tolist()]
         self._chunks: list[range] = []
         self._blocks: list[range] = []  # chunks that are compared together
-        for block in _blocks(len(sequences), batch_size):
+        for block in _blocks([len(one.ids) for one in sequences], batch_size):
             part = slice(block.start, block.stop)  # similar lengths together, for less padding
             sequences[part] = sorted(sequences[part], key=lambda one: len(one.ids))
             first = len(self._chunks)
             self._chunks += [block[n : n + batch_size] for n in range(0, len(block), batch_size)]
             self._blocks.append(range(first, len(self._chunks)))
         self._lengths = [len(one.ids) for one in sequences]
+        self.token_cost, self.work = TokenCost.of(stack), 0.0
+        self.deadline: float | None = None
         self._items = [one.item for one in sequences]
         items = [item if isinstance(item := eval_data[n], dict) else None for n in self._items]
         data = EncodedData(stack, tokenizer, sequences, items, batch_size)
@@ -103,7 +119,7 @@ class RemovalQuality:
         self._journal = Journal(journal) if journal is not None else None
         self._fingerprint = fingerprint(eval_data)
         prints = stack.fingerprint, tokenizer_fingerprint(tokenizer), self._fingerprint
-        settings = "+".join(self._mixture), f"1.{BLOCK}.{batch_size}.{seed}"
+        settings = "+".join(self._mixture), f"2.{length}.{batch_size}.{seed}"
         self._key = ":".join((*prints, *settings))
         if self._journal:
             self._read_journal(self._journal)
@@ -245,29 +261,56 @@ class RemovalQuality:
 
         Raises:
             NonFiniteError: NaN or infinite values; the message names the layers.
+            TimeIsUp: the deadline has come; what was measured is known.
         """
+        todo = self._unknown(layer_sets, subset)
+        if not todo:
+            return
+        self._refuse_late(together=True)
+        mine = self._portion(todo)
+        if any(any(missing) for _, missing in mine):
+            self.stack.prepare()
+        total = sum(self._work(chunk, missing) for chunk, missing in mine)
+        with evaluating(self.stack.model), Progress(label, total, counts=False) as stage:
+            calls = [partial(self._measure, *one, stage) for one in mine]
+            for _ in self.stack.run_all(calls):
+                pass
+        if working_together() > 1:
+            self._exchange(mine, todo)
+        self.work += sum(self._work(chunk, missing) for chunk, missing in todo)
+
+    def work_for(self, layer_sets: Iterable[LayerSet], subset: Subset | None = None) -> float:
+        """Multiply-adds that `measure` would take; what is known already is free."""
+        return sum(self._work(chunk, sets) for chunk, sets in self._unknown(layer_sets, subset))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the data, padding included."""
+        return sum(self._padded(chunk) for chunk in self._chunks)
+
+    def _padded(self, chunk: range) -> int:
+        return len(chunk) * max(self._lengths[index] for index in chunk)
+
+    def _unknown(self, layer_sets: Iterable[LayerSet], subset: Subset | None) -> Work:
+        """By chunk what has not been measured; the full model always, on all data."""
         wanted = dict.fromkeys(layer_sets)
         todo: Work = []
         for chunk in range(len(self._chunks)):
             here = wanted if subset is None or chunk in subset else ()
-            missing = [
-                removed
-                for removed in dict.fromkeys([(), *here])  # the full model always, on all data
-                if (removed, chunk) not in self._values
-            ]
-            if missing:
+            sets = dict.fromkeys([(), *here])
+            if missing := [removed for removed in sets if (removed, chunk) not in self._values]:
                 todo.append((chunk, missing))
-        if not todo:
-            return
-        mine = self._portion(todo)
-        if any(any(missing) for _, missing in mine):
-            self.stack.prepare()
-        calls = [partial(self._measure, chunk, missing) for chunk, missing in mine]
-        with evaluating(self.stack.model):
-            for _ in progress(self.stack.run_all(calls), label, total=len(calls)):
-                pass
-        if working_together() > 1:
-            self._exchange(mine, todo)
+        return todo
+
+    def _work(self, chunk: int, layer_sets: Iterable[LayerSet]) -> float:
+        ordered = in_tree_order(layer_sets, len(self.stack))
+        passes = map(self.token_cost.of_pass, executions(self.stack, ordered))
+        return sum(passes) * self._padded(self._chunks[chunk])
+
+    def _refuse_late(self, *, together: bool = False) -> None:
+        late = self.deadline is not None and time.monotonic() >= self.deadline
+        if any(gather(late)) if together and self.deadline is not None else late:
+            raise TimeIsUp
 
     def _portion(self, todo: Work) -> Work:
         """What falls to this process, in tree order; sets that share states stay together."""
@@ -275,10 +318,10 @@ class RemovalQuality:
         costs: list[int] = []
         for chunk, missing in todo:
             ordered = in_tree_order(missing, len(self.stack))
-            lengths = [self._lengths[index] for index in self._chunks[chunk]]
             units += [(chunk, removed) for removed in ordered]
-            padded = len(lengths) * max(lengths)
-            costs += [padded * layers for layers in executions(self.stack, ordered)]
+            padded = self._padded(self._chunks[chunk])
+            passes = map(self.token_cost.of_pass, executions(self.stack, ordered))
+            costs += [round(padded * cost) for cost in passes]
         mine: dict[int, list[LayerSet]] = {}
         for index in portion(costs):
             chunk, removed = units[index]
@@ -311,8 +354,9 @@ class RemovalQuality:
                 self._refusals[removed] = str(error)
         return self._refusals[removed]
 
-    def _measure(self, chunk: int, layer_sets: list[LayerSet]) -> None:
+    def _measure(self, chunk: int, layer_sets: list[LayerSet], stage: Progress) -> None:
         """Measure sets of layers on a chunk; each is recorded as soon as its values are there."""
+        each = self._work(chunk, layer_sets) / len(layer_sets)
         readings: Iterable[Iterable[tuple[LayerSet, torch.Tensor]]]
         readings = [measure.read(self._chunks[chunk], layer_sets) for measure in self._measures]
         if self.stack.offloaded:  # in step, so that every weight is read once for all measures
@@ -331,6 +375,9 @@ class RemovalQuality:
             self._values[removed, chunk] = values
             if self._journal:
                 self._journal.append(self._key, removed, chunk, values.tolist())
+            stage.advance(each)
+            if working_together() == 1:  # otherwise all stop at the same place
+                self._refuse_late()
 
     def full(self) -> dict[str, float]:
         """The quality of the model with all its layers, by measure.
@@ -400,8 +447,22 @@ def _unit(mixture: Mapping[str, float]) -> str:
     return f"weighted relative change ({', '.join(parts)})"
 
 
-def _blocks(count: int, batch_size: int) -> list[range]:
-    """`count` sequences in blocks of whole batches; a remainder joins the last block."""
-    size = -(-BLOCK // batch_size) * batch_size
-    starts = range(0, max(1, count // size) * size, size)
-    return [range(start, count if start == starts[-1] else start + size) for start in starts]
+def _blocks(lengths: Sequence[int], batch_size: int) -> list[range]:
+    """Sequences of these lengths in blocks; a remainder joins the last one.
+
+    A block has at least `BLOCK` sequences, in whole batches, or `BLOCK_TOKENS` tokens, and there
+    are not many more of them than `MOST_BLOCKS`.
+    """
+    most = -(-BLOCK // batch_size) * batch_size
+    enough = max(BLOCK_TOKENS, sum(lengths) // MOST_BLOCKS)
+    blocks: list[range] = []
+    begin = tokens = 0
+    for index, length in enumerate(lengths, start=1):
+        tokens += length
+        if tokens >= enough or (index - begin >= most and sum(lengths) < MOST_BLOCKS * enough):
+            blocks.append(range(begin, index))
+            begin, tokens = index, 0
+    if begin < len(lengths):
+        first = blocks.pop().start if blocks else 0
+        blocks.append(range(first, len(lengths)))
+    return blocks

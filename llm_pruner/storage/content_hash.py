@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ..atomic_output import write_atomically
 from ..errors import LLMPrunerError
 from ..json_files import parse_json
-from ..utils import logger, progress
+from ..progress import progress
+from ..utils import logger
 
 if TYPE_CHECKING:
     from .sources import Source

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import LoadError
-from ..utils import user_path
+from ..utils import resolve_model_id, user_path
 from .gguf_files import MAGIC, Field, GgufFile, read_gguf, write_gguf
 from .safetensors_files import Checkpoint, StoredTensor
 from .sources import PICKLES, LocalFolder
@@ -53,13 +53,13 @@ def find_gguf(model_id: str | Path) -> list[Path]:
     """The files of the GGUF model that a path means; empty where it means none.
 
     The path is that of a file, of any part of a split model, or of a folder that holds one model
-    in GGUF and no checkpoint of another form.
+    in GGUF and no checkpoint of another form; ``smollm2`` is the file of that package.
 
     Raises:
         LoadError: there is no such file, a part is missing, or a folder holds several models, or
             folders with some.
     """
-    path = user_path(model_id)
+    path = user_path(resolve_model_id(model_id))
     if path.is_dir():
         return _in_folder(path)
     if path.suffix.lower() != ".gguf" and not _begins_as_gguf(path):

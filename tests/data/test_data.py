@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from llm_pruner.data import row_formats, sampling
 from llm_pruner.data.hub_datasets import load_dataset_from_hub, upload_dataset_to_hub
 from llm_pruner.data.items import check_items
+from llm_pruner.data.passages import passages
 from llm_pruner.data.row_formats import DATASETS, normalize_item
-from llm_pruner.data.sampling import load_eval_dataset, safe_sample, split_items
+from llm_pruner.data.sampling import DataSplit, load_eval_dataset, safe_sample, split_items
 from llm_pruner.errors import InvalidDataError, LoadError, OutputError, UnknownNameError
 
 # Rows in the layout of the hub, with texts of our own.
@@ -320,10 +321,47 @@ def test_file_types_agree(tmp_path):
         assert loaded == [{"task": "mine", **row} for row in rows], name
 
 
-def test_text_file_has_an_item_per_paragraph(tmp_path):
+def test_a_text_file_is_running_text_in_passages(tmp_path):
     path = tmp_path / "book.txt"
-    path.write_text("\ufeffOne\nline.\n \n\n\nTwo.\n\n", encoding="utf-8")
-    assert load_eval_dataset(2, path) == ["One\nline.", "Two."]
+    paragraph = "A sentence of five words. " * 8
+    text = "".join(f"= Heading {n} =\n \n{paragraph}\n\n\n" for n in range(9))
+    path.write_text(f"\ufeff{text}", encoding="utf-8")
+    found = load_eval_dataset(99, path, passage=500, up_to=True)
+    assert len(found) == 5
+    assert all(one.startswith("= Heading") and one.endswith("words.") for one in found)
+    assert "".join("".join(found).split()) == "".join(text.split()), "nothing is lost"
+
+
+def test_long_texts_of_any_file_are_cut_and_short_ones_stay_apart(tmp_path):
+    rows = [{"text": "Short."}, {"text": "One two. " * 300}, *qa(1, 1)]
+    write(tmp_path / "a.jsonl", rows)
+    found = load_eval_dataset(99, tmp_path / "a.jsonl", passage=1000, up_to=True)
+    assert found[0] == "Short."
+    assert [type(one) for one in found] == [str] * 4 + [dict]
+    assert max(map(len, found[1:4])) <= 1000
+
+
+@settings(max_examples=200)
+@given(st.text(alphabet="ab .\n=#", max_size=400), st.integers(1, 60))
+def test_passages_are_the_text_in_pieces(text, size):
+    found = passages(text, size)
+    assert all(one == one.strip() and 0 < len(one) <= size for one in found)
+    kept, whole = "".join("".join(found).split()), "".join(text.split())
+    assert whole.startswith(kept)
+    assert len(whole) - len(kept) < size / 10, "only a very short rest is left out"
+
+
+def test_a_split_holds_no_more_tokens_than_asked(tokenizer):
+    texts = [" ".join(f"w{(n + i) % 40}" for i in range(10 + n)) for n in range(30)]
+    split = DataSplit(texts[:20], texts[29:], texts[20:29])
+    fitting = split.within(tokenizer, 100)
+    for part, whole in ((fitting.scoring, split.scoring), (fitting.held_out, split.held_out)):
+        sizes = [len(tokenizer(text)["input_ids"]) for text in part]
+        assert 60 < sum(sizes) <= 100
+        assert [text for text in whole if text in part] == part, "in their order"
+    assert fitting.healing == split.healing
+    assert len(split.within(tokenizer, 1).scoring) == 1
+    assert split.within(tokenizer, 10**6) == split
 
 
 def test_folder_is_its_files_in_order(tmp_path):

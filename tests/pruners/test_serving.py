@@ -48,8 +48,8 @@ def test_the_search_finds_the_best_of_them(model):
     best = max(allowed(4, pruner.candidates), key=lambda one: (quality.change(one), one))
     plan = pruner.plan(items(8), n_layers=4)
     assert quality.change(plan.remove) == quality.change(best)
-    assert plan.steps[0]["action"] == "cut"
-    assert len(plan.steps[0]["layers"]) == 4
+    assert [step["action"] for step in plan.steps[:2]] == ["start", "cut"]
+    assert len(plan.steps[0]["removed"]) == len(plan.steps[1]["layers"]) == 4
 
 
 def test_one_shot_strategies_take_the_set_with_the_smallest_sum(model):

@@ -13,13 +13,14 @@ from conftest import items, tiny_llama
 from llm_pruner.errors import InvalidPlanError, UnsupportedModelError
 from llm_pruner.model.layer_stack import LayerStack
 from llm_pruner.search.layer_search import (
+    ROUNDING,
     WIDTHS,
     LayerSearch,
     depth_curve,
     search_layers,
     single_removals,
 )
-from llm_pruner.search.removal_quality import RemovalQuality
+from llm_pruner.search.removal_quality import RemovalQuality, TimeIsUp
 
 
 class Stack(list):
@@ -43,6 +44,7 @@ class Costs:
         self.blocks = samples // 16
         self.asked: list[tuple[tuple[int, ...], int]] = []  # layer_set, samples
         self.impossible: set[int] = set()
+        self.work, self.deadline = 0.0, None
 
     @property
     def can_bypass(self):
@@ -58,6 +60,9 @@ class Costs:
 
     def size(self, subset=None):
         return 16 * (self.blocks if subset is None else len(subset))
+
+    def work_for(self, layer_sets, subset=None):
+        return 0.0
 
     def measure(self, layer_sets, subset=None, label=""):
         self.asked += [(layer_set, self.size(subset)) for layer_set in layer_sets]
@@ -220,6 +225,90 @@ def test_rivals_that_are_clearly_worse_are_not_measured_on_all_samples():
     on_all = {layer_set for layer_set, samples in quality.asked if samples == 256}
     assert len(on_all) < 10
     assert sum(samples == 16 for _, samples in quality.asked) >= 3 * 17
+
+
+class Rough(Costs):
+    """The same costs, each a little off, as in reduced precision."""
+
+    def change(self, layer_set, subset=None):
+        off = torch.rand((), generator=torch.Generator().manual_seed(hash(tuple(layer_set)) % 997))
+        return super().change(layer_set, subset) + ROUNDING * (float(off) - 0.5)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_with_a_rough_measure_the_last_word_is_the_exact_ones(seed):
+    """No swap improves the result by more than what rounding hides, and few sets are exact."""
+    exact = random_costs(seed, 12, samples=256)
+    rough = Rough(exact.costs, exact.sets, samples=256)
+    steps: list[dict] = []
+    found = search_layers(exact, range(12), n_layers=4, rough=rough, on_step=steps.append)
+    best = max(map(exact.change, swaps(tuple(found), range(12))))
+    assert best <= exact.change(found) + ROUNDING
+    changes = [step["change"] for step in steps if step["action"] == "exchange"]
+    assert changes == sorted(changes), "every swap is better in full precision"
+    assert len(set(exact.asked)) < len(set(rough.asked)) / 4
+
+
+def test_swaps_that_promise_most_come_first_and_hopeless_ones_never():
+    """Costs that add up: what halves of swaps say is true, and one swap of many is needed."""
+    quality = Costs([0.1 * layer for layer in range(30)], samples=256)
+    search = LayerSearch(quality, range(30))
+    assert search.refine((0, 1, 2, 29)) == (0, 1, 2, 3)
+    exchanged = {one for one, _ in quality.asked if len(one) == 4}
+    assert len(exchanged) < 50, "of 104 swaps in each of two rounds"
+
+
+def test_the_set_of_lowest_scores_is_the_first_result_and_a_rival():
+    """Greedy takes 2 first; 0 and 1 together are free, and the scores say so."""
+    quality = Costs([0.5, 0.5, 0.1, 0.1, 0.2], {(0, 1): -1.0})
+    steps: list[dict] = []
+    scores = dict(enumerate([1.0, 2.0, 3.0, 4.0, 5.0]))
+    found = search_layers(
+        quality, range(5), n_layers=2, scores=scores, on_step=steps.append, work=-1
+    )
+    assert found == [0, 1]
+    assert (steps[0]["action"], steps[0]["removed"]) == ("start", [0, 1])
+    assert [step["action"] for step in steps] == ["start", "cut", "cut", "exchange", "stop"]
+    assert "plain greedy" in steps[-1]["why"]
+
+
+class Clock(Costs):
+    """Costs that may be measured so many times."""
+
+    def __init__(self, times, *args, **options):
+        super().__init__(*args, **options)
+        self.left, self.deadline = times, 1.0
+
+    def measure(self, layer_sets, subset=None, label=""):
+        self.left -= 1
+        if self.left < 0 and self.deadline is not None:
+            raise TimeIsUp
+        super().measure(layer_sets, subset, label)
+
+    def work_for(self, layer_sets, subset=None):
+        return 1.0
+
+
+@pytest.mark.parametrize("times", range(1, 40))
+def test_when_the_time_is_up_there_is_a_whole_set(times):
+    """It has the layers cut so far, and the cheapest others by the scores."""
+    quality = Clock(times, [0.1 * layer for layer in range(9)], samples=64)
+    scores = {layer: abs(layer - 4.1) for layer in range(9)}  # 4, 5, 3, 6, ...
+    steps: list[dict] = []
+    found = search_layers(quality, range(9), n_layers=3, scores=scores, on_step=steps.append)
+    cut = [step["layer"] for step in steps if step["action"] == "cut"]
+    by_score = [layer for layer in sorted(scores, key=scores.get) if layer not in cut]
+    assert found == sorted(cut + by_score[: 3 - len(cut)])
+    stopped = [step for step in steps if step["action"] == "stop"]
+    assert len(stopped) == (quality.left < 0)
+    for step in stopped:
+        assert step["removed"] == found
+        assert ("after" in step["why"]) == (len(cut) < 3)
+
+
+def test_without_scores_too_little_time_is_an_error():
+    with pytest.raises(InvalidPlanError, match="time is up before 3 layers were found: allow"):
+        search_layers(Clock(0, [0.1] * 9), range(9), n_layers=3)
 
 
 @pytest.mark.parametrize(
