@@ -133,7 +133,7 @@ def test_dry_run_writes_nothing_and_its_plan_can_be_applied(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
     plan = PruningPlan.from_json(out)
     assert len(plan.remove) == 2
-    assert len(plan.steps) == 2
+    assert [step["action"] for step in plan.steps[:3]] == ["start", "cut", "cut"]
     (tmp_path / "plan.json").write_text(out)
     code, out, _ = run("--plan", "plan.json", "--output", "out", "--json")
     assert code == 0
@@ -493,16 +493,16 @@ def test_a_dry_run_reads_the_journal_if_asked(run, tmp_path, readings):
 
 def test_an_interrupted_search_leaves_a_plan_that_can_be_used(run, tmp_path, readings):
     words = ("--strategy", "smart", "--n-layers", "3", "--output", "out")
-    readings["stop"] = 9  # the full model, four layers, then pairs and triples
+    readings["stop"] = 9  # the full model, the first result, four layers, then pairs and triples
     code, _, err = run(*words)
     assert code == 130
-    assert "The search had come to 2 layers: use them with --plan out.partial_plan.json" in err
+    assert "The search had come to 3 layers: use them with --plan out.partial_plan.json" in err
     partial = PruningPlan.load(tmp_path / "out.partial_plan.json")
-    assert len(partial.remove) == 2
+    assert len(partial.remove) == 3
     readings["stop"] = math.inf
     code, out, _ = run("--plan", "out.partial_plan.json", "--output", "out")
     assert code == 0
-    assert f"Removed 2 of 8 layers (0-based): {list(partial.remove)}  [smart]" in out
+    assert f"Removed 3 of 8 layers (0-based): {list(partial.remove)}  [smart]" in out
 
 
 def test_a_larger_budget_reuses_the_journal(run, readings):

@@ -38,7 +38,13 @@ def test_a_request_is_typed_and_frozen():
 
 def test_the_defaults():
     request = parsed("")
-    assert (request.strategy, request.output, request.n_samples) == ("smart", "./pruned_model", 80)
+    assert (request.strategy, request.output, request.n_samples) == (
+        "smart",
+        "./pruned_model",
+        None,
+    )
+    assert (request.n_samples, request.n_tokens, request.max_length) == (None, None, 512)
+    assert request.time is None
     assert request.budget == Budget()
     assert request.needs_model
     assert request.writes_model
