@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .pruners.base import BasePruner
 
 INTERRUPTED = 130
-N_SAMPLES, N_TOKENS = 80, 8192  # to choose layers on, at most, unless one of them is given
+N_SAMPLES, N_TOKENS = 80, 4096  # to choose layers on, at most, unless one of them is given
 LEAST_TOKENS = 32  # of an item, where a number of tokens is asked for
 CHARACTERS = 4  # of a token of running text, about
 NO_MEMORY = ("allocate memory", "out of memory", "can't start new thread")  # how libraries say it

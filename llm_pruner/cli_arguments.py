@@ -82,7 +82,7 @@ def _add_input(group: Any) -> None:
         type=_count,
         metavar="N",
         help="items to choose layers on; the result is measured on as many others (default: at "
-        "most 80, of 8192 tokens together)",
+        "most 80, of 4096 tokens together)",
     )
     add(
         "--n-tokens",

@@ -118,7 +118,8 @@ class PruningPlan(JsonFile):
             ``prompts``, a short hash of each, so that they are not used for something else.
         held_out: what the choice costs on data that played no part in it: ``change`` (relative),
             ``low`` and ``high`` (95 % paired bootstrap interval), ``unit``, ``items``,
-            ``fingerprint``; empty if that was not measured.
+            ``fingerprint``; from several sources ``kinds``, ``change``, ``low`` and ``high`` of
+            each; empty if that was not measured.
         versions: of the packages that made it.
         model: what tells the model's checkpoint from others (`Checkpoint.identity`); empty for a
             model that was not loaded from one.
@@ -223,8 +224,12 @@ class PruningPlan(JsonFile):
     def _convert(cls, values: dict[str, Any]) -> dict[str, Any]:
         """In plan/1 the record of the healing was an option."""
         options = dict(values.get("options", {}))
-        for name, expected in HELD_OUT.items() if values.get("held_out") else ():
-            check_type(values["held_out"][name], expected, name)
+        held_out = values.get("held_out") or {}
+        for name, expected in HELD_OUT.items() if held_out else ():
+            check_type(held_out[name], expected, name)
+        for kind in held_out.get("kinds", {}).values():
+            for name in ("change", "low", "high"):
+                check_type(kind[name], float, name)
         return {**values, "healing": options.pop("heal", {}), "options": options}
 
 

@@ -13,6 +13,35 @@ from ..utils import shown
 EvalItem = dict[str, Any] | str
 
 
+class Text(str):
+    """Running text that knows what kind of text it is, such as the name of its source."""
+
+    __slots__ = ("kind",)
+    kind: str
+
+    def __new__(cls, text: str, kind: str) -> Text:
+        """`text`, which is of a kind."""
+        made = super().__new__(cls, text)
+        made.kind = kind
+        return made
+
+    def __reduce__(self) -> tuple[type[Text], tuple[str, str]]:
+        """How it is sent to other processes."""
+        return Text, (str(self), self.kind)
+
+
+def kind_of(item: EvalItem) -> str:
+    """The kind of data an item belongs to; empty where only one source was loaded."""
+    if isinstance(item, Text):
+        return item.kind
+    return "" if isinstance(item, str) else str(item.get("kind", ""))
+
+
+def of_kind(item: EvalItem, kind: str) -> EvalItem:
+    """The item with its kind."""
+    return Text(item, kind) if isinstance(item, str) else {**item, "kind": kind}
+
+
 def check_items(eval_data: Sequence[EvalItem]) -> Sequence[EvalItem]:
     """Return `eval_data` if every item is valid.
 

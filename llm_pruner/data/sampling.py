@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidDataError, LoadError, UnknownNameError
 from ..utils import DEMO_DIR, DEMO_MODEL, logger, user_path
 from .hub_datasets import read_hub_dataset
-from .items import EvalItem, check_items, prompt_keys, prompt_of
+from .items import EvalItem, check_items, kind_of, of_kind, prompt_keys, prompt_of
 from .local_files import READERS, read_local
 from .passages import PASSAGE, passages
 from .row_formats import DATASETS, DEFAULT_SOURCES, digest, find_benchmarks
@@ -95,7 +97,9 @@ def load_eval_dataset(
         source: None for an even mixture of `DEFAULT_SOURCES`, in which the others make up for one
             that fails; or ``demo``, ``demo-eval`` or ``demo-heal`` (items of this package), a
             short name of `DATASETS`, a file (.jsonl, .json, .csv, .txt), a folder of such files,
-            or a hub id. Write ``./sciq`` for a folder with the name of a benchmark.
+            or a hub id. Write ``./sciq`` for a folder with the name of a benchmark. Several of
+            them, separated by commas, give as many items each, or in proportion to shares,
+            ``a.jsonl=2,b.txt``; each is a kind of data (`kind_of`).
         up_to: `n` is an upper limit: no warning if there are fewer.
         passage: characters that an item of running text has at most, see `passages`.
 
@@ -108,11 +112,52 @@ def load_eval_dataset(
     _check_count("passage", passage)
     if source is None:
         items = _mixture(n, seed)
+    elif len(shares := _sources(str(source))) > 1:
+        items = _of_kinds(shares, n, seed, passage)
     else:
         items = _sample(str(source), None, None, n, seed, passage)
     if len(items) < n and not up_to:
         logger.warning("%d items requested, only %d available: using these.", n, len(items))
     return items
+
+
+def _sources(source: str) -> dict[str, float]:
+    """The sources that are named, and how much of each."""
+    if "," not in source or os.path.exists(user_path(source)):
+        return {source: 1.0}
+    shares: dict[str, float] = {}
+    for part in source.split(","):
+        name, equals, share = part.strip().rpartition("=")
+        name, share = (name, share) if equals else (share, "1")
+        try:
+            amount = float(share)
+        except ValueError:
+            amount = math.nan
+        if not (name and 0 < amount < math.inf) or name in shares:
+            raise InvalidDataError(
+                f"{source!r} must be different sources separated by commas, each with a positive "
+                "share if they differ, e.g. a.jsonl=2,b.txt."
+            )
+        shares[name] = amount
+    return shares
+
+
+def _of_kinds(shares: Mapping[str, float], n: int, seed: int, passage: int) -> list[EvalItem]:
+    """`n` items of several sources by their shares, each with the name of its source."""
+    total = math.fsum(shares.values())
+    kinds = _kind_names(list(shares))
+    pools = []
+    for (name, share), kind in zip(shares.items(), kinds, strict=True):
+        count = max(1, round(n * share / total))
+        items = _sample(name, None, None, count, seed, passage)
+        pools.append([of_kind(item, kind) for item in items])
+    return [item for pool in pools for item in pool]
+
+
+def _kind_names(sources: Sequence[str]) -> list[str]:
+    """Short names of sources: those of files without folder and ending, where they differ."""
+    stems = [Path(name).stem or name for name in sources]
+    return stems if len(set(stems)) == len(stems) else list(sources)
 
 
 def _mixture(n: int, seed: int) -> list[EvalItem]:
@@ -256,16 +301,22 @@ def load_data(
 def _fitting(
     items: list[EvalItem], tokenizer: PreTrainedTokenizerBase, n_tokens: int, max_length: int
 ) -> list[EvalItem]:
-    """Items that have at most `n_tokens` tokens together, or one; in their order."""
+    """Items that have at most `n_tokens` tokens together, or one of each kind; in their order.
+
+    Kinds have tokens in proportion to their items, so that shares of sources stay what they are.
+    """
     counts = Counter[int]()
     for sequence in encode_sequences(tokenizer, items, max_length=max_length) if items else ():
         counts[sequence.item] += len(sequence.ids)
+    kinds = Counter(kind_of(item) for item in items)
+    left = {kind: n_tokens * number / len(items) for kind, number in kinds.items()}
     taken: list[int] = []
-    left = n_tokens
     for index in sorted(counts, key=lambda index: digest(prompt_of(items[index]))):
-        if counts[index] <= left or not taken:
+        kind = kind_of(items[index])
+        if counts[index] <= left[kind] or kind in kinds:
             taken.append(index)
-            left -= counts[index]
+            left[kind] -= counts[index]
+            kinds.pop(kind, None)  # it has an item now
     return [items[index] for index in sorted(taken)]
 
 

@@ -25,6 +25,7 @@ from ..model.forward import refuse_adapters, require_loaded
 from ..model.loading import model_fingerprint
 from ..offload.offloaded_stack import layers_of
 from ..results import DepthCurve, LayerScores, PruningPlan, Removes, check_layers
+from ..search.mixture import warn_of_kinds
 from ..search.removal_quality import RemovalQuality
 from ..storage.origin import model_identity, read_for
 from ..utils import package_versions
@@ -215,6 +216,7 @@ class BasePruner(ABC):
                 self._refuse_empty(scores)
             if quality is not None:
                 plan = replace(plan, held_out=quality.cost(plan.remove))
+                warn_of_kinds(plan.held_out.get("kinds", {}))
         except BaseException:
             kept = [step["removed"] for step in self.steps if step["kept"]]
             if self.partial_plan is None and kept:  # the last of those with the most layers

@@ -13,7 +13,8 @@ from ..healing.heal import HEALERS, Heal
 from ..healing.lora_settings import LoraSettings
 from ..model.layer_stack import LayerStack
 from ..model.removal import share_copy
-from ..search.layer_search import OnStep, Step, check_number, search_layers
+from ..search.layer_search import check_number, search_layers
+from ..search.moves import OnStep, Step
 from ..search.removal_quality import RemovalQuality
 from ..utils import logger
 
@@ -104,7 +105,7 @@ def search_in_rounds(
         Also what `search_layers` and `heal_model` raise.
     """
     start = quality = quality_of(stack)
-    if relative := [name for name in RELATIVE_MEASURES if name in start.full()]:
+    if relative := [name for name in RELATIVE_MEASURES if name in start.measures]:
         raise InvalidPlanError(
             f"Objective {relative[0]!r} compares a cut model with its own uncut one, so it cannot "
             "judge healed models: use nll, accuracy or similarity, or do not heal between cuts."

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from ..data.items import EvalItem, fingerprint, prompt_keys, refuse_overlap
 from ..engines.layer_sets import Fits
@@ -15,6 +15,7 @@ from ..errors import InvalidPlanError
 from ..model.layer_stack import LayerStack
 from ..results import LayerScores, check_layers
 from ..search.layer_search import depth_curve, search_layers, single_removals
+from ..search.mixture import OverKinds
 from ..search.objectives import ObjectiveLike, parse_objective
 from ..search.removal_quality import RemovalQuality
 from ..search.rough import reduced
@@ -36,6 +37,8 @@ class MeasuredPruner(BasePruner):
             ``nll`` (likelihood of the references, or of running text), ``kl`` and ``agreement``
             (with the full model), ``accuracy`` (of items with choices), ``similarity`` (of
             generated answers); ``"nll=0.7,accuracy=0.3"``.
+        over_kinds: of items from several sources, whether the ``mean`` of the changes on each
+            counts, or the ``worst``.
         journal: file that keeps every measurement, so that a killed run can be resumed.
         seed: of the order in which a search looks at the items.
         options: the other options of `BasePruner`.
@@ -49,11 +52,15 @@ class MeasuredPruner(BasePruner):
         tokenizer: PreTrainedTokenizerBase,
         *,
         objective: ObjectiveLike = "nll",
+        over_kinds: OverKinds = "mean",
         journal: str | Path | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(model, tokenizer, **options)
+        if over_kinds not in get_args(OverKinds):
+            raise InvalidPlanError(f"over_kinds={over_kinds!r} must be 'mean' or 'worst'.")
+        self.over_kinds = over_kinds
         if type(seed) is not int or seed < 0:
             raise InvalidPlanError(f"seed={seed!r} must be a whole number from 0.")
         self.objective, self.journal, self.seed = parse_objective(objective), journal, seed
@@ -75,6 +82,7 @@ class MeasuredPruner(BasePruner):
             objective=self.objective,
             batch_size=self.batch_size,
             max_length=self.max_length,
+            over_kinds=self.over_kinds,
             journal=self.journal,
             seed=self.seed,
         )
@@ -101,7 +109,8 @@ class MeasuredPruner(BasePruner):
         return super().select_layers(scores, threshold=threshold)
 
     def _options(self) -> dict[str, Any]:
-        return {"objective": self.objective, "seed": self.seed}
+        kinds = {} if self.over_kinds == "mean" else {"over_kinds": self.over_kinds}
+        return {"objective": self.objective, "seed": self.seed, **kinds}
 
 
 FEW = 8  # items of which a single pass gives the first result of a search

@@ -99,6 +99,11 @@ def _summary(report: PruningReport) -> str:
         healed = report.heal.get("method", "none") != "none"
         name = "cost of the cut, before healing" if healed else "cost of the cut"
         tiles.append(_tile(name, change, f"{held['unit']} ({low} to {high})"))
+        for kind, one in held.get("kinds", {}).items():
+            change, low, high = (
+                f"{one[key]:+.1%}".replace("-", summary.MINUS) for key in ("change", "low", "high")
+            )
+            tiles.append(_tile(f"{name}: {kind}", change, f"{low} to {high}"))
     return (
         f"<header>\n<h1>{escape(plan.model_id or 'A model')}, pruned</h1>\n"
         f'<p class="soft">{escape(summary.removed_text(plan))}, chosen by {escape(plan.strategy)}. '

@@ -250,7 +250,8 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/{folder}")
 def _cost(plan: PruningPlan, report: PruningReport | None) -> str:
     lines = []
     if held := plan.held_out:
-        cost = summary.held_out_text({**held, "unit": inert(held["unit"])})
+        kinds = {inert(kind): one for kind, one in held.get("kinds", {}).items()}
+        cost = summary.held_out_text({**held, "unit": inert(held["unit"]), "kinds": kinds})
         lines.append(f"The cut alone: {cost}.\n")
     if report is not None and report.comparisons:
         lines += ["| | before | after | change (95 % interval) | |", "|---|---:|---:|---:|---|"]

@@ -43,11 +43,16 @@ def engines_text(plan: PruningPlan) -> str:
 
 
 def held_out_text(held_out: Mapping[str, Any]) -> str:
-    """What a plan costs on held-out items, with its interval and unit."""
-    return (
+    """What a plan costs on held-out items, with its interval and unit, and on each kind of them."""
+    text = (
         f"{held_out['change']:+.1%} (95 % interval {held_out['low']:+.1%} to "
         f"{held_out['high']:+.1%}), {held_out['unit']}, {held_out['items']} held-out items"
     )
+    kinds = [
+        f"{kind} {one['change']:+.1%} ({one['low']:+.1%} to {one['high']:+.1%})"
+        for kind, one in held_out.get("kinds", {}).items()
+    ]
+    return f"{text}: {', '.join(kinds)}" if kinds else text
 
 
 def evaluated_on(report: PruningReport) -> str:

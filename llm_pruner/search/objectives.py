@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data.tokens import IGNORED, TokenSequence, pad_sequences
+from ..data.items import EvalItem, kind_of
+from ..data.tokens import IGNORED, TokenSequence, encode_sequences, pad_sequences
 from ..errors import InvalidDataError, InvalidPlanError, UnknownNameError
 from ..evaluation.generation import ModelEvaluator
 from ..evaluation.tasks import by_item, check_choices, choice_batches, choice_score
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
 
 MAX_LENGTH = 512  # tokens of a sequence
+# A comparison begins on a block of the data, which has at least so many sequences or tokens.
+BLOCK, BLOCK_TOKENS = 16, 512
+MOST_BLOCKS = 16
 COMPARING = {"kl", "agreement"}  # measures that need the full model's logits
 Readings = Iterator[tuple[LayerSet, torch.Tensor]]
 
@@ -43,6 +48,8 @@ class EncodedData:
         sequences: what is measured.
         items: the item of each sequence; None for a window of running text.
         batch_size: sequences per forward pass.
+        chunks: indices of sequences that are run together.
+        blocks: chunks that are compared together.
     """
 
     stack: LayerStack
@@ -50,6 +57,73 @@ class EncodedData:
     sequences: list[TokenSequence]
     items: list[dict[str, Any] | None]
     batch_size: int
+    chunks: list[range]
+    blocks: list[range]
+
+    @classmethod
+    def of(
+        cls,
+        stack: LayerStack,
+        tokenizer: PreTrainedTokenizerBase,
+        eval_data: Sequence[EvalItem],
+        batch_size: int,
+        max_length: int,
+        seed: int,
+    ) -> EncodedData:
+        """Encode items; sequences come in random order, all kinds of data spread evenly.
+
+        Raises:
+            InvalidDataError: the items cannot be used.
+        """
+        encoded = encode_sequences(tokenizer, eval_data, max_length=max_length)
+        order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(seed))
+        sequences = _spread_kinds([encoded[index] for index in order.tolist()], eval_data)
+        chunks: list[range] = []
+        blocks: list[range] = []
+        for block in _blocks([len(one.ids) for one in sequences], batch_size):
+            part = slice(block.start, block.stop)  # similar lengths together, for less padding
+            sequences[part] = sorted(sequences[part], key=lambda one: len(one.ids))
+            first = len(chunks)
+            chunks += [block[n : n + batch_size] for n in range(0, len(block), batch_size)]
+            blocks.append(range(first, len(chunks)))
+        found = (eval_data[one.item] for one in sequences)
+        items = [item if isinstance(item, dict) else None for item in found]
+        return cls(stack, tokenizer, sequences, items, batch_size, chunks, blocks)
+
+
+def _spread_kinds(
+    sequences: list[TokenSequence], eval_data: Sequence[EvalItem]
+) -> list[TokenSequence]:
+    """The sequences so ordered that every part of them has all kinds of data in proportion."""
+    kinds = [kind_of(eval_data[one.item]) for one in sequences]
+    sizes, seen = Counter(kinds), Counter[str]()
+    places = []
+    for kind in kinds:
+        seen[kind] += 1
+        places.append((seen[kind] - 0.5) / sizes[kind])
+    order = sorted(range(len(sequences)), key=places.__getitem__)
+    return [sequences[index] for index in order]
+
+
+def _blocks(lengths: Sequence[int], batch_size: int) -> list[range]:
+    """Sequences of these lengths in blocks; a remainder joins the last one.
+
+    A block has at least `BLOCK` sequences, in whole batches, or `BLOCK_TOKENS` tokens, and there
+    are not many more of them than `MOST_BLOCKS`.
+    """
+    most = -(-BLOCK // batch_size) * batch_size
+    enough = max(BLOCK_TOKENS, sum(lengths) // MOST_BLOCKS)
+    blocks: list[range] = []
+    begin = tokens = 0
+    for index, length in enumerate(lengths, start=1):
+        tokens += length
+        if tokens >= enough or (index - begin >= most and sum(lengths) < MOST_BLOCKS * enough):
+            blocks.append(range(begin, index))
+            begin, tokens = index, 0
+    if begin < len(lengths):
+        first = blocks.pop().start if blocks else 0
+        blocks.append(range(first, len(lengths)))
+    return blocks
 
 
 class Measure(ABC):

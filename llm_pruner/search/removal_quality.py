@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data.items import EvalItem, fingerprint
-from ..data.tokens import encode_sequences
+from ..data.items import EvalItem, fingerprint, kind_of
 from ..distributed import gather, portion, working_together
 from ..errors import NonFiniteError, ProcessGroupError, UnsupportedModelError
 from ..model.forward import HINT, evaluating, position_limit, require_language_model
@@ -22,18 +21,15 @@ from ..progress import Progress
 from ..results import check_layers
 from ..stats import paired_draws, percentiles
 from ..utils import at_least_one, logger, tokenizer_fingerprint
-from .cost import TokenCost
 from .journal import Journal
+from .mixture import Mixture, OverKinds
 from .objectives import MAX_LENGTH, OBJECTIVES, EncodedData, ObjectiveLike, parse_objective
-from .prefix_sharing import LayerSet, executions, in_tree_order
+from .prefix_sharing import LayerSet, TokenCost, executions, in_tree_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# A comparison begins on a block of the data, which has at least so many sequences or tokens.
-BLOCK, BLOCK_TOKENS = 16, 512
-MOST_BLOCKS = 16
 Subset = tuple[int, ...]  # chunks
 Work = list[tuple[int, list[LayerSet]]]  # chunks, and the sets to measure on each
 
@@ -56,11 +52,13 @@ class RemovalQuality:
         objective: a name of `OBJECTIVES`, or several with weights: ``"nll=0.7,kl=0.3"``.
         batch_size: sequences per forward pass; does not change the result.
         max_length: longest sequence, in tokens; running text is cut into windows.
+        over_kinds: of data of several kinds (`kind_of`) the ``mean`` change, or the ``worst``.
         journal: file that keeps measurements across runs, if any.
         seed: of the order of the sequences; does not change the result on all of them.
 
     Attributes:
         unit: what `change` measures, in words.
+        measures: the measures and their weights.
         token_cost: what a token costs to measure.
         measured: chunks measured by this object, over all sets of layers; measurements from the
             journal and of other processes do not count.
@@ -81,6 +79,7 @@ class RemovalQuality:
         objective: ObjectiveLike = "nll",
         batch_size: int = 8,
         max_length: int = MAX_LENGTH,
+        over_kinds: OverKinds = "mean",
         journal: str | Path | None = None,
         seed: int = 0,
     ) -> None:
@@ -90,36 +89,27 @@ class RemovalQuality:
         self.unit = _unit(mixture)
         at_least_one(batch_size=batch_size, max_length=max_length)
         length = min(max_length, position_limit(stack.model))
-        encoded = encode_sequences(tokenizer, eval_data, max_length=length)
-        order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(seed))
-        sequences = [encoded[index] for index in order.tolist()]
-        self._chunks: list[range] = []
-        self._blocks: list[range] = []  # chunks that are compared together
-        for block in _blocks([len(one.ids) for one in sequences], batch_size):
-            part = slice(block.start, block.stop)  # similar lengths together, for less padding
-            sequences[part] = sorted(sequences[part], key=lambda one: len(one.ids))
-            first = len(self._chunks)
-            self._chunks += [block[n : n + batch_size] for n in range(0, len(block), batch_size)]
-            self._blocks.append(range(first, len(self._chunks)))
-        self._lengths = [len(one.ids) for one in sequences]
+        data = EncodedData.of(stack, tokenizer, eval_data, batch_size, length, seed)
+        self._chunks, self._blocks = data.chunks, data.blocks
+        self._lengths = [len(one.ids) for one in data.sequences]
         self.token_cost, self.work = TokenCost.of(stack), 0.0
         self.deadline: float | None = None
-        self._items = [one.item for one in sequences]
-        items = [item if isinstance(item := eval_data[n], dict) else None for n in self._items]
-        data = EncodedData(stack, tokenizer, sequences, items, batch_size)
+        self._items = [one.item for one in data.sequences]
         names: dict[type, list[str]] = {}
         for name in mixture:
             names.setdefault(OBJECTIVES[name].measured_by, []).append(name)
         self._measures = [cls(data, group) for cls, group in names.items()]
-        self._mixture = {name: mixture[name] for group in names.values() for name in group}
-        self._weights = torch.cat([measure.weights() for measure in self._measures])
+        self.measures = {name: mixture[name] for group in names.values() for name in group}
+        weights = torch.cat([measure.weights() for measure in self._measures])
+        kinds = [kind_of(eval_data[n]) for n in self._items]
+        self._mixture = Mixture(self.measures, weights, kinds, over_kinds)
         self._values: dict[tuple[LayerSet, int], torch.Tensor] = {}  # of a set on a chunk
         self.measured = 0
         self._refusals: dict[LayerSet, str] = {}
         self._journal = Journal(journal) if journal is not None else None
         self._fingerprint = fingerprint(eval_data)
         prints = stack.fingerprint, tokenizer_fingerprint(tokenizer), self._fingerprint
-        settings = "+".join(self._mixture), f"2.{length}.{batch_size}.{seed}"
+        settings = "+".join(self.measures), f"2.{length}.{batch_size}.{seed}"
         self._key = ":".join((*prints, *settings))
         if self._journal:
             self._read_journal(self._journal)
@@ -131,7 +121,7 @@ class RemovalQuality:
         for (removed, chunk), values in entries.items():
             known = torch.tensor(values, dtype=torch.float64)
             fits = 0 <= chunk < len(self._chunks) and known.isfinite().all()
-            if not fits or known.shape != (len(self._mixture), len(self._chunks[chunk])):
+            if not fits or known.shape != (len(self.measures), len(self._chunks[chunk])):
                 logger.warning("%s: an entry for %s is damaged.", journal.path, list(removed))
                 continue
             self._values[removed, chunk] = known
@@ -141,7 +131,7 @@ class RemovalQuality:
     @property
     def items(self) -> int:
         """How many items of the data count."""
-        counted = self._weights.sum(0).nonzero().flatten().tolist()
+        counted = self._mixture.weights.sum(0).nonzero().flatten().tolist()
         return len({self._items[index] for index in counted})
 
     @property
@@ -153,14 +143,15 @@ class RemovalQuality:
     def __call__(self, removed: Iterable[int] = ()) -> float:
         """Quality without the layers `removed`; higher is better.
 
-        With several measures: 1 plus the weighted relative change, so 1 for the full model.
+        With several measures or kinds of data: 1 plus the weighted relative change, so 1 for the
+        full model.
 
         Raises:
             NonFiniteError: it is not finite.
         """
         layers = check_layers(removed, len(self.stack))
         self.measure([layers])
-        if len(self._mixture) == 1:
+        if len(self._mixture.parts) == 1:
             return self._qualities(layers, None)[0]
         return 1.0 + self.change(layers)
 
@@ -176,11 +167,11 @@ class RemovalQuality:
         """
         layers = check_layers(removed, len(self.stack))
         self.measure([layers], subset)
-        qualities = self._qualities(layers, subset), self._qualities((), subset), self._full()
-        return math.fsum(
-            weight * (after - before) / abs(full)
-            for weight, after, before, full in zip(self._mixture.values(), *qualities, strict=True)
-        )
+        return self._mixture.change(*self._compared(layers, subset))
+
+    def _compared(self, layers: LayerSet, subset: Subset | None) -> tuple[list[float], ...]:
+        """Qualities without layers, of the full model, and of that on all data."""
+        return self._qualities(layers, subset), self._qualities((), subset), self._full()
 
     def gap(self, left: LayerSet, right: LayerSet, subset: Subset) -> tuple[float, float]:
         """How much better `left` is than `right`, and the standard error of that.
@@ -190,16 +181,16 @@ class RemovalQuality:
         least what one item or token contributes, because on few items two sets often agree in all.
         """
         difference = self.change(left, subset) - self.change(right, subset)
-        weights = self._weights_on(subset)
+        weights = self._mixture.weights_on(self._columns(subset))
         count, total = weights.shape[1], self.size()
         if count == total:
             return difference, 0.0
         paired = self._influence(left, subset) - self._influence(right, subset)
-        pairs = zip(self._mixture.items(), self._full(), weights.sum(1), strict=True)
+        parts = zip(self._mixture.parts, self._full(), weights.sum(1), strict=True)
         least = sum(
-            (weight / abs(full) / float(size)) ** 2
-            for (name, weight), full, size in pairs
-            if not OBJECTIVES[name].is_loss and size
+            (part.weight / abs(full) / float(size)) ** 2
+            for part, full, size in parts
+            if not OBJECTIVES[part.name].is_loss and size
         )
         spread = max(float(paired.square().sum()), least) * count / max(1, count - 1)
         return difference, math.sqrt(spread * (1 - count / total))
@@ -212,22 +203,41 @@ class RemovalQuality:
         Sequences are drawn with replacement, the same for both models (Efron's percentile method).
         """
         layers = check_layers(removed, len(self.stack))
-        self.measure([layers])
-        changes = torch.zeros(draws, dtype=torch.float64)
-        parts = zip(self.full().items(), self._on(()), self._on(layers), self._weights, strict=True)
-        for (name, full), before, after, weights in parts:
-            transform = (lambda nll: torch.exp(-nll)) if OBJECTIVES[name].is_loss else None
-            gains = paired_draws(
-                before, after, weights, transform=transform, draws=draws, seed=seed
-            )
-            changes += self._mixture[name] / abs(full) * gains
-        low, high = percentiles(changes, level).tolist()
+        drawn = self._draws(layers, draws, seed)
+        low, high = percentiles(self._mixture.combined(drawn), level).tolist()
         return low, high
+
+    def _draws(self, layers: LayerSet, draws: int = 1000, seed: int = 0) -> torch.Tensor:
+        """Changes of every part of the mixture on data drawn again: (parts, draws)."""
+        self.measure([layers])
+        changes = []
+        sides = (self._mixture.values(self._on(removed), None) for removed in ((), layers))
+        weights = self._mixture.weights
+        parts = zip(self._mixture.parts, self._full(), *sides, weights, strict=True)
+        for part, full, before, after, counts in parts:
+            transform = (lambda nll: torch.exp(-nll)) if OBJECTIVES[part.name].is_loss else None
+            how: dict[str, Any] = {"transform": transform, "draws": draws, "seed": seed}
+            changes.append(paired_draws(before, after, counts, **how) / abs(full))
+        return torch.stack(changes)
+
+    def by_kind(self, removed: Iterable[int]) -> dict[str, dict[str, float]]:
+        """The change on each kind of data and its interval; empty where there is only one."""
+        layers = check_layers(removed, len(self.stack))
+        drawn = self._draws(layers)
+        found = self._mixture.by_kind(*self._compared(layers, None))
+        if len(found) < 2:
+            return {}
+        bounds = {kind: percentiles(self._mixture.of_kind(drawn, kind)) for kind in found}
+        return {
+            kind: {"change": change, "low": float(bounds[kind][0]), "high": float(bounds[kind][1])}
+            for kind, change in found.items()
+        }
 
     def cost(self, removed: Iterable[int]) -> dict[str, Any]:
         """What removing layers costs on all data, as `PruningPlan.held_out` describes it."""
         layers = tuple(removed)
         low, high = self.interval(layers)
+        kinds = self.by_kind(layers)
         return {
             "change": self.change(layers),
             "low": low,
@@ -235,6 +245,7 @@ class RemovalQuality:
             "unit": self.unit,
             "items": self.items,
             "fingerprint": self._fingerprint,
+            **({"kinds": kinds} if kinds else {}),
         }
 
     def subsets(self, turn: int = 0) -> list[Subset]:
@@ -250,7 +261,8 @@ class RemovalQuality:
 
     def size(self, subset: Subset | None = None) -> int:
         """How many sequences a subset holds; all of the data if None."""
-        return self._weights_on(subset).shape[1]
+        columns = self._columns(subset)
+        return len(self._lengths) if columns is None else len(columns)
 
     def measure(
         self, layer_sets: Iterable[LayerSet], subset: Subset | None = None, label: str = "Measuring"
@@ -380,13 +392,14 @@ class RemovalQuality:
                 self._refuse_late()
 
     def full(self) -> dict[str, float]:
-        """The quality of the model with all its layers, by measure.
+        """The quality of the model with all its layers, by measure (and kind of data).
 
         Raises:
             NonFiniteError: one is not finite, or 0.
         """
         self.measure([()])
-        return dict(zip(self._mixture, self._full(), strict=True))
+        labels = (part.label for part in self._mixture.parts)
+        return dict(zip(labels, self._full(), strict=True))
 
     def change_from(self, other: RemovalQuality) -> float:
         """Relative change of this full model against the full model of another measurement.
@@ -394,11 +407,8 @@ class RemovalQuality:
         For models of which neither is the other without layers (a healed one). Measures that
         compare with the full model itself have no meaning here.
         """
-        before = other.full()
-        return math.fsum(
-            self._mixture[name] * (after - before[name]) / abs(before[name])
-            for name, after in self.full().items()
-        )
+        before = [*other.full().values()]
+        return self._mixture.change([*self.full().values()], before, before)
 
     def _full(self) -> list[float]:
         """The full model's qualities on all data."""
@@ -412,31 +422,19 @@ class RemovalQuality:
         chunks = range(len(self._chunks)) if subset is None else subset
         return torch.cat([self._values[removed, chunk] for chunk in chunks], dim=1)
 
-    def _weights_on(self, subset: Subset | None) -> torch.Tensor:
-        """The weights on a subset: (measures, sequences)."""
-        if subset is None:
-            return self._weights
-        return self._weights[:, list(chain(*(self._chunks[chunk] for chunk in subset)))]
+    def _columns(self, subset: Subset | None) -> list[int] | None:
+        """The sequences of a subset."""
+        return None if subset is None else list(chain(*(self._chunks[n] for n in subset)))
 
     def _qualities(self, removed: LayerSet, subset: Subset | None) -> list[float]:
-        weights = self._weights_on(subset).sum(1).clamp(min=1e-12)
-        means = self._on(removed, subset).sum(1) / weights
-        pairs = zip(self._mixture, means.tolist(), strict=True)
-        return [OBJECTIVES[name].quality(mean) for name, mean in pairs]
+        return self._mixture.qualities(self._on(removed, subset), self._columns(subset))
 
     def _influence(self, removed: LayerSet, subset: Subset) -> torch.Tensor:
         """First-order contribution of each sequence to the relative change."""
-        values, weights = self._on(removed, subset), self._weights_on(subset)
-        total = weights.sum(1).clamp(min=1e-12)
-        means = values.sum(1) / total
-        factors = [
-            weight * OBJECTIVES[name].slope(mean) / abs(full)
-            for (name, weight), mean, full in zip(
-                self._mixture.items(), means.tolist(), self._full(), strict=True
-            )
-        ]
-        each = values - means[:, None] * weights
-        return (torch.tensor(factors, dtype=torch.float64) / total) @ each
+        found = self._mixture.by_kind(*self._compared(removed, subset))
+        worst = min(found, key=found.__getitem__)
+        columns = self._columns(subset)
+        return self._mixture.influence(self._on(removed, subset), columns, self._full(), worst)
 
 
 def _unit(mixture: Mapping[str, float]) -> str:
@@ -445,24 +443,3 @@ def _unit(mixture: Mapping[str, float]) -> str:
         return f"relative change of {OBJECTIVES[name].unit}"
     parts = (f"{weight:.2g} {name}" for name, weight in mixture.items())
     return f"weighted relative change ({', '.join(parts)})"
-
-
-def _blocks(lengths: Sequence[int], batch_size: int) -> list[range]:
-    """Sequences of these lengths in blocks; a remainder joins the last one.
-
-    A block has at least `BLOCK` sequences, in whole batches, or `BLOCK_TOKENS` tokens, and there
-    are not many more of them than `MOST_BLOCKS`.
-    """
-    most = -(-BLOCK // batch_size) * batch_size
-    enough = max(BLOCK_TOKENS, sum(lengths) // MOST_BLOCKS)
-    blocks: list[range] = []
-    begin = tokens = 0
-    for index, length in enumerate(lengths, start=1):
-        tokens += length
-        if tokens >= enough or (index - begin >= most and sum(lengths) < MOST_BLOCKS * enough):
-            blocks.append(range(begin, index))
-            begin, tokens = index, 0
-    if begin < len(lengths):
-        first = blocks.pop().start if blocks else 0
-        blocks.append(range(first, len(lengths)))
-    return blocks

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import random
 import subprocess
 import sys
+from collections import Counter
 
 import datasets
 import pytest
@@ -16,10 +18,16 @@ from hypothesis import strategies as st
 
 from llm_pruner.data import row_formats, sampling
 from llm_pruner.data.hub_datasets import load_dataset_from_hub, upload_dataset_to_hub
-from llm_pruner.data.items import check_items
+from llm_pruner.data.items import check_items, fingerprint, kind_of, of_kind, prompt_keys
 from llm_pruner.data.passages import passages
 from llm_pruner.data.row_formats import DATASETS, normalize_item
-from llm_pruner.data.sampling import DataSplit, load_eval_dataset, safe_sample, split_items
+from llm_pruner.data.sampling import (
+    DataSplit,
+    load_data,
+    load_eval_dataset,
+    safe_sample,
+    split_items,
+)
 from llm_pruner.errors import InvalidDataError, LoadError, OutputError, UnknownNameError
 
 # Rows in the layout of the hub, with texts of our own.
@@ -747,3 +755,57 @@ def test_import_is_light():
     code = f"import sys, llm_pruner.data; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- several sources ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sources(tmp_path):
+    for name, word in (("wiki", "moth"), ("books", "sea")):
+        write(tmp_path / f"{name}.jsonl", [{"text": f"{word} number {n}."} for n in range(40)])
+    write(tmp_path / "ask.jsonl", qa(40))
+    return tmp_path
+
+
+def test_several_sources_are_kinds_in_proportion_to_their_shares(sources):
+    text = f"{sources}/wiki.jsonl=2, {sources}/books.jsonl,{sources}/ask.jsonl"
+    found = load_eval_dataset(40, text)
+    assert Counter(map(kind_of, found)) == {"wiki": 20, "books": 10, "ask": 10}
+    assert all(("moth" in one) == (kind_of(one) == "wiki") for one in found)
+    assert found == check_items(found)
+    again = pickle.loads(pickle.dumps(found))
+    assert list(map(kind_of, again)) == list(map(kind_of, found))
+    assert fingerprint(again) == fingerprint(found)
+    split = load_data(text, 10)
+    assert {kind_of(item) for item in split.scoring} == {"wiki", "books", "ask"}
+    assert not set(prompt_keys(split.scoring)) & set(prompt_keys(split.held_out))
+
+
+def test_one_source_is_no_kind_and_sources_of_one_name_keep_their_paths(sources):
+    assert {kind_of(one) for one in load_eval_dataset(9, f"{sources}/wiki.jsonl")} == {""}
+    (sources / "more").mkdir()
+    write(sources / "more" / "wiki.jsonl", [{"text": "fern."}])
+    names = [f"{sources}/wiki.jsonl", f"{sources}/more/wiki.jsonl"]
+    assert {kind_of(one) for one in load_eval_dataset(9, ",".join(names))} == set(names)
+
+
+def test_a_file_with_a_comma_in_its_name_is_one_source(tmp_path):
+    write(tmp_path / "a,b.jsonl", [{"text": "One."}])
+    assert load_eval_dataset(1, f"{tmp_path}/a,b.jsonl") == ["One."]
+
+
+@pytest.mark.parametrize("text", ["a,", "a=0,b", "a=x,b", "a,a", "=2,b", "a=nan,b", "a=-1,b", ","])
+def test_sources_and_shares_that_cannot_be(text):
+    with pytest.raises(InvalidDataError, match="different sources separated by commas"):
+        load_eval_dataset(4, text)
+
+
+def test_every_kind_has_tokens_in_proportion_to_its_items(tokenizer):
+    long = [of_kind(" ".join(["w1"] * 30) + f" w{n}", "long") for n in range(20)]
+    short = [of_kind(f"w{n} w2 w3", "short") for n in range(20)]
+    found = DataSplit([*long, *short], [], []).within(tokenizer, 124).scoring
+    counts = Counter(map(kind_of, found))
+    assert counts == {"long": 2, "short": 20}
+    few = DataSplit([*long, *short], [], []).within(tokenizer, 1).scoring
+    assert Counter(map(kind_of, few)) == {"long": 1, "short": 1}, "no kind is lost"

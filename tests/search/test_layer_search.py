@@ -12,14 +12,8 @@ from conftest import items, tiny_llama
 
 from llm_pruner.errors import InvalidPlanError, UnsupportedModelError
 from llm_pruner.model.layer_stack import LayerStack
-from llm_pruner.search.layer_search import (
-    ROUNDING,
-    WIDTHS,
-    LayerSearch,
-    depth_curve,
-    search_layers,
-    single_removals,
-)
+from llm_pruner.search.layer_search import depth_curve, search_layers, single_removals
+from llm_pruner.search.moves import ROUNDING, WIDTHS, LayerSearch
 from llm_pruner.search.removal_quality import RemovalQuality, TimeIsUp
 
 

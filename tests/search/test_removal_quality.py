@@ -14,12 +14,19 @@ import pytest
 from conftest import items, tiny_llama
 from test_objectives import choice_items
 
+from llm_pruner.data.items import kind_of, of_kind
 from llm_pruner.errors import OutputError
 from llm_pruner.model.layer_stack import LayerStack
 from llm_pruner.search.journal import Journal
+from llm_pruner.search.mixture import warn_of_kinds
 from llm_pruner.search.removal_quality import RemovalQuality
 
 LAYER_SETS = [(2, 5), (1, 3, 4)]
+
+
+@pytest.fixture(scope="module")
+def llama_stack():
+    return LayerStack(tiny_llama())
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +111,7 @@ def test_a_line_that_finds_no_room_is_an_error_and_costs_that_line_alone(tmp_pat
 APPEND = """
 import os, sys
 from llm_pruner.search.journal import Journal
+from llm_pruner.search.mixture import warn_of_kinds
 for key in "abc":
     if os.fork() == 0:
         for number in range(200):
@@ -179,3 +187,78 @@ def test_a_measure_that_needs_the_pruned_model_asks_the_architecture_first(token
     stack = LayerStack(tiny_llama())
     assert RemovalQuality(stack, tokenizer, items(4)).can_bypass
     assert not RemovalQuality(stack, tokenizer, items(4), objective="similarity").can_bypass
+
+
+# --- kinds of data -----------------------------------------------------------------------------
+
+
+def of_two_kinds():
+    texts = [of_kind(f"w{n} w{n + 1} w{n + 2} w{n + 3}", "letters") for n in range(24)]
+    return [*texts, *({**item, "kind": "questions"} for item in items(8))]
+
+
+@pytest.mark.parametrize("over_kinds", ["mean", "worst"])
+@pytest.mark.parametrize("objective", ["nll", "nll=0.5,kl=0.5", "agreement"])
+def test_every_kind_counts_the_same_however_much_of_it_there_is(
+    llama_stack, tokenizer, objective, over_kinds
+):
+    data = of_two_kinds()
+    whole = RemovalQuality(llama_stack, tokenizer, data, objective=objective, over_kinds=over_kinds)
+    parts = {
+        kind: RemovalQuality(
+            llama_stack,
+            tokenizer,
+            [one for one in data if kind_of(one) == kind],
+            objective=objective,
+        )
+        for kind in ("letters", "questions")
+    }
+    for removed in [(2,), (1, 4), (3, 5, 6)]:
+        changes = {kind: part.change(removed) for kind, part in parts.items()}
+        wanted = min(changes.values()) if over_kinds == "worst" else sum(changes.values()) / 2
+        assert whole.change(removed) == pytest.approx(wanted, rel=1e-4)
+        found = whole.by_kind(removed)
+        assert {kind: one["change"] for kind, one in found.items()} == pytest.approx(
+            changes, rel=1e-4
+        )
+        assert all(one["low"] < one["high"] for one in found.values())
+        low, high = whole.interval(removed)
+        assert low - 1e-6 <= wanted <= high + 1e-6
+        cost = whole.cost(removed)
+        assert cost["kinds"] == found
+        assert cost["low"] == low
+
+
+def test_one_kind_is_none(llama_stack, tokenizer):
+    texts = [f"w{n} w{n + 1} w{n + 2}" for n in range(6)]
+    plain = RemovalQuality(llama_stack, tokenizer, texts)
+    named = RemovalQuality(llama_stack, tokenizer, [of_kind(text, "a") for text in texts])
+    assert named.change((2,)) == plain.change((2,))
+    assert named.by_kind((2,)) == {}
+    assert "kinds" not in named.cost((2,))
+    assert named((2,)) == plain((2,))
+
+
+def test_every_subset_has_all_kinds(llama_stack, tokenizer):
+    data = [of_kind(f"w{n} w{n + 1} w{n + 2}", "ab"[n % 3 == 0]) for n in range(60)]
+    quality = RemovalQuality(llama_stack, tokenizer, data)
+    for subset in quality.subsets():
+        weights = quality._mixture.weights_on(quality._columns(subset)).sum(1)
+        assert weights.min() > 0.2 * weights.max()
+
+
+def test_a_kind_of_which_a_measure_says_nothing_does_not_count(llama_stack, tokenizer):
+    choices = [{**item, "kind": "asked"} for item in choice_items(12)]
+    texts = [of_kind(f"w{n} w{n + 1} w{n + 2}", "told") for n in range(6)]
+    both = RemovalQuality(llama_stack, tokenizer, [*choices, *texts], objective="accuracy")
+    alone = RemovalQuality(llama_stack, tokenizer, choices, objective="accuracy")
+    assert both.change((3,)) == pytest.approx(alone.change((3,)))
+
+
+def test_kinds_that_a_choice_costs_more_are_named(caplog):
+    near = {"a": {"change": -0.1, "low": -0.2, "high": -0.05}}
+    warn_of_kinds({})
+    warn_of_kinds({**near, "b": {"change": -0.15, "low": -0.2, "high": -0.1}})
+    assert not caplog.records
+    warn_of_kinds({**near, "b": {"change": -0.4, "low": -0.5, "high": -0.3}})
+    assert "costs b clearly more (-40.0 %) than a (-10.0 %)" in caplog.text
