@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, redirect_stdout
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -112,7 +112,7 @@ def _run(request: Request) -> None:
             if request.fix_gguf is not None:
                 _fix_gguf(request, request.fix_gguf)
                 return
-            if not request.dry_run:
+            if not request.writes_nothing:
                 on_first(lambda: held.enter_context(hold_output(request.output)))
             if request.needs_model:
                 _run_in_memory(request)
@@ -288,7 +288,7 @@ def _make_pruner(request: Request) -> BasePruner:
     }
     if issubclass(cls, MeasuredPruner):
         options["seed"] = request.seed
-        keeps_journal = request.resume or not request.dry_run  # a dry run leaves nothing new
+        keeps_journal = request.resume or not request.writes_nothing  # a dry run leaves nothing new
         if keeps_journal and request.layers is None and request.plan is None:
             options["journal"] = request.beside("journal.jsonl")
         if request.objective is not None:
@@ -321,6 +321,9 @@ def _run_in_memory(request: Request) -> None:
     n_tokens = request.n_tokens or (N_TOKENS if request.n_samples is None else None)
     if n_tokens is not None:
         data = data.within(pruner.tokenizer, n_tokens, request.max_length)
+    if request.estimate:
+        say(_estimated(request, pruner, data))
+        return
     if request.heal != "none" or request.visualize:
         purpose = "healing" if request.heal != "none" else "drawing figures"
         pruner.layers.require_weights(purpose)
@@ -346,6 +349,15 @@ def _run_in_memory(request: Request) -> None:
         _copy_on_disk(request, replace(plan, held_out=held_out))
     else:
         _carry_out(request, pruner, plan, data, lora)
+
+
+def _estimated(request: Request, pruner: BasePruner, data: DataSplit) -> str:
+    """What the request would take, as text or JSON."""
+    from .estimate import estimate
+
+    found = estimate(pruner, data, request.budget)
+    values = {**asdict(found), "seconds": found.seconds}
+    return json.dumps(values, indent=2) + "\n" if request.json else found.text()
 
 
 def _load_data(request: Request, given: PruningPlan | None) -> DataSplit:

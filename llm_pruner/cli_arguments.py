@@ -231,6 +231,12 @@ def _add_output(group: Any) -> None:
         "to llama.cpp's own reckoning; nothing else is done",
     )
     add("--dry-run", action="store_true", help="print scores and plan; write nothing")
+    add(
+        "--estimate",
+        action="store_true",
+        help="say what choosing and comparing would take on this machine: time, memory, disk; no "
+        "more is done",
+    )
     add("--json", action="store_true", help="print the result as JSON")
     add("--quiet", action="store_true", help="no progress, no notes")
 
@@ -363,6 +369,7 @@ class Request:
     drop_mtp: bool
     fix_gguf: str | None
     dry_run: bool
+    estimate: bool
     json: bool
     quiet: bool
     words: tuple[str, ...]
@@ -413,6 +420,10 @@ class Request:
         ):
             if value is not None and has_none:
                 raise InvalidPlanError(f"{name} has no effect {reason}: leave it out.")
+        if self.estimate and (not self.chooses or sweeps):
+            raise InvalidPlanError(
+                "--estimate is for a choice of layers, by a strategy and an amount: leave it out."
+            )
         if self.time is not None and (self.strategy != "smart" or is_given or sweeps):
             raise InvalidPlanError("--time is for a search by --strategy smart: leave it out.")
         if self.heal_every is not None and (self.strategy != "smart" or is_given):
@@ -437,9 +448,14 @@ class Request:
         return self.chooses or loads or measures or self.heal != "none"
 
     @property
+    def writes_nothing(self) -> bool:
+        """Whether only a plan, or an estimate, is asked for."""
+        return self.dry_run or self.estimate
+
+    @property
     def writes_model(self) -> bool:
         """Whether the output folder is written."""
-        return not self.dry_run and self.sweep is None and self.fix_gguf is None
+        return not self.writes_nothing and self.sweep is None and self.fix_gguf is None
 
     def beside(self, ending: str) -> Path:
         """A file beside the output folder, named after it."""

@@ -62,9 +62,9 @@ def _check_files(request: Request) -> None:
         raise OutputError(f"--output {request.output} is the model itself: choose another folder.")
     if request.writes_model:
         check_output(request.output, overwrite=request.overwrite, reads=reads)
-    if request.chooses and (request.resume or not request.dry_run):
+    if request.chooses and (request.resume or not request.writes_nothing):
         Journal(request.beside("journal.jsonl")).check()
-    if request.dry_run:
+    if request.writes_nothing:
         return
     if request.heal == "lora":
         own_checkpoints(request.beside("healing"))

@@ -281,6 +281,14 @@ class BasePruner(ABC):
             max_length=self.max_length,
         )
 
+    def expected_passes(self, quality: RemovalQuality, count: int) -> tuple[float, float]:
+        """About how many passes over the data a choice of `count` layers takes.
+
+        Passes of the full model with its head, and how many more in reduced precision. One, unless
+        a strategy says otherwise.
+        """
+        return 1.0, 0.0
+
     def measure_choice(self, layers: Sequence[int], held_out: Sequence[EvalItem]) -> dict[str, Any]:
         """What removing `layers` costs on other data, as `PruningPlan.held_out` describes it."""
         return self.quality(held_out).cost(layers)

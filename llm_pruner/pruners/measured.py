@@ -97,6 +97,12 @@ class MeasuredPruner(BasePruner):
         scores = single_removals(quality, range(self.num_layers))
         return LayerScores(scores, strategy=self.name, unit=quality.unit, removes=self.removes)
 
+    def expected_passes(self, quality: RemovalQuality, count: int) -> tuple[float, float]:
+        """Every layer removed alone; with replay from where it was."""
+        cost, depth = quality.token_cost, self.num_layers
+        each = cost.of_pass(depth // 2 if self.layers.can_replay else depth - 1)
+        return 1 + depth * each / cost.of_pass(depth), 0.0
+
     def select_layers(
         self,
         scores: Mapping[int, float],
@@ -113,6 +119,8 @@ class MeasuredPruner(BasePruner):
         return {"objective": self.objective, "seed": self.seed, **kinds}
 
 
+SMALL = 1e12  # multiply-adds that any search may take: some seconds
+EXACT = 4.0  # passes in full precision that a search ends with: the best sets, and the full model
 FEW = 8  # items of which a single pass gives the first result of a search
 
 
@@ -136,8 +144,8 @@ class SmartPruner(MeasuredPruner):
     interactions are seen (SLEB, Song et al., arXiv:2402.09025, is the plain greedy search); then
     layers are swapped until no swap is better. Candidates that are clearly worse on few items are
     not measured on all (`LayerSearch`), and a model in float32 is first measured in bfloat16 where
-    that is faster. The search never takes more than plain greedy search would. The weights are
-    healed afterwards, by ``prune_and_save(..., heal=)``; with `repairs` they are also healed after
+    that is faster. The search takes no more than plain greedy search would, or some seconds. The
+    weights are healed afterwards, by ``prune_and_save(..., heal=)``; with `repairs` they are also healed after
     every few removals, and the next layers are chosen on the healed model.
 
     Args:
@@ -264,7 +272,8 @@ class SmartPruner(MeasuredPruner):
         both = [quality] if rough is None else [quality, rough]
         count, work = limits["n_layers"], math.inf
         if count is not None:
-            work = quality.token_cost.of_naive_greedy(len(pool), count) * quality.tokens
+            naive = quality.token_cost.of_naive_greedy(len(pool), count) * quality.tokens
+            work = max(naive, SMALL)
             work += sum(one.work for one in both)  # of earlier searches
         scores = self._one_pass_scores(eval_data) if count and len(pool) > count else None
         try:
@@ -274,6 +283,14 @@ class SmartPruner(MeasuredPruner):
         finally:
             for one in both:
                 one.deadline = None
+
+    def expected_passes(self, quality: RemovalQuality, count: int) -> tuple[float, float]:
+        """A search, most of it in reduced precision where that is faster."""
+        shares = [quality.size(subset) / quality.size() for subset in quality.subsets()]
+        cost, candidates = quality.token_cost, len(self.candidates)
+        how = {"replays": self.layers.can_replay}
+        work = cost.of_search(candidates, count, shares, **how)
+        return EXACT, work / cost.of_pass(self.num_layers)
 
     def _rough(self, eval_data: Sequence[EvalItem]) -> RemovalQuality | None:
         """Measures in reduced precision; None where that is not faster."""

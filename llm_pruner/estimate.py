@@ -1,0 +1,147 @@
+"""What a run will take on this machine, before anything is measured: from one timed batch."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from .data.items import EvalItem, prompt_of
+from .data.sampling import DataSplit
+from .evaluation.generation import ModelEvaluator
+from .model.layer_stack import LayerStack
+from .progress import duration
+from .pruners.base import BasePruner
+from .pruners.budget import Budget
+from .search.removal_quality import RemovalQuality
+from .search.rough import reduced
+from .utils import count_bytes, format_bytes
+
+if TYPE_CHECKING:
+    pass
+
+TIMED = 4096  # characters of the items that are timed, about 1,024 tokens
+JUDGING = 4.5  # passes over the held-out items: both models twice, and comparing their logits
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a run.
+
+    Attributes:
+        name: what is done.
+        passes: passes of the full model over the items, in seconds of work.
+        tokens: tokens of the items, padding included.
+        seconds: by the clock.
+    """
+
+    name: str
+    passes: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take.
+
+    Attributes:
+        stages: in their order.
+        memory: bytes at the peak, of what is loaded already and what comes on top.
+        disk: bytes that the output will have.
+    """
+
+    stages: list[Stage]
+    memory: int
+    disk: int
+
+    @property
+    def seconds(self) -> float:
+        """All stages, by the clock."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def text(self) -> str:
+        """A short table."""
+        rows = [
+            f"  {one.name:<28} {one.passes:8.1f} passes over {one.tokens:>9,} tokens  "
+            f"about {duration(one.seconds)}"
+            for one in self.stages
+        ]
+        lines = [
+            "What this will take on this machine, from one timed batch:",
+            *rows,
+            f"  in all                       about {duration(self.seconds)}",
+            f"  memory                       about {format_bytes(self.memory)} at the peak",
+            f"  disk                         about {format_bytes(self.disk)}",
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def estimate(pruner: BasePruner, data: DataSplit, budget: Budget) -> Estimate:
+    """What choosing layers and comparing both models will take; healing is not counted.
+
+    About 1,024 tokens are run and timed, in reduced precision too where a search would use it, and
+    for items with references a batch of answers. The rest is arithmetic on the multiply-adds of
+    layers and head (`TokenCost`): how many swaps a search will try can only be guessed.
+
+    Raises:
+        InvalidPlanError: an impossible amount.
+    """
+    quality = pruner.quality(data.scoring)
+    count = budget.count(pruner.removable) or max(1, len(pruner.candidates) // 4)
+    exact, rough = pruner.expected_passes(quality, count)
+    seconds, bytes_on_top = exact * _seconds(pruner, pruner.layers, data.scoring), 0
+    half = reduced(pruner.layers) if rough else None
+    if half is not None:
+        seconds += rough * _seconds(pruner, half, data.scoring)
+        bytes_on_top = count_bytes(half.model)
+    else:
+        seconds += rough * _seconds(pruner, pruner.layers, data.scoring)
+    tokens, name = quality.tokens, f"choosing ({pruner.name})"
+    stages = [Stage(name, exact + rough, tokens, seconds * tokens)]
+    if data.held_out:
+        held_out = pruner.quality(data.held_out)
+        each = _seconds(pruner, pruner.layers, data.held_out) * held_out.tokens
+        stages.append(Stage("comparing both models", JUDGING, held_out.tokens, JUDGING * each))
+        if questions := [item for item in data.held_out if isinstance(item, dict)]:
+            stages.append(_answers(pruner, questions, held_out.tokens))
+    kept = 1 - count / pruner.num_layers
+    layers = sum(count_bytes(layer) for layer in pruner.layers)
+    disk = count_bytes(pruner.model) - round(layers * (1 - kept))
+    vocabulary = getattr(pruner.model.config.get_text_config(), "vocab_size", 0)
+    logits = 3 * 4 * vocabulary * pruner.batch_size * pruner.max_length  # of two models, and a copy
+    memory = _resident() + bytes_on_top + logits
+    return Estimate(stages, memory, disk)
+
+
+def _seconds(pruner: BasePruner, stack: LayerStack, items: Sequence[EvalItem]) -> float:
+    """Seconds that the full model takes for a token, scoring included."""
+    sizes = accumulate(len(prompt_of(item)) for item in items)
+    few = [item for item, size in zip(items, sizes, strict=True) if size <= TIMED] or items[:1]
+    how: dict[str, Any] = {"batch_size": pruner.batch_size, "max_length": pruner.max_length}
+    for _ in range(2):  # the first is slower
+        timed = RemovalQuality(stack, pruner.tokenizer, few, **how)
+        begin = time.perf_counter()
+        timed.measure([()])
+        spent = time.perf_counter() - begin
+    return spent / timed.tokens
+
+
+def _answers(pruner: BasePruner, questions: Sequence[dict[str, Any]], tokens: int) -> Stage:
+    """Both models' answers, from one timed batch."""
+    few = questions[: pruner.batch_size]
+    evaluator = ModelEvaluator(pruner.model, pruner.tokenizer, batch_size=pruner.batch_size)
+    begin = time.perf_counter()
+    evaluator.generate([item["prompt"] for item in few])
+    spent = time.perf_counter() - begin
+    return Stage("both models' answers", 2.0, tokens, 2 * spent * len(questions) / len(few))
+
+
+def _resident() -> int:
+    """Bytes of memory that this process has used at the most so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
