@@ -145,8 +145,8 @@ class SmartPruner(MeasuredPruner):
     layers are swapped until no swap is better. Candidates that are clearly worse on few items are
     not measured on all (`LayerSearch`), and a model in float32 is first measured in bfloat16 where
     that is faster. The search takes no more than plain greedy search would, or some seconds. The
-    weights are healed afterwards, by ``prune_and_save(..., heal=)``; with `repairs` they are also healed after
-    every few removals, and the next layers are chosen on the healed model.
+    weights are healed afterwards, by ``prune_and_save(..., heal=)``; with `repairs` they are also
+    healed after every few removals, and the next layers are chosen on the healed model.
 
     Args:
         repairs: how to heal in between; not at all if None.
