@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "evaluation.tasks": "HolisticEvaluator",
         "evaluation.likelihood": "perplexity",
         "healing.heal": "heal_model",
+        "healing.job": "Healing",
         "healing.lora_settings": "LoraSettings",
         "visualization.scores": "plot_layer_importance plot_score_comparison",
         "visualization.blocks": "plot_block_distances plot_similarity_matrix",

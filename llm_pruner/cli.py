@@ -359,7 +359,13 @@ def _heal_as_it_goes(request: Request, pruner: BasePruner, data: DataSplit, lora
 
     assert isinstance(pruner, SmartPruner)
     assert request.heal_every is not None
-    pruner.repairs = Repairs(data.healing, request.heal_every, request.heal, lora)
+    pruner.repairs = Repairs(data.healing, request.heal_every, _healing(request), lora)
+
+
+def _healing(request: Request) -> Any:
+    from .healing.job import Healing
+
+    return Healing(request.heal, request.heal_tokens, request.heal_time and request.heal_time / 60)
 
 
 def _carry_out(
@@ -377,7 +383,7 @@ def _carry_out(
         plan,
         request.output,
         data.held_out,
-        heal=request.heal,
+        heal=_healing(request),
         heal_data=data.healing,
         lora=replace(lora, checkpoints=checkpoints),
         overwrite=request.overwrite,

@@ -20,7 +20,7 @@ from .output_rules import as_path
 from .pruners.budget import Budget
 from .pruners.registry import BUILTIN
 from .streams import say
-from .utils import parse_bytes
+from .utils import parse_bytes, parse_seconds
 
 EPILOG = """\
 examples:
@@ -184,6 +184,8 @@ def _add_output(group: Any) -> None:
     )
     add("--heal-data", metavar="D", help="what to heal with (default: more of --eval-dataset)")
     add("--heal-steps", type=_count, metavar="N", help="lora: steps of training at most (1000)")
+    add("--heal-tokens", type=_count, metavar="N", help="tokens to heal on at most (default: all)")
+    add("--heal-time", type=_time, metavar="T", help="most time for healing, e.g. 30m or 2h")
     add("--export-yaml", metavar="PATH", help="also write a MergeKit recipe")
     add(
         "--push-to-hub",
@@ -282,6 +284,7 @@ _numbers = _value("whole numbers separated by commas, e.g. 3,7,11", _integers)
 _names = _engine_names
 _pair = _value("two whole numbers, A,B", _two_integers)
 _size = _value("a size of memory, e.g. 4GiB, 500MB", parse_bytes)
+_time = _value("a time, e.g. 30m, 90s, 2h", parse_seconds)
 _option = _value("NAME=VALUE, e.g. contiguous=false", _name_and_value)
 
 
@@ -325,6 +328,8 @@ class Request:
     heal: Literal["none", "linear", "lora"]
     heal_data: str | None
     heal_steps: int | None
+    heal_tokens: int | None
+    heal_time: float | None
     export_yaml: str | None
     push_to_hub: str | None
     visualize: bool
@@ -367,6 +372,8 @@ class Request:
         for name, value, has_none, reason in (
             ("--heal-data", self.heal_data, self.heal == "none", no_healing),
             ("--heal-every", self.heal_every, self.heal == "none", no_healing),
+            ("--heal-tokens", self.heal_tokens, self.heal == "none", no_healing),
+            ("--heal-time", self.heal_time, self.heal == "none", no_healing),
             ("--heal-steps", self.heal_steps, self.heal != "lora", "without --heal lora"),
             ("--tolerance", tolerance, is_given, f"with {given}"),
             ("--objective", self.objective, is_given, f"with {given}"),

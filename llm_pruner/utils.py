@@ -220,6 +220,26 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def parse_seconds(text: str) -> float:
+    """The number of seconds that ``30m``, ``90 s`` or ``1.5h`` means.
+
+    Raises:
+        InvalidPlanError: it means none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip().lower())
+    seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if not 0 < seconds < float("inf"):
+        raise InvalidPlanError(f"{text!r} must be a time, e.g. 30m, 90s, 2h.")
+    return seconds
+
+
+def duration(seconds: float) -> str:
+    """A time in hours, minutes or seconds, rounded."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
 def format_bytes(size: float) -> str:
     """A number of bytes in GiB, or MiB below one."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 from torch import nn
 
 from ..data.tokens import Batch
+from ..distributed import on_first
 from ..errors import NonFiniteError, UnsupportedModelError
 from ..evaluation.likelihood import batch_nll, refuse_nonfinite
 from ..evaluation.token_measures import PreparedBatch, token_sums
@@ -19,11 +23,12 @@ from ..model.bypass import hidden_out
 from ..model.forward import HINT, evaluating
 from ..model.layer_stack import LayerStack
 from ..model.removal import share_copy
-from ..utils import logger, progress
+from ..utils import duration, logger, progress
 from .job import HealingJob
 from .least_squares import START, Sums, Tokens, best_update
 from .residual_writers import Writer, find_writers, gain_slope, hooked, run_layers
 
+RUNS = 6  # what healing a layer costs, in runs of a layer: those of both models, and the sums
 NEGLIGIBLE = 1e-12  # deviation, relative to the residual stream's size, that needs no update
 
 
@@ -52,7 +57,8 @@ def heal_linear(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
 
     Args:
         job: fits on ``train`` and chooses the ridge on ``validation``. The states of all their
-            tokens at one layer of either model are kept on the CPU.
+            tokens at one layer of either model are kept on the CPU. With a deadline, fewer
+            batches are used from the layer on at which time becomes short.
         pruned: the pruned model; not changed.
 
     Returns:
@@ -75,14 +81,19 @@ def heal_linear(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
             f"{kept[first]} on adds to the residual stream by a linear map or a norm's gain "
             "(experts, or a norm after the sum). Use heal='lora'."
         )
-    streams = [
-        _Streams(job, layers, batches, first) for batches in (job.train_batches(), job.validation)
-    ]
-    train, validation = streams
+    validation = _Streams(job, layers, job.validation, first)
+    train = _Streams(job, layers, _afforded(job, job.train_batches(), kept[first]), first)
+    streams = train, validation
     loss = validation_loss(validation, first)
+    start, todo = time.monotonic(), range(first, len(layers))
     records: list[dict[str, Any]] = []
     ridges: dict[str, float] = {}  # of each part the last one chosen, where the next search begins
-    for index in progress(range(first, len(layers)), "Healing (linear)"):
+    for done, index in enumerate(progress(todo, "Healing (linear)")):
+        if done and job.deadline < math.inf:
+            needed = (time.monotonic() - start) / done * (len(todo) - done)
+            if not train.keep(on_first(partial(operator.truediv, job.seconds_left, needed))):
+                logger.warning("Time is up: layers from %d on are left as they are.", kept[index])
+                break
         before = [(module, dict(module._parameters)) for module in layers[index].modules()]
         # Below the cut only the layer's last part has a deviation: the removed block's work.
         below = kept[index] < cut
@@ -92,8 +103,8 @@ def heal_linear(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
         parts: dict[str, float] = {}
         error = math.nan
         for writer in fitted:
-            start = ridges.get(writer.part, START)
-            ridge, error = _refit(layers[index], index, writer, train, validation, start)
+            last = ridges.get(writer.part, START)
+            ridge, error = _refit(layers[index], index, writer, train, validation, last)
             if ridge is not None:
                 parts[writer.part] = ridges[writer.part] = ridge
         if parts:
@@ -101,7 +112,9 @@ def heal_linear(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
             fit = {"layer": kept[index], "parts": parts, "error": error}
             records.append({**fit, "loss": after, "kept": after < loss})
             note = "" if after < loss else ", undone"
-            logger.info("Layer %d: validation loss %.4f%s", kept[index], after, note)
+            rest = (time.monotonic() - start) / (done + 1) * (len(todo) - done - 1)
+            left = f"; {duration(rest)} left" if done + 1 < len(todo) else ""
+            logger.info("Layer %d: validation loss %.4f%s%s", kept[index], after, note, left)
             if after < loss:
                 loss = after
             else:
@@ -137,6 +150,17 @@ class _Streams:
                 state = run_layers(self.full, batch, 0, start - 1)[1].cpu()
                 self._entering_full[number] = state
                 self.entering[number] = state if first else None
+
+    def keep(self, share: float) -> bool:
+        """Go on with a share of the batches, spread over all; whether any time is left for that."""
+        if share >= 1:
+            return True
+        chosen = _spread(len(self.batches), share)
+        self.batches = [self.batches[place] for place in chosen]
+        self._real = [self._real[place] for place in chosen]
+        self._entering_full = [self._entering_full[place] for place in chosen]
+        self.entering = [self.entering[place] for place in chosen]
+        return share > 0
 
     def aim(self, index: int, writers: Sequence[Writer]) -> None:
         """Advance the full model, and keep its stream after the parts of some writers."""
@@ -181,6 +205,31 @@ class _Streams:
             size = wanted.square().mean(-1, keepdim=True)
             weight = 1 / size.clamp(min=torch.finfo(torch.float32).tiny)
             yield Tokens(*(part.to(actual.device) for part in (entering, deviation, weight)))
+
+
+def _spread(count: int, share: float) -> list[int]:
+    """A share of `count` places, at least one, evenly spread."""
+    number = min(count, max(1, int(count * share)))
+    return [(2 * place + 1) * count // (2 * number) for place in range(number)]
+
+
+def _afforded(job: HealingJob, batches: list[Batch], lowest: int) -> list[Batch]:
+    """As many of the batches as the time is likely to suffice for, judged by running one of them.
+
+    Args:
+        lowest: the first layer of the full model that is healed.
+    """
+    if job.seconds_left == math.inf:
+        return batches
+    start, depth = time.monotonic(), len(job.stack)
+    run_layers(job.stack, batches[len(batches) // 2], 0, depth - 1)
+    one_layer = (time.monotonic() - start) / depth
+    layer_runs = lowest + RUNS * (depth - lowest)
+    share = job.seconds_left / max(1e-9, one_layer * layer_runs * len(batches))
+    chosen = _spread(len(batches), on_first(lambda: share))
+    if len(chosen) < len(batches):
+        logger.info("Time suffices for about %d of %d batches.", len(chosen), len(batches))
+    return [batches[place] for place in chosen]
 
 
 def _after_parts(

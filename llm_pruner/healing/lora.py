@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -32,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..atomic_output import KEY_FILE, own_checkpoints, write_atomically
 from ..data.tokens import IGNORED, TokenSequence, pad_sequences
-from ..distributed import lost_process_errors
+from ..distributed import lost_process_errors, on_first
 from ..errors import InvalidPlanError, MissingDependencyError, NonFiniteError, UnsupportedModelError
 from ..evaluation.likelihood import batch_nll
 from ..model.forward import evaluating
@@ -121,7 +123,7 @@ class DistillationTrainer(Trainer):
 
     def __init__(self, job: HealingJob, student: Any, arguments: TrainingArguments) -> None:
         data: dict[str, Any] = {"train_dataset": job.train, "eval_dataset": job.validation}
-        callbacks = [EarlyStoppingCallback(job.lora.patience), _Progress()]
+        callbacks = [EarlyStoppingCallback(job.lora.patience), _Progress(), _Deadline(job)]
         super().__init__(student, arguments, self._collate, callbacks=callbacks, **data)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # our loss is a mean already
@@ -210,6 +212,27 @@ class _Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         next(self._bar, None)
+
+
+class _Deadline(TrainerCallback):
+    """Ends a training that has a time limit, with a last check and checkpoint, before it is up."""
+
+    def __init__(self, job: HealingJob) -> None:
+        self._job, self._checking = job, 0.0  # seconds that the last check took
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = self._before = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.monotonic()
+        step, self._before = now - self._before, now
+        if self._job.deadline < math.inf and on_first(
+            lambda: self._job.seconds_left < step + self._checking
+        ):
+            control.should_evaluate = control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._checking, self._before = time.monotonic() - self._before, time.monotonic()
 
 
 def _arguments(student: Any, steps: int, settings: LoraSettings, folder: str) -> TrainingArguments:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.items import EvalItem, fingerprint, prompt_keys, refuse_overlap
 from ..engines.layer_sets import Fits
 from ..errors import InvalidPlanError
+from ..healing.job import Healing
 from ..model.layer_stack import LayerStack
 from ..results import LayerScores, check_layers
 from ..search.layer_search import depth_curve, search_layers, single_removals
@@ -242,5 +243,5 @@ class SmartPruner(MeasuredPruner):
     def _options(self) -> dict[str, Any]:
         if self.repairs is None:
             return super()._options()
-        how = {"every": self.repairs.every, "heal": self.repairs.heal}
+        how = {"every": self.repairs.every, "heal": Healing.of(self.repairs.heal).identity()}
         return {**super()._options(), "repairs": how}
