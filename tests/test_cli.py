@@ -225,6 +225,7 @@ def test_questions_bring_similarity_and_tasks(run, tmp_path):
 @pytest.mark.parametrize("heal", ["linear", "lora"])
 def test_healing(run, saved, heal):
     words = ("--layers", "3,4", "--heal", heal, "--heal-data", saved / "more.jsonl")
+    words = (*words, "--heal-tokens", "500", "--heal-time", "1h")
     code, out, _ = run(*words, *(("--heal-steps", "4") if heal == "lora" else ()))
     assert code == 0
     lines = out[out.index("Healing, held-out loss: ") :].splitlines()
