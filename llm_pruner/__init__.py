@@ -26,6 +26,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "healing.heal": "heal_model",
         "healing.job": "Healing",
         "healing.lora_settings": "LoraSettings",
+        "healing.own_words": "self_generated",
         "visualization.scores": "plot_layer_importance plot_score_comparison",
         "visualization.blocks": "plot_block_distances plot_similarity_matrix",
         "visualization.quality": "plot_comparisons plot_depth_curve plot_holistic_benchmark",

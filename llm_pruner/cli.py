@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .atomic_output import clear_checkpoints, hold_output
-from .cli_arguments import Request, parse_request
+from .cli_arguments import OWN_WORDS, Request, parse_request
 from .cli_checks import check_request
 from .distributed import group, launched, on_first, one_only, rank, reported_by_first
 from .errors import (
@@ -322,6 +322,8 @@ def _run_in_memory(request: Request) -> None:
     if not request.resume and not request.dry_run:
         on_first(lambda: _clear(request))
     lora = LoraSettings(steps=request.heal_steps, seed=request.seed, batch_size=request.batch_size)
+    if request.heal_data == OWN_WORDS and not (named and request.dry_run):
+        data = replace(data, healing=_own_words(request, pruner, data))
     if request.heal_every is not None:
         _heal_as_it_goes(request, pruner, data, lora)
     if request.sweep is not None:
@@ -346,7 +348,7 @@ def _load_data(request: Request, given: PruningPlan | None) -> DataSplit:
     return load_data(
         source,
         request.n_samples,
-        heal_source=request.heal_data,
+        heal_source=None if request.heal_data == OWN_WORDS else request.heal_data,
         healing=request.heal != "none",
         taken=given.data.get("prompts", ()) if given else (),
         seed=request.seed,
@@ -360,6 +362,15 @@ def _heal_as_it_goes(request: Request, pruner: BasePruner, data: DataSplit, lora
     assert isinstance(pruner, SmartPruner)
     assert request.heal_every is not None
     pruner.repairs = Repairs(data.healing, request.heal_every, _healing(request), lora)
+
+
+def _own_words(request: Request, pruner: BasePruner, data: DataSplit) -> list[Any]:
+    """Healing data that the model writes, as much as is taken of a source."""
+    from .data.sampling import HEAL_ITEMS
+    from .healing.own_words import self_generated
+
+    given = pruner.model, pruner.tokenizer, request.n_samples * HEAL_ITEMS, request.seed
+    return self_generated(*given, prompts=data.healing, batch_size=request.batch_size)
 
 
 def _healing(request: Request) -> Any:

@@ -22,6 +22,7 @@ from .pruners.registry import BUILTIN
 from .streams import say
 from .utils import parse_bytes, parse_seconds
 
+OWN_WORDS = "self"  # --heal-data: what the model itself writes
 EPILOG = """\
 examples:
   llm-pruner --model demo --strategy smart --n-layers 3 --output pruned_demo --visualize
@@ -182,7 +183,12 @@ def _add_output(group: Any) -> None:
         help="restore quality by adjusting weights: linear in closed form, lora by training on top "
         "of that (default: none)",
     )
-    add("--heal-data", metavar="D", help="what to heal with (default: more of --eval-dataset)")
+    add(
+        "--heal-data",
+        metavar="D",
+        help="what to heal with (default: more of --eval-dataset); 'self': what the model answers "
+        "to that, or writes when it goes on from its beginnings",
+    )
     add("--heal-steps", type=_count, metavar="N", help="lora: steps of training at most (1000)")
     add("--heal-tokens", type=_count, metavar="N", help="tokens to heal on at most (default: all)")
     add("--heal-time", type=_time, metavar="T", help="most time for healing, e.g. 30m or 2h")

@@ -249,6 +249,13 @@ def test_healing_on_the_way(run, saved):
     assert "healed (linear): total change" in out
 
 
+def test_healing_on_what_the_model_writes(run, saved):
+    words = ("--layers", "3,4", "--heal", "linear", "--heal-data", "self", "--output", "out")
+    code, out, err = run(*words, "--json")
+    assert code == 0, err
+    assert [stage["method"] for stage in json.loads(out)["heal"]["stages"]] == ["linear"]
+
+
 def test_an_interrupted_training_is_taken_up_again(run, saved, tmp_path, monkeypatch):
 
     compute, calls = lora.DistillationTrainer.compute_loss, []

@@ -13,5 +13,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "linear": "heal_linear",
         "lora": "heal_lora",
         "lora_settings": "LoraSettings",
+        "own_words": "self_generated",
     },
 )
