@@ -25,6 +25,7 @@ import torch
 from llm_pruner.healing.least_squares import RIDGES, Sums, Tokens, best_update
 
 BLOCK = 1024  # tokens
+DIRECTIONS = 256
 
 
 def main() -> None:
@@ -32,9 +33,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--mlp", type=int, default=14336)
-    parser.add_argument("--tokens", type=int, default=4096, help="to sum over")
+    parser.add_argument("--tokens", type=int, default=2048, help="to sum over")
     parser.add_argument("--validation", type=int, default=1024, help="tokens that judge a ridge")
-    parser.add_argument("--start", type=float, default=0.1, help="ridge to try first")
+    parser.add_argument("--start", type=float, default=0.3, help="ridge to try first")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -64,19 +65,20 @@ def main() -> None:
     start = time.perf_counter()
     ridge, left, _ = best_update(sums, judged, args.start)
     line(f"search: {len(tried)} of {len(RIDGES)} ridges", time.perf_counter() - start)
-    print(f"\nRidge {ridge:g} leaves {left:.1%} of the deviation on the validation tokens.")
+    print(f"\nRidge {ridge} leaves {left:.1%} of the deviation on the validation tokens.")
     per_token = seconds / args.tokens
     print(f"Sums take {per_token * 1e6:.0f} us per token: 100,000 tokens {per_token * 1e5:.0f} s.")
 
 
 def blocks(tokens: int, truth: torch.Tensor, seed: int) -> Iterator[Tokens]:
-    """Features of unequal size with a linear truth under as much noise."""
+    """Features that mostly vary in a few hundred directions, as a language model's do."""
     generator = torch.Generator().manual_seed(seed)
-    size = torch.logspace(-1, 1, len(truth))[:, None]
+    mixing = torch.randn(DIRECTIONS, len(truth), generator=torch.Generator().manual_seed(4))
     for _ in range(max(1, tokens // BLOCK)):
-        features = torch.randn(BLOCK, len(truth), generator=generator) * size.T
+        features = torch.randn(BLOCK, DIRECTIONS, generator=generator) @ mixing
+        features += torch.randn(BLOCK, len(truth), generator=generator)
         noise = torch.randn(BLOCK, truth.shape[1], generator=generator)
-        yield Tokens(features, features @ truth * 0.1 + noise, torch.ones(BLOCK, 1))
+        yield Tokens(features, features @ truth * DIRECTIONS**-0.5 + noise, torch.ones(BLOCK, 1))
 
 
 def line(step: str, seconds: float) -> None:
