@@ -42,10 +42,10 @@ from ..model.layer_stack import LayerStack
 from ..model.removal import share_copy
 from ..utils import logger, progress
 from .job import HealingJob
-from .lora_settings import LoraSettings, default_rate
+from .lora_settings import default_rate
 
 EPOCHS, MAX_STEPS = 30, 1000  # the default number of steps: 30 passes over the data, at most 1,000
-CHECKS = 20  # times that a training measures the validation loss and writes a checkpoint
+CHECKS = 20  # times at most that a training measures the validation loss and writes a checkpoint
 
 
 def heal_lora(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
@@ -79,6 +79,8 @@ def heal_lora(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
 
     settings = job.lora
     steps = settings.steps or min(MAX_STEPS, EPOCHS * -(-len(job.train) // settings.batch_size))
+    if job.deadline < math.inf:  # a training that is planned shorter learns faster
+        steps = min(steps, on_first(lambda: _affordable_steps(job, pruned)))
     trainable = [parameter.requires_grad for parameter in pruned.parameters()]
     keep = settings.checkpoints is not None
     output = nullcontext(str(settings.checkpoints)) if keep else tempfile.TemporaryDirectory()
@@ -98,7 +100,7 @@ def heal_lora(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
                     f"heal='lora' is not for {type(pruned).__name__}: {error} Use heal='linear'."
                 ) from error
             student.peft_config["default"].base_model_name_or_path = None  # not to be looked up
-            arguments = _arguments(student, steps, settings, folder)
+            arguments = _arguments(student, steps, job, folder)
             arguments.output_dir = str(broadcast_object_list([folder])[0])  # the first process's
             with arguments.main_process_first():
                 resumed = _claim(Path(arguments.output_dir), f"{job.key}:{settings.identity()}")
@@ -235,20 +237,47 @@ class _Deadline(TrainerCallback):
         self._checking, self._before = time.monotonic() - self._before, time.monotonic()
 
 
-def _arguments(student: Any, steps: int, settings: LoraSettings, folder: str) -> TrainingArguments:
+def _between_checks(job: HealingJob, steps: int) -> int:
+    """Steps from one check to the next: a check may take about a fifth of the time, no more.
+
+    A token costs a step four to five times what it costs a check: the full model's pass, the
+    student's, and twice that backwards.
+    """
+    check = sum(int(batch.attention_mask.sum()) for batch in job.validation)
+    length = sum(len(row.ids) for row in job.train) / len(job.train)
+    step = length * job.lora.batch_size * job.lora.accumulate
+    return max(1, steps // CHECKS, min(steps, round(check / step)))
+
+
+def _affordable_steps(job: HealingJob, pruned: Any) -> int:
+    """Steps that the time suffices for, judged by a pass over one batch; one at least.
+
+    A fifth of the time is for checks, and the machine may slow down.
+    """
+    batch_size = job.lora.batch_size
+    (batch,) = pad_sequences(job.tokenizer, job.train[:batch_size], batch_size)
+    with evaluating(pruned):
+        start = time.monotonic()
+        pruned(**batch.to(job.stack.device).inputs(), use_cache=False)
+        step = 4.5 * (time.monotonic() - start) * job.lora.accumulate
+    return max(1, int(0.75 * job.seconds_left / step))
+
+
+def _arguments(student: Any, steps: int, job: HealingJob, folder: str) -> TrainingArguments:
+    settings, every = job.lora, _between_checks(job, steps)
     weight = next(student.parameters())
     precision = settings.precision
     if precision == "auto":
         half = weight.dtype in (torch.float16, torch.bfloat16)
         old_gpu = weight.device.type == "cuda" and not torch.cuda.is_bf16_supported()
-        precision = ("fp16" if old_gpu else "bf16") if half else "no"
-    every = max(1, steps // CHECKS)
+        mixed = half or (weight.device.type == "cpu" and _mixes_on_cpu(student))
+        precision = ("fp16" if old_gpu else "bf16") if mixed else "no"
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.learning_rate or default_rate(student.config),
+        learning_rate=settings.learning_rate or default_rate(student.config, steps),
         lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 20),
         eval_strategy="steps",
@@ -277,6 +306,18 @@ def _arguments(student: Any, steps: int, settings: LoraSettings, folder: str) ->
             f"that the first device, CUDA_VISIBLE_DEVICES={weight.device.index}."
         )
     return arguments
+
+
+def _mixes_on_cpu(model: Any) -> bool:
+    """Whether this CPU computes in bfloat16 itself, and the model runs with it mixed in."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    ids = torch.tensor([[0, 1]])
+    try:
+        with evaluating(model), torch.autocast("cpu", torch.bfloat16):
+            return bool(model(input_ids=ids, use_cache=False).logits.isfinite().all())
+    except RuntimeError:  # some models put float32 and what they have computed together
+        return False
 
 
 def _merged(student: Any) -> Any:
