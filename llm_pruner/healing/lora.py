@@ -40,7 +40,7 @@ from ..evaluation.likelihood import batch_nll
 from ..model.forward import evaluating
 from ..model.layer_stack import LayerStack
 from ..model.removal import share_copy
-from ..utils import logger, progress
+from ..utils import duration, logger, progress
 from .job import HealingJob
 from .lora_settings import default_rate
 
@@ -129,7 +129,7 @@ class DistillationTrainer(Trainer):
         super().__init__(student, arguments, self._collate, callbacks=callbacks, **data)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # our loss is a mean already
-        self._job = job
+        self._job, self._first, self._start = job, 0, math.inf
         # For each kept layer, the full model's layer whose output it should reproduce.
         self._teachers = [index - 1 for index in [*job.kept[1:], len(job.stack)]]
 
@@ -165,6 +165,12 @@ class DistillationTrainer(Trainer):
             raise self._not_finite(f"loss became {loss.item()}")
         return loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One pass forwards and backwards; notes when the first one began, and at which step."""
+        if self._start == math.inf:
+            self._first, self._start = self.state.global_step, time.monotonic()
+        return super().training_step(*args, **kwargs)
+
     def _not_finite(self, what: str) -> NonFiniteError:
         return NonFiniteError(
             f"Healing: {what} at step {self.state.global_step}. Lower the learning rate (it is "
@@ -179,7 +185,11 @@ class DistillationTrainer(Trainer):
         except NonFiniteError as error:
             raise self._not_finite("validation loss is not finite") from error
         state, metrics = self.state, {"eval_loss": loss}
-        logger.info("Step %d of %d: validation loss %.4f", state.global_step, state.max_steps, loss)
+        done, rest = state.global_step - self._first, state.max_steps - state.global_step
+        left = (time.monotonic() - self._start) / max(1, done) * rest
+        note = f"; {duration(left)} left" if done > 0 and rest else ""
+        where = f"Step {state.global_step} of {state.max_steps}"
+        logger.info("%s: validation loss %.4f%s", where, loss, note)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, state, self.control, metrics)
         return metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 import torch
@@ -307,3 +308,23 @@ def test_time_that_runs_short_is_spread_over_the_layers(llama, tokenizer, monkey
 def test_limits_that_cannot_be(limits, message):
     with pytest.raises(InvalidPlanError, match=message):
         Healing(**{"method": "linear", **limits})
+
+
+def test_the_log_names_the_parts_and_the_time_left(llama, tokenizer, method, caplog):
+    caplog.set_level("INFO", "llm_pruner")
+    stack, training = LayerStack(llama), LoraSettings(steps=6)
+    pruned = stack.remove(REMOVED)
+    how = Healing(method, minutes=60)
+    heal_model(stack, REMOVED, pruned, tokenizer, how, items(60), lora=training)
+    lines = [record.getMessage() for record in caplog.records]
+    first = (
+        r"Healing: [\d,]+ tokens to train on, \d+ for validation, \d+ held out. Time limit: 60 min."
+    )
+    assert re.fullmatch(first, lines[0])
+    assert lines[1].startswith("Held-out loss: full ")
+    assert any(re.fullmatch(r"Layer 2: validation loss .*; \d+ s left", line) for line in lines)
+    steps = [line for line in lines if line.startswith("Step ")]
+    assert bool(steps) is (method == "lora")
+    assert all(
+        re.fullmatch(r"Step \d of 6: validation loss [\d.]+(; \d+ s left)?", s) for s in steps
+    )
