@@ -28,7 +28,7 @@ class LoraSettings:
         batch_size: sequences per forward pass and process.
         accumulate: forward passes per step.
         precision: of the arithmetic; ``auto`` is mixed where the weights are half precision, and on
-            a CPU that computes in bfloat16 itself, which takes about half of the time.
+            a CPU that computes in bfloat16 itself, which takes about two thirds of the time.
         patience: checks (up to 20 in a training) without improvement before the training stops.
         checkpoints: folder for training checkpoints, empty or used for them before. A training
             resumes from its own last one and deletes those of others. Temporary if None.
