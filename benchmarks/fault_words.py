@@ -56,7 +56,8 @@ NUMBERS = [
 OPTIONS = (
     "--ratio --n-layers --threshold --tolerance --sweep --layers --protect --n-samples "
     "--batch-size --seed --timeout --max-memory --heal-steps --heal-every --device --dtype "
-    "--layers-path --strategy --objective --option --serve-with --plan --eval-dataset"
+    "--heal-time --heal-tokens --layers-path --strategy --objective --option --serve-with --plan "
+    "--eval-dataset"
 ).split()
 TEXTS = {
     "--max-memory": [

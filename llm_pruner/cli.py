@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .atomic_output import clear_checkpoints, hold_output
-from .cli_arguments import Request, parse_request
+from .cli_arguments import OWN_WORDS, Request, parse_request
 from .cli_checks import check_request
 from .distributed import group, launched, on_first, one_only, rank, reported_by_first
 from .errors import (
@@ -334,6 +334,8 @@ def _run_in_memory(request: Request) -> None:
     if not request.resume and not request.dry_run:
         on_first(lambda: _clear(request))
     lora = LoraSettings(steps=request.heal_steps, seed=request.seed, batch_size=request.batch_size)
+    if request.heal_data == OWN_WORDS and not (named and request.dry_run):
+        data = replace(data, healing=_own_words(request, pruner, data))
     if request.heal_every is not None:
         _heal_as_it_goes(request, pruner, data, lora)
     if request.sweep is not None:
@@ -369,7 +371,7 @@ def _load_data(request: Request, given: PruningPlan | None) -> DataSplit:
         source,
         n_samples,
         passage=CHARACTERS * request.max_length,
-        heal_source=request.heal_data,
+        heal_source=None if request.heal_data == OWN_WORDS else request.heal_data,
         healing=request.heal != "none",
         taken=given.data.get("prompts", ()) if given else (),
         seed=request.seed,
@@ -382,7 +384,23 @@ def _heal_as_it_goes(request: Request, pruner: BasePruner, data: DataSplit, lora
 
     assert isinstance(pruner, SmartPruner)
     assert request.heal_every is not None
-    pruner.repairs = Repairs(data.healing, request.heal_every, request.heal, lora)
+    pruner.repairs = Repairs(data.healing, request.heal_every, _healing(request), lora)
+
+
+def _own_words(request: Request, pruner: BasePruner, data: DataSplit) -> list[Any]:
+    """Healing data that the model writes, as much as is taken of a source."""
+    from .data.sampling import HEAL_ITEMS
+    from .healing.own_words import self_generated
+
+    count = (request.n_samples or N_SAMPLES) * HEAL_ITEMS
+    given = pruner.model, pruner.tokenizer, count, request.seed
+    return self_generated(*given, prompts=data.healing, batch_size=request.batch_size)
+
+
+def _healing(request: Request) -> Any:
+    from .healing.job import Healing
+
+    return Healing(request.heal, request.heal_tokens, request.heal_time and request.heal_time / 60)
 
 
 def _carry_out(
@@ -400,7 +418,7 @@ def _carry_out(
         plan,
         request.output,
         data.held_out,
-        heal=request.heal,
+        heal=_healing(request),
         heal_data=data.healing,
         lora=replace(lora, checkpoints=checkpoints),
         overwrite=request.overwrite,

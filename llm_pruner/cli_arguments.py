@@ -22,6 +22,7 @@ from .pruners.registry import BUILTIN
 from .streams import say
 from .utils import parse_bytes, parse_seconds
 
+OWN_WORDS = "self"  # --heal-data: what the model itself writes
 EPILOG = """\
 examples:
   llm-pruner --model demo --strategy smart --n-layers 3 --output pruned_demo --visualize
@@ -201,8 +202,15 @@ def _add_output(group: Any) -> None:
         help="restore quality by adjusting weights: linear in closed form, lora by training on top "
         "of that (default: none)",
     )
-    add("--heal-data", metavar="D", help="what to heal with (default: more of --eval-dataset)")
+    add(
+        "--heal-data",
+        metavar="D",
+        help="what to heal with (default: more of --eval-dataset); 'self': what the model answers "
+        "to that, or writes when it goes on from its beginnings",
+    )
     add("--heal-steps", type=_count, metavar="N", help="lora: steps of training at most (1000)")
+    add("--heal-tokens", type=_count, metavar="N", help="tokens to heal on at most (default: all)")
+    add("--heal-time", type=_seconds, metavar="T", help="most time for healing, e.g. 30m or 2h")
     add("--export-yaml", metavar="PATH", help="also write a MergeKit recipe")
     add(
         "--push-to-hub",
@@ -361,6 +369,8 @@ class Request:
     heal: Literal["none", "linear", "lora"]
     heal_data: str | None
     heal_steps: int | None
+    heal_tokens: int | None
+    heal_time: float | None
     export_yaml: str | None
     push_to_hub: str | None
     visualize: bool
@@ -404,6 +414,8 @@ class Request:
         for name, value, has_none, reason in (
             ("--heal-data", self.heal_data, self.heal == "none", no_healing),
             ("--heal-every", self.heal_every, self.heal == "none", no_healing),
+            ("--heal-tokens", self.heal_tokens, self.heal == "none", no_healing),
+            ("--heal-time", self.heal_time, self.heal == "none", no_healing),
             ("--heal-steps", self.heal_steps, self.heal != "lora", "without --heal lora"),
             ("--tolerance", tolerance, is_given, f"with {given}"),
             ("--objective", self.objective, is_given, f"with {given}"),

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 
 from .atomic_output import check_output, own_checkpoints
-from .cli_arguments import Request
+from .cli_arguments import OWN_WORDS, Request
 from .distributed import on_first
 from .errors import MissingDependencyError, OutputError, UnsupportedModelError
 from .hub import check_upload
@@ -56,7 +56,8 @@ def check_request(request: Request) -> None:
 def _check_files(request: Request) -> None:
     """Refuse outputs that cannot be written, or that would replace what they may not."""
     strategy = request.strategy.rpartition(":")[0]
-    sources = [request.plan, request.eval_dataset, request.heal_data, request.fix_gguf, strategy]
+    heal_data = None if request.heal_data == OWN_WORDS else request.heal_data
+    sources = [request.plan, request.eval_dataset, heal_data, request.fix_gguf, strategy]
     reads = [resolve_model_id(request.model), *filter(None, sources)]
     if user_path(request.model).resolve() == user_path(request.output).resolve():
         raise OutputError(f"--output {request.output} is the model itself: choose another folder.")

@@ -21,7 +21,7 @@ from .evaluation.likelihood import perplexity
 from .evaluation.quality_comparison import DRAWS, compare_quality
 from .evaluation.similarity import load_embedder
 from .evaluation.tasks import HolisticEvaluator, item_kinds
-from .healing.heal import Heal
+from .healing.job import Heal, Healing
 from .healing.lora_settings import LoraSettings
 from .model.forward import require_language_model
 from .output_rules import FIGURES, PAGE_FILE, REPORT_FILE
@@ -82,10 +82,10 @@ def carry_out(
     plan.check_model(pruner.num_layers, pruner.identity)
     pruner.removable.refuse_misplaced(plan.remove)
     require_language_model(pruner.model, "comparing both models")
-    check_saveable(pruner.model, pruner.num_layers, heals=heal != "none")
+    check_saveable(pruner.model, pruner.num_layers, heals=Healing.of(heal).heals)
     check_items(held_out)
     refuse_overlap(held_out, plan.data.get("prompts", ()), "held out", "layers were chosen on")
-    if heal != "none" and heal_data:
+    if Healing.of(heal).heals and heal_data:
         refuse_overlap(held_out, prompt_keys(heal_data), "held out", "to heal with")
     reads = read_for(pruner.model)
     on_first(lambda: check_output(output_dir, overwrite=overwrite, reads=reads))

@@ -225,6 +225,7 @@ def test_questions_bring_similarity_and_tasks(run, tmp_path):
 @pytest.mark.parametrize("heal", ["linear", "lora"])
 def test_healing(run, saved, heal):
     words = ("--layers", "3,4", "--heal", heal, "--heal-data", saved / "more.jsonl")
+    words = (*words, "--heal-tokens", "500", "--heal-time", "1h")
     code, out, _ = run(*words, *(("--heal-steps", "4") if heal == "lora" else ()))
     assert code == 0
     lines = out[out.index("Healing, held-out loss: ") :].splitlines()
@@ -246,6 +247,13 @@ def test_healing_on_the_way(run, saved):
     code, out, _ = run(*words, "2")
     assert code == 0
     assert "healed (linear): total change" in out
+
+
+def test_healing_on_what_the_model_writes(run, saved):
+    words = ("--layers", "3,4", "--heal", "linear", "--heal-data", "self", "--output", "out")
+    code, out, err = run(*words, "--json")
+    assert code == 0, err
+    assert [stage["method"] for stage in json.loads(out)["heal"]["stages"]] == ["linear"]
 
 
 def test_an_interrupted_training_is_taken_up_again(run, saved, tmp_path, monkeypatch):

@@ -235,12 +235,14 @@ class DataSplit:
     ) -> DataSplit:
         """The same with no more items to score on, nor held out, than have `n_tokens` tokens.
 
-        An item of one sequence counts for `max_length` tokens at most. Those that stay are drawn by
+        Of the items to heal with, twelve times as many stay. An item of one sequence counts for `max_length` tokens at most. Those that stay are drawn by
         their prompts; at least one stays of each list.
         """
-        given = tokenizer, n_tokens, max_length
-        scoring, held_out = (_fitting(part, *given) for part in (self.scoring, self.held_out))
-        return DataSplit(scoring, self.healing, held_out)
+        scoring, healing, held_out = (
+            _fitting(part, tokenizer, many * n_tokens, max_length)
+            for part, many in ((self.scoring, 1), (self.healing, HEAL_ITEMS), (self.held_out, 1))
+        )
+        return DataSplit(scoring, healing, held_out)
 
     @property
     def judging(self) -> list[EvalItem]:

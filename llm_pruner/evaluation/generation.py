@@ -87,7 +87,7 @@ class ModelEvaluator:
         encoded = [encode_prompt(self.tokenizer, prompt, room) for prompt in prompts]
         longest_first = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
         answers = [""] * len(encoded)
-        ends = _end_ids(self.model, self.tokenizer)
+        ends = end_ids(self.model, self.tokenizer)
         for start in progress(range(0, len(encoded), self.batch_size), "generate"):
             indices = longest_first[start : start + self.batch_size]
             prompt_ids = [encoded[index] for index in indices]
@@ -188,7 +188,7 @@ def _refuse_nan(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer, by the tokenizer and by the checkpoint."""
     owners = tokenizer, getattr(model, "generation_config", None)
     values = [getattr(owner, "eos_token_id", None) for owner in owners]

@@ -9,9 +9,10 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "heal": "HEALERS heal_model",
-        "job": "HealingJob",
+        "job": "Healing HealingJob",
         "linear": "heal_linear",
         "lora": "heal_lora",
         "lora_settings": "LoraSettings",
+        "own_words": "self_generated",
     },
 )

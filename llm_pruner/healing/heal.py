@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..data.items import EvalItem
@@ -12,14 +13,12 @@ from ..errors import InvalidPlanError, OutOfMemoryError, UnsupportedModelError
 from ..evaluation.likelihood import batch_nll
 from ..model.layer_stack import LayerStack
 from ..utils import logger
-from .job import Healer, HealingJob
+from .job import Heal, Healer, Healing, HealingJob
 from .linear import heal_linear
 from .lora_settings import LoraSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Heal = str  # "none" or a key of HEALERS
 
 
 def _heal_lora(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
@@ -53,14 +52,15 @@ def heal_model(
         stack: the layers of the original model, the teacher.
         removed: the 0-based layers that `pruned` lacks.
         pruned: the pruned model, from ``stack.remove(removed)``.
-        heal: ``none``, ``linear`` or ``lora``.
+        heal: ``none``, ``linear`` or ``lora``, or a `Healing`, which also limits tokens and time.
         heal_data: items to heal with, at least 20.
 
     Returns:
-        The healed model (`pruned` itself if nothing helped), and the record: ``method``; held-out
-        losses ``full``, ``cut`` and ``healed`` (nats per token); ``accepted``, whether any stage
-        was kept; ``stages``, each with its ``method``, ``loss`` after it, ``kept``, ``seconds``
-        and what its healer reports, or why it was ``skipped``.
+        The healed model (`pruned` itself if nothing helped), and the record: ``method``, and
+        ``tokens`` and ``minutes`` if limited; held-out losses ``full``, ``cut`` and ``healed``
+        (nats per token); ``accepted``, whether any stage was kept; ``stages``, each with its
+        ``method``, ``loss`` after it, ``kept``, ``seconds`` and what its healer reports, or why
+        it was ``skipped``.
 
     Raises:
         InvalidPlanError: unknown method.
@@ -70,21 +70,26 @@ def heal_model(
         OutOfMemoryError: the memory does not suffice.
         MissingDependencyError: peft is not installed.
     """
-    if heal == "none":
-        return pruned, {"method": heal}
-    if heal not in HEALERS:
-        raise InvalidPlanError(f"heal={heal!r} must be one of none, {', '.join(HEALERS)}.")
-    job = HealingJob.of(stack, removed, tokenizer, heal_data, lora)
+    how = Healing.of(heal)
+    if not how.heals:
+        return pruned, {"method": how.method}
+    if how.method not in HEALERS:
+        raise InvalidPlanError(f"heal={how.method!r} must be one of none, {', '.join(HEALERS)}.")
+    job = HealingJob.of(stack, removed, tokenizer, heal_data, lora, how)
+    logger.info("%s", job.describe())
+    methods = (*RUN_BEFORE.get(how.method, ()), how.method)
     with _memory_errors():
         full, cut = batch_nll(stack.model, job.held_out), batch_nll(pruned, job.held_out)
         healed, best, stages = pruned, cut, list[dict[str, Any]]()
         logger.info("Held-out loss: full %.4f, cut %.4f", full, cut)
-        for method in (*RUN_BEFORE.get(heal, ()), heal):
+        for number, method in enumerate(methods):
             start = time.monotonic()
+            share = job.seconds_left / (len(methods) - number)  # of the time, between the stages
             try:
-                candidate, details = HEALERS[method](job, healed)
+                limited = replace(job, deadline=start + share)
+                candidate, details = HEALERS[method](limited, healed)
             except UnsupportedModelError as error:
-                if method == heal:
+                if method == how.method:
                     raise
                 logger.info("Skipped: %s", error)
                 stages.append({"method": method, "skipped": str(error)})
@@ -97,8 +102,8 @@ def heal_model(
                 healed, best = candidate, loss
             else:
                 logger.warning("Healing (%s) did not lower it and was rolled back.", method)
-    record = {"method": heal, "full": full, "cut": cut, "healed": best, "accepted": best < cut}
-    return healed, {**record, "stages": stages}
+    record = {"method": how.method, **how.budget, "full": full, "cut": cut, "healed": best}
+    return healed, {**record, "accepted": best < cut, "stages": stages}
 
 
 @contextmanager

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -32,19 +34,19 @@ from transformers.utils import logging as transformers_logging
 
 from ..atomic_output import KEY_FILE, own_checkpoints, write_atomically
 from ..data.tokens import IGNORED, TokenSequence, pad_sequences
-from ..distributed import lost_process_errors
+from ..distributed import lost_process_errors, on_first
 from ..errors import InvalidPlanError, MissingDependencyError, NonFiniteError, UnsupportedModelError
 from ..evaluation.likelihood import batch_nll
 from ..model.forward import evaluating
 from ..model.layer_stack import LayerStack
 from ..model.removal import share_copy
-from ..progress import progress
+from ..progress import duration, progress
 from ..utils import logger
 from .job import HealingJob
-from .lora_settings import LoraSettings, default_rate
+from .lora_settings import default_rate
 
 EPOCHS, MAX_STEPS = 30, 1000  # the default number of steps: 30 passes over the data, at most 1,000
-CHECKS = 20  # times that a training measures the validation loss and writes a checkpoint
+CHECKS = 20  # times at most that a training measures the validation loss and writes a checkpoint
 
 
 def heal_lora(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
@@ -78,6 +80,8 @@ def heal_lora(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
 
     settings = job.lora
     steps = settings.steps or min(MAX_STEPS, EPOCHS * -(-len(job.train) // settings.batch_size))
+    if job.deadline < math.inf:  # a training that is planned shorter learns faster
+        steps = min(steps, on_first(lambda: _affordable_steps(job, pruned)))
     trainable = [parameter.requires_grad for parameter in pruned.parameters()]
     keep = settings.checkpoints is not None
     output = nullcontext(str(settings.checkpoints)) if keep else tempfile.TemporaryDirectory()
@@ -97,7 +101,7 @@ def heal_lora(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
                     f"heal='lora' is not for {type(pruned).__name__}: {error} Use heal='linear'."
                 ) from error
             student.peft_config["default"].base_model_name_or_path = None  # not to be looked up
-            arguments = _arguments(student, steps, settings, folder)
+            arguments = _arguments(student, steps, job, folder)
             arguments.output_dir = str(broadcast_object_list([folder])[0])  # the first process's
             with arguments.main_process_first():
                 resumed = _claim(Path(arguments.output_dir), f"{job.key}:{settings.identity()}")
@@ -122,11 +126,11 @@ class DistillationTrainer(Trainer):
 
     def __init__(self, job: HealingJob, student: Any, arguments: TrainingArguments) -> None:
         data: dict[str, Any] = {"train_dataset": job.train, "eval_dataset": job.validation}
-        callbacks = [EarlyStoppingCallback(job.lora.patience), _Progress()]
+        callbacks = [EarlyStoppingCallback(job.lora.patience), _Progress(), _Deadline(job)]
         super().__init__(student, arguments, self._collate, callbacks=callbacks, **data)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # our loss is a mean already
-        self._job = job
+        self._job, self._first, self._start = job, 0, math.inf
         # For each kept layer, the full model's layer whose output it should reproduce.
         self._teachers = [index - 1 for index in [*job.kept[1:], len(job.stack)]]
 
@@ -162,6 +166,12 @@ class DistillationTrainer(Trainer):
             raise self._not_finite(f"loss became {loss.item()}")
         return loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One pass forwards and backwards; notes when the first one began, and at which step."""
+        if self._start == math.inf:
+            self._first, self._start = self.state.global_step, time.monotonic()
+        return super().training_step(*args, **kwargs)
+
     def _not_finite(self, what: str) -> NonFiniteError:
         return NonFiniteError(
             f"Healing: {what} at step {self.state.global_step}. Lower the learning rate (it is "
@@ -176,7 +186,11 @@ class DistillationTrainer(Trainer):
         except NonFiniteError as error:
             raise self._not_finite("validation loss is not finite") from error
         state, metrics = self.state, {"eval_loss": loss}
-        logger.info("Step %d of %d: validation loss %.4f", state.global_step, state.max_steps, loss)
+        done, rest = state.global_step - self._first, state.max_steps - state.global_step
+        left = (time.monotonic() - self._start) / max(1, done) * rest
+        note = f"; {duration(left)} left" if done > 0 and rest else ""
+        where = f"Step {state.global_step} of {state.max_steps}"
+        logger.info("%s: validation loss %.4f%s", where, loss, note)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, state, self.control, metrics)
         return metrics
@@ -213,20 +227,68 @@ class _Progress(TrainerCallback):
         next(self._bar, None)
 
 
-def _arguments(student: Any, steps: int, settings: LoraSettings, folder: str) -> TrainingArguments:
+class _Deadline(TrainerCallback):
+    """Ends a training that has a time limit, with a last check and checkpoint, before it is up."""
+
+    def __init__(self, job: HealingJob) -> None:
+        self._job, self._checking = job, 0.0  # seconds that the last check took
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = self._before = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.monotonic()
+        step, self._before = now - self._before, now
+        if self._job.deadline < math.inf and on_first(
+            lambda: self._job.seconds_left < step + self._checking
+        ):
+            control.should_evaluate = control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._checking, self._before = time.monotonic() - self._before, time.monotonic()
+
+
+def _between_checks(job: HealingJob, steps: int) -> int:
+    """Steps from one check to the next: a check may take about a fifth of the time, no more.
+
+    A token costs a step four to five times what it costs a check: the full model's pass, the
+    student's, and twice that backwards.
+    """
+    check = sum(int(batch.attention_mask.sum()) for batch in job.validation)
+    length = sum(len(row.ids) for row in job.train) / len(job.train)
+    step = length * job.lora.batch_size * job.lora.accumulate
+    return max(1, steps // CHECKS, min(steps, round(check / step)))
+
+
+def _affordable_steps(job: HealingJob, pruned: Any) -> int:
+    """Steps that the time suffices for, judged by a pass over one batch; one at least.
+
+    A fifth of the time is for checks, and the machine may slow down.
+    """
+    batch_size = job.lora.batch_size
+    (batch,) = pad_sequences(job.tokenizer, job.train[:batch_size], batch_size)
+    with evaluating(pruned):
+        start = time.monotonic()
+        pruned(**batch.to(job.stack.device).inputs(), use_cache=False)
+        step = 4.5 * (time.monotonic() - start) * job.lora.accumulate
+    return max(1, int(0.75 * job.seconds_left / step))
+
+
+def _arguments(student: Any, steps: int, job: HealingJob, folder: str) -> TrainingArguments:
+    settings, every = job.lora, _between_checks(job, steps)
     weight = next(student.parameters())
     precision = settings.precision
     if precision == "auto":
         half = weight.dtype in (torch.float16, torch.bfloat16)
         old_gpu = weight.device.type == "cuda" and not torch.cuda.is_bf16_supported()
-        precision = ("fp16" if old_gpu else "bf16") if half else "no"
-    every = max(1, steps // CHECKS)
+        mixed = half or (weight.device.type == "cpu" and _mixes_on_cpu(student))
+        precision = ("fp16" if old_gpu else "bf16") if mixed else "no"
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.learning_rate or default_rate(student.config),
+        learning_rate=settings.learning_rate or default_rate(student.config, steps),
         lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 20),
         eval_strategy="steps",
@@ -255,6 +317,18 @@ def _arguments(student: Any, steps: int, settings: LoraSettings, folder: str) ->
             f"that the first device, CUDA_VISIBLE_DEVICES={weight.device.index}."
         )
     return arguments
+
+
+def _mixes_on_cpu(model: Any) -> bool:
+    """Whether this CPU computes in bfloat16 itself, and the model runs with it mixed in."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    ids = torch.tensor([[0, 1]])
+    try:
+        with evaluating(model), torch.autocast("cpu", torch.bfloat16):
+            return bool(model(input_ids=ids, use_cache=False).logits.isfinite().all())
+    except RuntimeError:  # some models put float32 and what they have computed together
+        return False
 
 
 def _merged(student: Any) -> Any:

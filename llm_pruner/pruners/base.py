@@ -19,7 +19,8 @@ from ..config.outer_rules import injected_layers
 from ..data.items import EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap
 from ..distributed import on_first
 from ..errors import InvalidPlanError
-from ..healing.heal import Heal, heal_model
+from ..healing.heal import heal_model
+from ..healing.job import Heal, Healing
 from ..healing.lora_settings import LoraSettings
 from ..model.forward import refuse_adapters, require_loaded
 from ..model.loading import model_fingerprint
@@ -314,7 +315,8 @@ class BasePruner(ABC):
             layers: 0-based indices to remove.
             output_dir: folder to write; it appears complete or not at all.
             model_id: name of the original model, for the record.
-            heal: ``none``; ``linear`` (closed form, no training); ``lora`` (training on top).
+            heal: ``none``; ``linear`` (closed form, no training); ``lora`` (training on top); or a
+                `Healing`, which limits tokens and time too.
             heal_data: items to heal with, other than those the layers were chosen on.
             lora: how to train, for ``lora``.
             overwrite: replace an output folder that is not empty.
@@ -351,7 +353,7 @@ class BasePruner(ABC):
         """`prune_and_save` for a plan: the pruned model, and the plan with the healing's record."""
         reads = read_for(self.model)
         on_first(lambda: check_output(output_dir, overwrite=overwrite, reads=reads))
-        check_saveable(self.model, self.num_layers, heals=heal != "none")
+        check_saveable(self.model, self.num_layers, heals=Healing.of(heal).heals)
         pruned, done = self.carry_out(plan, heal, heal_data, lora)
         files = pruned, self.tokenizer, done, output_dir
         on_first(lambda: save_checkpoint(*files, overwrite=overwrite))
@@ -370,7 +372,7 @@ class BasePruner(ABC):
         """
         plan.check_model(self.num_layers, self.identity)
         self.removable.refuse_misplaced(plan.remove)
-        if heal != "none" and heal_data:
+        if Healing.of(heal).heals and heal_data:
             chosen_on = plan.data.get("prompts", ())
             refuse_overlap(heal_data, chosen_on, "to heal with", "the layers were chosen on")
         pruned, record = self.heal(plan.remove, heal, heal_data, lora)
@@ -398,10 +400,11 @@ class BasePruner(ABC):
             )
 
         data = fingerprint(heal_data) if heal_data else ""
-        settings = lora.identity() if lora and method == "lora" else ""
+        how = Healing.of(method)
+        settings = lora.identity() if lora and how.method == "lora" else ""
         removed = ",".join(map(str, sorted(layers)))
         return self._healed.get(
-            (model_fingerprint(self.model), removed, method, data, settings), make
+            (model_fingerprint(self.model), removed, how.identity(), data, settings), make
         )
 
     def manual_plan(self, layers: Sequence[int], model_id: str) -> PruningPlan:

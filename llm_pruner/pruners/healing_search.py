@@ -9,7 +9,8 @@ from typing import Any
 from ..data.items import EvalItem
 from ..engines.layer_sets import Fits, LayerSets
 from ..errors import InvalidPlanError, UnsupportedModelError
-from ..healing.heal import HEALERS, Heal
+from ..healing.heal import HEALERS
+from ..healing.job import Heal, Healing
 from ..healing.lora_settings import LoraSettings
 from ..model.layer_stack import LayerStack
 from ..model.removal import share_copy
@@ -48,7 +49,7 @@ class Repairs:
     Attributes:
         items: what to heal with; other items than the layers are chosen on.
         every: cuts between two healings.
-        heal: ``linear`` or ``lora``.
+        heal: ``linear`` or ``lora``, or a `Healing` with limits, which hold for each healing.
         lora: how to train, for ``lora``.
 
     Raises:
@@ -63,9 +64,9 @@ class Repairs:
     def __post_init__(self) -> None:
         if type(self.every) is not int or self.every < 1:
             raise InvalidPlanError(f"every={self.every!r} must be a whole number from 1.")
-        if self.heal not in HEALERS:
+        if (method := Healing.of(self.heal).method) not in HEALERS:
             raise InvalidPlanError(
-                f"heal={self.heal!r} must be {' or '.join(HEALERS)} to heal between cuts."
+                f"heal={method!r} must be {' or '.join(HEALERS)} to heal between cuts."
             )
 
 

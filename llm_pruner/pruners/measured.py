@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from ..data.items import EvalItem, fingerprint, prompt_keys, refuse_overlap
 from ..engines.layer_sets import Fits
 from ..errors import InvalidPlanError
+from ..healing.job import Healing
 from ..model.layer_stack import LayerStack
 from ..results import LayerScores, check_layers
 from ..search.layer_search import depth_curve, search_layers, single_removals
@@ -326,5 +327,6 @@ class SmartPruner(MeasuredPruner):
         if self.time_limit is not None:
             options["time_limit"] = self.time_limit
         if self.repairs is not None:
-            options["repairs"] = {"every": self.repairs.every, "heal": self.repairs.heal}
+            how = Healing.of(self.repairs.heal).identity()
+            options["repairs"] = {"every": self.repairs.every, "heal": how}
         return options

@@ -367,7 +367,7 @@ def test_a_split_holds_no_more_tokens_than_asked(tokenizer):
         sizes = [len(tokenizer(text)["input_ids"]) for text in part]
         assert 60 < sum(sizes) <= 100
         assert [text for text in whole if text in part] == part, "in their order"
-    assert fitting.healing == split.healing
+    assert fitting.healing == split.healing, "twelve times as much"
     assert len(split.within(tokenizer, 1).scoring) == 1
     assert split.within(tokenizer, 10**6) == split
 

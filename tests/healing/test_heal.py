@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import re
 
 import pytest
 import torch
@@ -22,8 +24,9 @@ from llm_pruner.errors import (
 )
 from llm_pruner.evaluation.likelihood import batch_nll
 from llm_pruner.healing import heal, linear, lora
+from llm_pruner.healing import job as job_module
 from llm_pruner.healing.heal import HEALERS, RUN_BEFORE, heal_model
-from llm_pruner.healing.job import HealingJob
+from llm_pruner.healing.job import Healing, HealingJob
 from llm_pruner.healing.lora_settings import LoraSettings
 from llm_pruner.model.layer_stack import LayerStack
 from llm_pruner.pruners.measured import AblationPruner
@@ -101,8 +104,9 @@ def test_a_healer_that_does_not_help_is_rolled_back(llama, tokenizer, method, mo
 def test_healed_checkpoints_are_plain_and_verified(name, tokenizer, tmp_path, monkeypatch, method):
     """All stages kept; then loaded by transformers alone, with and without cache."""
     falling = itertools.count(0, -1)
-    for module in (heal, linear, lora):
+    for module in (heal, lora):
         monkeypatch.setattr(module, "batch_nll", lambda model, batches: next(falling))
+    monkeypatch.setattr(linear, "validation_loss", lambda streams, index: next(falling))
     model, out = zoo.build(name).eval(), tmp_path / "out"
     before = snapshot(model)
     pruner = AblationPruner(model, tokenizer, protect=(1, 1))
@@ -226,3 +230,101 @@ def test_refusals(llama, tokenizer, method, data, error, message):
     stack = LayerStack(llama)
     with pytest.raises(error, match=message):
         heal_model(stack, [3], stack.remove([3]), tokenizer, method, data)
+
+
+# --- Limits -----------------------------------------------------------------------------------
+
+
+def test_of_the_tokens_no_more_than_asked_for_are_trained_on(llama, tokenizer):
+    def tokens(limit):
+        how = Healing("linear", tokens=limit)
+        job = HealingJob.of(LayerStack(llama), [3], tokenizer, items(100), healing=how)
+        return [row.ids for row in job.train], job
+
+    every, whole = tokens(None)
+    some, limited = tokens(300)
+    assert 250 < sum(map(len, some)) <= 300 < sum(map(len, every))
+    assert all(row in every for row in some)
+    assert tokens(300)[0] == some
+    assert len(tokens(1)[0]) == 1, "there is always something to train on"
+    assert len(limited.held_out) == len(whole.held_out)
+
+
+def test_where_there_is_much_text_most_of_it_is_trained_on(llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(job_module, "ENOUGH", 200)
+    job = HealingJob.of(LayerStack(llama), [3], tokenizer, items(120))
+    parts = [
+        sum(int(batch.attention_mask.sum()) for batch in part)
+        for part in (job.train_batches(), job.validation, job.held_out)
+    ]
+    assert parts[0] > 0.7 * sum(parts)
+    assert all(150 < part < 250 for part in parts[1:])
+
+
+def test_a_healing_that_has_no_time_leaves_a_whole_model(llama, tokenizer, method):
+    stack = LayerStack(llama)
+    how, training = Healing(method, minutes=1e-4), LoraSettings(steps=40)
+    pruned = stack.remove(REMOVED)
+    healed, record = heal_model(stack, REMOVED, pruned, tokenizer, how, items(60), lora=training)
+    assert record["minutes"] == 1e-4
+    assert record["healed"] <= record["cut"]
+    again = batch_nll(healed, encode_batches(tokenizer, items(10)))
+    assert 0 < again < 20
+    assert all(stage.get("steps", 0) < 40 for stage in record["stages"])
+
+
+def test_time_that_runs_short_is_spread_over_the_layers(llama, tokenizer, monkeypatch):
+    """The clock stands still but in the fits: after the first layers fewer batches are used."""
+    clock = itertools.count(0, 1e-3)
+    monkeypatch.setattr(linear.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(linear, "_afforded", lambda job, batches, lowest: batches)
+    used = []
+    true = linear._Streams.aim
+
+    def aim(self, index, writers):
+        used.append(len(self.batches))
+        true(self, index, writers)
+
+    monkeypatch.setattr(linear._Streams, "aim", aim)
+    stack = LayerStack(llama)
+    job = HealingJob.of(stack, [1], tokenizer, items(200), healing=Healing("linear"))
+    job = dataclasses.replace(job, deadline=0.02)
+    _, outcome = heal.heal_linear(job, stack.remove([1]))
+    train = used[::2]
+    assert train[0] > train[-1] >= 1
+    assert outcome["layers"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"tokens": 0}, "tokens=0 must be a whole number"),
+        ({"tokens": 1.5}, "tokens=1.5 must be a whole number"),
+        ({"minutes": 0}, "minutes=0 must be a positive number"),
+        ({"minutes": float("inf")}, "minutes=inf must be a positive number"),
+        ({"method": "none", "tokens": 5}, "heals nothing"),
+    ],
+)
+def test_limits_that_cannot_be(limits, message):
+    with pytest.raises(InvalidPlanError, match=message):
+        Healing(**{"method": "linear", **limits})
+
+
+def test_the_log_names_the_parts_and_the_time_left(llama, tokenizer, method, caplog):
+    caplog.set_level("INFO", "llm_pruner")
+    stack, training = LayerStack(llama), LoraSettings(steps=6)
+    pruned = stack.remove(REMOVED)
+    how = Healing(method, minutes=60)
+    heal_model(stack, REMOVED, pruned, tokenizer, how, items(60), lora=training)
+    lines = [record.getMessage() for record in caplog.records]
+    first = (
+        r"Healing: [\d,]+ tokens to train on, \d+ for validation, \d+ held out. Time limit: 60 min."
+    )
+    assert re.fullmatch(first, lines[0])
+    assert lines[1].startswith("Held-out loss: full ")
+    assert any(re.fullmatch(r"Layer 2: validation loss .*; \d+ s left", line) for line in lines)
+    steps = [line for line in lines if line.startswith("Step ")]
+    assert bool(steps) is (method == "lora")
+    assert all(
+        re.fullmatch(r"Step \d of 6: validation loss [\d.]+(; \d+ s left)?", s) for s in steps
+    )

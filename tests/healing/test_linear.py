@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import replace
 
@@ -12,8 +13,10 @@ from conftest import items, tiny_gpt2, tiny_llama
 from torch import nn
 
 from llm_pruner.data.tokens import encode_batches, encode_sequences, pad_sequences
-from llm_pruner.healing import job, linear
+from llm_pruner.evaluation.likelihood import batch_nll
+from llm_pruner.healing import job, least_squares, linear
 from llm_pruner.healing.job import HealingJob
+from llm_pruner.healing.least_squares import RIDGES, Sums, Tokens, best_update
 from llm_pruner.healing.linear import heal_linear
 from llm_pruner.model.layer_stack import LayerStack
 
@@ -61,7 +64,7 @@ PLANTED = {
 def test_a_block_that_is_linear_in_what_is_fitted_is_recovered(tokenizer, monkeypatch, case, limit):
     """The healed model's logits are as good as the full model's, relative to the cut model's."""
     falling = itertools.count(0, -1)  # a random model's loss need not fall when it gets nearer
-    monkeypatch.setattr(linear, "batch_nll", lambda model, batches: next(falling))
+    monkeypatch.setattr(linear, "validation_loss", lambda streams, index: next(falling))
     make, source, adds, seen = PLANTED[case]
     model = make()
     pruned = LayerStack(model).remove([2])
@@ -81,7 +84,7 @@ def test_the_update_is_the_weighted_ridge_solution(llama, tokenizer, monkeypatch
     """The first healed layer, by a solve written out on whole matrices."""
     data = encode_batches(tokenizer, items(40), batch_size=4)
     ridge = 0.01
-    monkeypatch.setattr(linear, "RIDGES", (ridge,))
+    monkeypatch.setattr(least_squares, "RIDGES", (ridge,))
     stack = LayerStack(llama)
     healed, records = heal(stack, [3, 4], tokenizer, items(40))
     assert records[0]["parts"] == {"mlp": ridge}
@@ -157,7 +160,7 @@ def test_a_model_that_cannot_start_in_the_middle_is_healed_alike(llama, tokenize
 def test_a_layer_that_makes_it_worse_is_restored(llama, tokenizer, monkeypatch):
     stack = LayerStack(llama)
     losses = iter([1.0, 2.0, 0.5, *[0.7] * 9])  # before, and after each layer
-    monkeypatch.setattr(linear, "batch_nll", lambda model, batches: next(losses))
+    monkeypatch.setattr(linear, "validation_loss", lambda streams, index: next(losses))
     pruned = stack.remove([3, 4])
     healed, records = heal(stack, [3, 4], tokenizer)
     assert [record["kept"] for record in records] == [False, True, False, False]
@@ -175,3 +178,166 @@ def test_cuts_at_either_end(llama, tokenizer, removed):
     assert records[0]["layer"] == first
     assert all(record["error"] < 1 for record in records)
     healed(**encode_batches(tokenizer, items(3))[0].inputs())
+
+
+# --- The slow twins -----------------------------------------------------------------------------
+
+
+def collected(model, layer, data):
+    """Whole passes: by part of a layer, what enters its last map and the stream behind it."""
+    taken = {name: [] for name in ("self_attn.o_proj", "mlp.down_proj", "attention", "end")}
+    block = model.model.layers[layer]
+
+    def keep(name, pick):
+        return lambda module, args, out: taken[name].append(pick(args, out))
+
+    hooks = [
+        block.self_attn.o_proj.register_forward_hook(
+            keep("self_attn.o_proj", lambda args, out: args[0])
+        ),
+        block.mlp.down_proj.register_forward_hook(keep("mlp.down_proj", lambda args, out: args[0])),
+        block.post_attention_layernorm.register_forward_hook(
+            keep("attention", lambda args, out: args[0])
+        ),
+        block.register_forward_hook(
+            keep("end", lambda args, out: out[0] if isinstance(out, tuple) else out)
+        ),
+    ]
+    with torch.no_grad():
+        for batch in data:
+            model(**batch.inputs())
+    for hook in hooks:
+        hook.remove()
+    real = [batch.attention_mask.bool() for batch in data]
+    return {
+        name: torch.cat([x[mask] for x, mask in zip(found, real, strict=True)]).double()
+        for name, found in taken.items()
+    }
+
+
+def heal_slowly(job, pruned):
+    """The closed form for a Llama: whole passes for every part, float64, every ridge tried."""
+    model, kept, cut = job.stack.model, job.kept, min(job.removed)
+    data = job.train_batches(), job.validation
+    loss = batch_nll(pruned, job.validation)
+    records = []
+    for index in range(kept.index(cut - 1), len(kept)):
+        end = [*kept[1:], len(job.stack)][index] - 1
+        parts, before, error = {}, {}, 1.0
+        for name, part, behind in (
+            ("self_attn.o_proj", "self_attn", "attention"),
+            ("mlp.down_proj", "mlp", "end"),
+        ):
+            if part == "self_attn" and kept[index] < cut:
+                continue
+            module = pruned.model.layers[index].get_submodule(name)
+            sides = []
+            for batches in data:
+                own = collected(pruned, index, batches)
+                layer = kept[index] if behind == "attention" else end
+                target = collected(model, layer, batches)[behind]
+                sides.append((own[name], target - own[behind], 1 / target.square().mean(-1)))
+            h, d, q = sides[0]
+            gram = (h * q[:, None]).T @ h / len(h)
+            cross = (h * q[:, None]).T @ d / len(h)
+            vh, vd, vq = sides[1]
+            error, best = 1.0, None
+            for ridge in RIDGES:
+                lift = ridge * gram.diagonal().mean() * torch.eye(len(gram))
+                update = torch.linalg.solve(gram + lift, cross)
+                left = (vq[:, None] * (vd - vh @ update).square()).sum()
+                left = (left / (vq[:, None] * vd.square()).sum()).item()
+                if left < error:
+                    error, best, parts[part] = left, update, ridge
+            if best is not None:
+                before[module] = module.weight
+                module.weight = nn.Parameter((module.weight.double() + best.T).float())
+        after = batch_nll(pruned, job.validation)
+        kept_it = after < loss
+        for module, weight in before.items():
+            module.weight = module.weight if kept_it else weight
+        loss = min(loss, after)
+        fit = {"layer": kept[index], "parts": parts, "error": error}
+        records.append({**fit, "loss": after, "kept": kept_it})
+    return records
+
+
+def test_the_slow_twin_heals_alike(llama, tokenizer):
+    """States carried up, float32 sums and a search among ridges against none of these."""
+    stack = LayerStack(llama)
+    whole = HealingJob.of(stack, REMOVED, tokenizer, items(120))
+    want = heal_slowly(whole, slow := copy.deepcopy(stack.remove(REMOVED)))
+    fast, outcome = heal_linear(whole, stack.remove(REMOVED))
+    got = outcome["layers"]
+    for name in ("layer", "parts", "kept"):
+        assert [record[name] for record in got] == [record[name] for record in want]
+    for name in ("error", "loss"):
+        values = [record[name] for record in want]
+        assert [record[name] for record in got] == pytest.approx(values, rel=1e-4)
+    for name, tensor in slow.state_dict().items():
+        torch.testing.assert_close(fast.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def blocks(count, width, dtype, seed=0):
+    """Features with a channel a thousand times the others, as language models have them."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.randn(width, 24, generator=torch.Generator().manual_seed(9))
+    for _ in range(count):
+        features = torch.randn(257, width, generator=generator)
+        features[:, 0] = 1000 + features[:, 0]
+        noise = torch.randn(257, 24, generator=generator)
+        weight = torch.rand(257, 1, generator=generator)
+        parts = features, features @ truth * 0.01 + noise, weight
+        yield Tokens(*(part.to(dtype) for part in parts))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("is_map", [True, False])
+def test_sums_in_float32_are_as_good_as_the_float64_twin(monkeypatch, is_map, wide):
+    if wide:
+        monkeypatch.setattr(least_squares, "WIDE", 8)
+    width = 96 if is_map else 24
+    sums, exact = Sums(is_map), Sums(is_map)
+    for one, other in zip(blocks(9, width, torch.float32), blocks(9, width, torch.float64),
+                          strict=True):  # fmt: skip
+        sums.add(one)
+        exact.add(other)
+    scale = exact.gram.diagonal().rsqrt() if is_map else exact.gram.rsqrt()
+    apart = (sums.gram - exact.gram) * (scale * scale[:, None] if is_map else scale.square())
+    assert apart.abs().max() < 1e-6, "relative to the channels' sizes"
+    for ridge in (1e-6, 1e-3, 1e-1):
+        lift = ridge * exact.gram.diagonal().mean() * torch.eye(width) if is_map else 0
+        want = torch.linalg.solve(exact.gram + lift, exact.cross) if is_map else (
+            exact.cross / (exact.gram + ridge * exact.gram.mean())
+        )  # fmt: skip
+        got = sums.solve(ridge).double()
+        assert (got - want).norm() < (1e-3 if wide else 1e-4) * want.norm()
+
+
+@pytest.mark.parametrize("start", [1e-9, 1e-3, 1.0])
+def test_the_search_finds_the_best_of_all_ridges(start):
+    sums, judged = Sums(True), list(blocks(2, 96, torch.float64, seed=1))
+    for block in blocks(1, 96, torch.float64):
+        sums.add(block)
+    ridge, error, update = best_update(sums, judged, start)
+    whole = sum(block.square for block in judged)
+    left = {}
+    for one in RIDGES:
+        parts = [Tokens(b.features, b.deviation - b.features @ sums.solve(one), b.weight)
+                 for b in judged]  # fmt: skip
+        left[one] = sum(part.square for part in parts) / whole
+    assert ridge == min(left, key=left.get)
+    assert error == pytest.approx(left[ridge])
+    torch.testing.assert_close(update, sums.solve(ridge))
+
+
+def test_what_cannot_be_solved_changes_nothing():
+    features = torch.ones(50, 8)
+    block = Tokens(features, torch.zeros(50, 3), torch.ones(50, 1))
+    sums = Sums(True)
+    sums.add(block)
+    judged = [Tokens(features, torch.ones(50, 3), torch.ones(50, 1))]
+    assert best_update(sums, judged)[:2] == (None, 1.0)
+    nothing = Sums(True)
+    nothing.add(Tokens(features * 0, torch.ones(50, 3), torch.ones(50, 1)))
+    assert best_update(nothing, judged) == (None, 1.0, None)

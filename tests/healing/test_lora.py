@@ -24,7 +24,7 @@ REMOVED = [3, 4, 6]
 
 
 def job_for(model, tokenizer, **settings):
-    how = LoraSettings(**{"steps": 40, **settings})
+    how = LoraSettings(**{"steps": 40, "learning_rate": 2.2e-3, **settings})
     return HealingJob.of(LayerStack(model), REMOVED, tokenizer, items(60), how)
 
 
@@ -61,8 +61,8 @@ def test_the_loss_is_the_divergence_from_the_full_model(llama, tokenizer, monkey
         return compute(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(DistillationTrainer, "compute_loss", watched)
-    trained(llama, tokenizer, steps=1)
-    trained(llama, tokenizer, steps=1, hidden_weight=2.0)
+    trained(llama, tokenizer, steps=1, precision="no")
+    trained(llama, tokenizer, steps=1, precision="no", hidden_weight=2.0)
     stack = LayerStack(llama)
     pruned = stack.remove(REMOVED)
     given = {name: batches[0][name] for name in ("input_ids", "attention_mask")}
@@ -144,11 +144,12 @@ def test_checkpoints_of_another_training_are_not_used(llama, tokenizer, tmp_path
 
 def test_patience_is_counted_on_when_a_training_resumes(llama, tokenizer, tmp_path):
     """A training that stopped because nothing improved does not start over."""
-    options = {"learning_rate": 0.5, "patience": 2, "checkpoints": tmp_path}
+    options = {"learning_rate": 0.5, "patience": 2, "checkpoints": tmp_path, "precision": "no"}
     _, first = trained(llama, tokenizer, **options)
     _, again = trained(llama, tokenizer, **options)
     assert first["steps"] < 40
-    assert again["steps"] <= first["steps"] + 2, "one more check at the most"
+    interval = lora._between_checks(job_for(llama, tokenizer), 40)
+    assert again["steps"] <= first["steps"] + interval, "one more check at the most"
     assert again["best_step"] == first["best_step"]
 
 
@@ -193,6 +194,20 @@ def test_the_default_rate_is_that_of_lora_at_the_usual_width(llama):
     assert default_rate(llama.config) == pytest.approx(2e-4)
     llama.config.hidden_size = 1024
     assert default_rate(llama.config) == pytest.approx(4e-4)
+    assert default_rate(llama.config, 10**6) == pytest.approx(4e-4)
+    assert default_rate(llama.config, 250) == pytest.approx(8e-4)
+    assert default_rate(llama.config, 1) == pytest.approx(32e-4)
+
+
+def test_checks_take_a_fifth_of_the_time_at_most(llama, tokenizer):
+    """In tokens: a step's cost four to five times those of a check."""
+    job = HealingJob.of(LayerStack(llama), [3], tokenizer, items(60), LoraSettings(batch_size=2))
+    check = sum(int(batch.attention_mask.sum()) for batch in job.validation)
+    step = 2 * sum(len(row.ids) for row in job.train) / len(job.train)
+    between = lora._between_checks(job, 40)
+    assert check / (between * step * 4.5 + check) < 0.25
+    assert lora._between_checks(job, 2) == 2
+    assert lora._between_checks(job, 4000) == 200
 
 
 @pytest.mark.parametrize(
