@@ -34,10 +34,11 @@ ROOMS = {
     "checkpoint": "config engines storage model report",
     "pruners": "config engines storage model offload data evaluation search healing checkpoint",
     "workflow": "storage model data evaluation healing visualization report checkpoint pruners",
+    "estimate": "model data evaluation search pruners",
     "cli_arguments": "engines pruners",
     "cli_checks": "storage search pruners cli_arguments",
     "cli": "config storage model offload data search healing visualization report checkpoint "
-    "pruners workflow cli_arguments cli_checks",
+    "pruners workflow estimate cli_arguments cli_checks",
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())

@@ -52,7 +52,9 @@ def _sample(
 
 
 def _cut(items: Sequence[EvalItem], passage: int) -> list[EvalItem]:
-    """The items, running text among them in passages."""
+    """The items, running text among them in passages; shorter ones where there is little of it."""
+    total = sum(len(item) for item in items if isinstance(item, str))
+    passage = min(passage, max(SHORTEST, total // FEWEST))
     found: list[EvalItem] = []
     for item in items:
         found += passages(item, passage) if isinstance(item, str) else [item]
@@ -101,7 +103,8 @@ def load_eval_dataset(
             them, separated by commas, give as many items each, or in proportion to shares,
             ``a.jsonl=2,b.txt``; each is a kind of data (`kind_of`).
         up_to: `n` is an upper limit: no warning if there are fewer.
-        passage: characters that an item of running text has at most, see `passages`.
+        passage: characters that an item of running text has at most, see `passages`; fewer where
+            there would be less than 16 of them.
 
     Raises:
         InvalidDataError: `n` or `passage` below 1, or a file with unusable content.
@@ -213,6 +216,7 @@ def split_items(
     return left, right
 
 
+FEWEST, SHORTEST = 16, 40  # passages that a text gives if it can, and characters of each
 HEAL_ITEMS = 12  # healing items per scoring item, if the source has as many
 
 
@@ -235,8 +239,9 @@ class DataSplit:
     ) -> DataSplit:
         """The same with no more items to score on, nor held out, than have `n_tokens` tokens.
 
-        Of the items to heal with, twelve times as many stay. An item of one sequence counts for `max_length` tokens at most. Those that stay are drawn by
-        their prompts; at least one stays of each list.
+        Of the items to heal with, twelve times as many stay. An item of one sequence counts for
+        `max_length` tokens at most. Those that stay are drawn by their prompts; at least one stays
+        of each list.
         """
         scoring, healing, held_out = (
             _fitting(part, tokenizer, many * n_tokens, max_length)

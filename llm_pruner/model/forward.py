@@ -106,6 +106,27 @@ def undo(steps: list[Any]) -> None:
         raise interrupt
 
 
+def hook_before(back: list[Any], layer: torch.nn.Module, hook: Any) -> None:
+    """Call ``hook(layer, args, kwargs)`` before a layer runs; see `hook_after`."""
+    back.append(partial(_forget, layer._forward_pre_hooks, hook))
+    layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def hook_after(back: list[Any], layer: torch.nn.Module, hook: Any) -> None:
+    """Call ``hook(layer, args, kwargs, output)`` after a layer has run.
+
+    What takes it away again is noted in `back` first: no interrupt comes between.
+    """
+    back.append(partial(_forget, layer._forward_hooks, hook))
+    layer.register_forward_hook(hook, with_kwargs=True)
+
+
+def _forget(hooks: Any, hook: Any) -> None:
+    """Remove a hook, if it is there."""
+    for number in [number for number, known in hooks.items() if known is hook]:
+        del hooks[number]
+
+
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients; every module's mode is restored afterwards.

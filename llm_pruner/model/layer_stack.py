@@ -21,7 +21,15 @@ from ..config.rules import OTHER_TOWERS, layer_counts, prune_config, text_config
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..results import check_layers
 from .bypass import Bypass, ReturnForm, hidden_in, hidden_out, learn_forms, with_hidden
-from .forward import computed, evaluating, refuse_adapters, undo, using
+from .forward import (
+    computed,
+    evaluating,
+    hook_after,
+    hook_before,
+    refuse_adapters,
+    undo,
+    using,
+)
 from .loading import model_fingerprint
 from .removal import remove_layers, skeleton
 
@@ -186,9 +194,7 @@ class LayerStack(Sequence[nn.Module]):
         with using(self.model):
             try:
                 for index in indices:
-                    hook = partial(seen, index)
-                    register = self[index].register_forward_pre_hook
-                    back.append(register(hook, with_kwargs=True).remove)
+                    hook_before(back, self[index], partial(seen, index))
                 yield
             finally:
                 undo(back)
@@ -220,11 +226,13 @@ class LayerStack(Sequence[nn.Module]):
             return with_hidden(args, kwargs, hidden)
 
         skipped = {*range(start), *check_layers(removed, len(self))}
-        with (
-            self._bypassed(skipped) as model,
-            self[start].register_forward_pre_hook(enter, with_kwargs=True),
-        ):
-            yield model
+        back: list[Callable[[], Any]] = []
+        with self._bypassed(skipped) as model:
+            try:
+                hook_before(back, self[start], enter)
+                yield model
+            finally:
+                undo(back)
 
     def _require_one_state(self) -> None:
         if self.offloaded or not self._passes_one_state():
@@ -358,8 +366,7 @@ def _after_each(layers: Iterable[nn.Module], call: Callable[..., None]) -> Itera
     back: list[Callable[[], Any]] = []
     try:
         for index, layer in enumerate(layers):
-            hook = partial(call, index)
-            back.append(layer.register_forward_hook(hook, with_kwargs=True).remove)
+            hook_after(back, layer, partial(call, index))
         yield
     finally:
         undo(back)

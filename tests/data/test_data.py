@@ -332,21 +332,29 @@ def test_file_types_agree(tmp_path):
 def test_a_text_file_is_running_text_in_passages(tmp_path):
     path = tmp_path / "book.txt"
     paragraph = "A sentence of five words. " * 8
-    text = "".join(f"= Heading {n} =\n \n{paragraph}\n\n\n" for n in range(9))
+    text = "".join(f"= Heading {n} =\n \n{paragraph}\n\n\n" for n in range(90))
     path.write_text(f"\ufeff{text}", encoding="utf-8")
     found = load_eval_dataset(99, path, passage=500, up_to=True)
-    assert len(found) == 5
+    assert len(found) == 45
     assert all(one.startswith("= Heading") and one.endswith("words.") for one in found)
     assert "".join("".join(found).split()) == "".join(text.split()), "nothing is lost"
 
 
 def test_long_texts_of_any_file_are_cut_and_short_ones_stay_apart(tmp_path):
-    rows = [{"text": "Short."}, {"text": "One two. " * 300}, *qa(1, 1)]
+    rows = [{"text": "Short."}, {"text": "One two. " * 2000}, *qa(1, 1)]
     write(tmp_path / "a.jsonl", rows)
     found = load_eval_dataset(99, tmp_path / "a.jsonl", passage=1000, up_to=True)
     assert found[0] == "Short."
-    assert [type(one) for one in found] == [str] * 4 + [dict]
-    assert max(map(len, found[1:4])) <= 1000
+    assert [type(one) for one in found] == [str] * 20 + [dict]
+    assert max(map(len, found[1:20])) <= 1000
+
+
+def test_a_little_text_gives_several_items_too(tmp_path):
+    path = tmp_path / "little.txt"
+    path.write_text("A sentence of five words. " * 40)
+    found = load_eval_dataset(99, path, up_to=True)
+    assert len(found) >= 16
+    assert all(one.endswith("words.") for one in found)
 
 
 @settings(max_examples=200)
