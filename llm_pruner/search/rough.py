@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..distributed import on_first
 from ..model.forward import computed, evaluating
 from ..model.layer_stack import LayerStack
 from ..model.removal import share_copy
@@ -29,7 +30,7 @@ def reduced(stack: LayerStack) -> LayerStack | None:
     if stack.offloaded or kinds != {torch.float32} or count_parameters(model) < SMALLEST:
         return None
     matrix = max((one for one in stack[0].parameters() if one.dim() == 2), key=torch.numel)
-    if _seconds(matrix, torch.float32) < FASTER * _seconds(matrix, torch.bfloat16):
+    if not on_first(lambda: _is_faster(matrix)):  # all processes do the same
         return None
     rough = share_copy(model)
     known: dict[int, nn.Parameter] = {}  # tied tensors stay tied
@@ -52,6 +53,11 @@ def reduced(stack: LayerStack) -> LayerStack | None:
         return None
     logger.info("Candidates are compared in bfloat16, the best of them in float32.")
     return found
+
+
+def _is_faster(matrix: torch.Tensor) -> bool:
+    """Whether products with a matrix are faster in bfloat16."""
+    return _seconds(matrix, torch.float32) >= FASTER * _seconds(matrix, torch.bfloat16)
 
 
 @torch.no_grad()
