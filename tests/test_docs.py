@@ -166,3 +166,10 @@ def test_scripts_run(script, words, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "removed" in done.stdout
     assert list(tmp_path.rglob("model.safetensors"))
+
+
+def test_the_page_of_larger_models_is_what_its_script_prints():
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "scale.py"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout == (ROOT / "docs" / "scale.md").read_text(encoding="utf-8"), done.stderr
