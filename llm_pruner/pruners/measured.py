@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..data.items import EvalItem, fingerprint, prompt_keys, refuse_overlap
 from ..engines.layer_sets import Fits
@@ -24,10 +24,13 @@ from .base import BasePruner
 from .budget import Budget
 from .healing_search import Repairs, search_in_rounds
 from .registry import register_strategy
-from .similarity import block_influence
+from .residual_stream import neighbours
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Precision = Literal["auto", "full"]
 
 
 class MeasuredPruner(BasePruner):
@@ -40,6 +43,8 @@ class MeasuredPruner(BasePruner):
             generated answers); ``"nll=0.7,accuracy=0.3"``.
         over_kinds: of items from several sources, whether the ``mean`` of the changes on each
             counts, or the ``worst``.
+        precision: ``auto`` measures a model in float32 in bfloat16 where that is faster: layer
+            scores, and in a search what is clearly worse; ``full`` never does.
         journal: file that keeps every measurement, so that a killed run can be resumed.
         seed: of the order in which a search looks at the items.
         options: the other options of `BasePruner`.
@@ -54,6 +59,7 @@ class MeasuredPruner(BasePruner):
         *,
         objective: ObjectiveLike = "nll",
         over_kinds: OverKinds = "mean",
+        precision: Precision = "auto",
         journal: str | Path | None = None,
         seed: int = 0,
         **options: Any,
@@ -61,11 +67,14 @@ class MeasuredPruner(BasePruner):
         super().__init__(model, tokenizer, **options)
         if over_kinds not in get_args(OverKinds):
             raise InvalidPlanError(f"over_kinds={over_kinds!r} must be 'mean' or 'worst'.")
-        self.over_kinds = over_kinds
+        if precision not in get_args(Precision):
+            raise InvalidPlanError(f"precision={precision!r} must be 'auto' or 'full'.")
+        self.over_kinds, self.precision = over_kinds, precision
         if type(seed) is not int or seed < 0:
             raise InvalidPlanError(f"seed={seed!r} must be a whole number from 0.")
         self.objective, self.journal, self.seed = parse_objective(objective), journal, seed
         self._qualities: dict[str, RemovalQuality] = {}
+        self._roughs: dict[str, RemovalQuality | None] = {}  # of the data measured on last
 
     def quality(self, eval_data: Sequence[EvalItem]) -> RemovalQuality:
         """The measuring instrument for `eval_data`; what it has measured it remembers."""
@@ -88,13 +97,23 @@ class MeasuredPruner(BasePruner):
             seed=self.seed,
         )
 
+    def _rough(self, eval_data: Sequence[EvalItem]) -> RemovalQuality | None:
+        """Measures in reduced precision; None where that is not faster, or not wanted."""
+        if self.precision == "full" or not self.quality(eval_data).can_bypass:
+            return None
+        key = f"{self.layers.fingerprint}:{fingerprint(eval_data)}"
+        if key not in self._roughs:
+            stack = reduced(self.layers)
+            self._roughs = {key: None if stack is None else self.quality_of(stack, eval_data)}
+        return self._roughs[key]
+
     def compute_layer_scores(self, eval_data: Sequence[EvalItem]) -> LayerScores:
         """Relative change of quality when the layer alone is removed: -0.02 is 2 % worse.
 
         Costs about half of the L + 1 evaluations of the data: layers below the removed one run
         once for all.
         """
-        quality = self.quality(eval_data)
+        quality = self._rough(eval_data) or self.quality(eval_data)
         scores = single_removals(quality, range(self.num_layers))
         return LayerScores(scores, strategy=self.name, unit=quality.unit, removes=self.removes)
 
@@ -116,13 +135,14 @@ class MeasuredPruner(BasePruner):
         return super().select_layers(scores, threshold=threshold)
 
     def _options(self) -> dict[str, Any]:
-        kinds = {} if self.over_kinds == "mean" else {"over_kinds": self.over_kinds}
-        return {"objective": self.objective, "seed": self.seed, **kinds}
+        usual = {"over_kinds": "mean", "precision": "auto"}
+        others = {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
+        return {"objective": self.objective, "seed": self.seed, **others}
 
 
 SMALL = 1e12  # multiply-adds that any search may take: some seconds
 EXACT = 4.0  # passes in full precision that a search ends with: the best sets, and the full model
-FEW = 8  # items of which a single pass gives the first result of a search
+FEW = 4  # items of which a single pass gives the first result of a search
 
 
 @register_strategy("ablation")
@@ -171,7 +191,6 @@ class SmartPruner(MeasuredPruner):
         if time_limit is not None and not 0 < time_limit < math.inf:
             raise InvalidPlanError(f"time_limit={time_limit} must be a positive number of seconds.")
         self.repairs, self.time_limit = repairs, time_limit
-        self._roughs: dict[str, RemovalQuality | None] = {}  # of the data searched on last
 
     def description(self) -> str:
         return "Removes layer by layer, measuring each combination; then swaps layers."
@@ -269,7 +288,7 @@ class SmartPruner(MeasuredPruner):
         """A search without healing, within the time and for no more than plain greedy search."""
         quality = self.quality(eval_data)
         deadline = None if self.time_limit is None else time.monotonic() + self.time_limit
-        rough = self._rough(eval_data) if quality.can_bypass else None
+        rough = self._rough(eval_data)
         both = [quality] if rough is None else [quality, rough]
         count, work = limits["n_layers"], math.inf
         if count is not None:
@@ -293,21 +312,15 @@ class SmartPruner(MeasuredPruner):
         work = cost.of_search(candidates, count, shares, **how)
         return EXACT, work / cost.of_pass(self.num_layers)
 
-    def _rough(self, eval_data: Sequence[EvalItem]) -> RemovalQuality | None:
-        """Measures in reduced precision; None where that is not faster."""
-        key = f"{self.layers.fingerprint}:{fingerprint(eval_data)}"
-        if key not in self._roughs:
-            stack = reduced(self.layers)
-            self._roughs = {key: None if stack is None else self.quality_of(stack, eval_data)}
-        return self._roughs[key]
-
     def _one_pass_scores(self, eval_data: Sequence[EvalItem]) -> dict[int, float] | None:
         """Block influence on a few items; None where there are no states between the layers."""
         if self.layers.offloaded or len(self.layers.paths) > 1:
             return None
         few = random.Random(self.seed).sample(eval_data, min(len(eval_data), FEW))
-        influence = block_influence(self, few)
-        return {layer: float(influence[layer, layer + 1]) for layer in self.candidates}
+        rough = self._rough(eval_data)
+        layers = self.layers if rough is None else rough.stack
+        influence = neighbours(layers, self.tokenizer, few, self.batch_size, self.max_length)
+        return {layer: influence[layer] for layer in self.candidates}
 
     def _choices(self, eval_data: Sequence[EvalItem], n_layers: int) -> list[list[int]]:
         if self.repairs is not None:

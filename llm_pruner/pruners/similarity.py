@@ -155,14 +155,9 @@ class BlockInfluencePruner(SimilarityPruner):
         return "Finds the layers that turn the hidden states of all tokens least; one pass."
 
     def distances(self, eval_data: Sequence[EvalItem]) -> torch.Tensor:
-        return block_influence(self, eval_data)
-
-
-def block_influence(pruner: BasePruner, eval_data: Sequence[EvalItem]) -> torch.Tensor:
-    """(L + 1, L + 1) float64: Block Influence of all blocks, see `BlockInfluencePruner`."""
-    cosines = CosineSimilarities(pruner.num_layers + 1)
-    for states, real in pruner.hidden_states(eval_data, shared=True):
-        for tokens in real_tokens(states, real):
-            cosines.update(tokens)
-    (cosines,) = merged([cosines])
-    return (1 - cosines.matrix).clamp(0, 2)
+        cosines = CosineSimilarities(self.num_layers + 1)
+        for states, real in self.hidden_states(eval_data, shared=True):
+            for tokens in real_tokens(states, real):
+                cosines.update(tokens)
+        (cosines,) = merged([cosines])
+        return (1 - cosines.matrix).clamp(0, 2)

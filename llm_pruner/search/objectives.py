@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 
 MAX_LENGTH = 512  # tokens of a sequence
-# A comparison begins on a block of the data, which has at least so many sequences or tokens.
-BLOCK, BLOCK_TOKENS = 16, 512
+# A comparison begins on a block of the data: at least so many sequences, or scored tokens.
+BLOCK, BLOCK_TOKENS = 16, 256
 MOST_BLOCKS = 16
 COMPARING = {"kl", "agreement"}  # measures that need the full model's logits
 Readings = Iterator[tuple[LayerSet, torch.Tensor]]
@@ -80,7 +80,8 @@ class EncodedData:
         sequences = _spread_kinds([encoded[index] for index in order.tolist()], eval_data)
         chunks: list[range] = []
         blocks: list[range] = []
-        for block in _blocks([len(one.ids) for one in sequences], batch_size):
+        scored = [sum(label != IGNORED for label in one.labels[1:]) for one in sequences]
+        for block in _blocks(scored, batch_size):
             part = slice(block.start, block.stop)  # similar lengths together, for less padding
             sequences[part] = sorted(sequences[part], key=lambda one: len(one.ids))
             first = len(chunks)
@@ -105,24 +106,24 @@ def _spread_kinds(
     return [sequences[index] for index in order]
 
 
-def _blocks(lengths: Sequence[int], batch_size: int) -> list[range]:
-    """Sequences of these lengths in blocks; a remainder joins the last one.
+def _blocks(scored: Sequence[int], batch_size: int) -> list[range]:
+    """Sequences with so many scored tokens in blocks; a remainder joins the last one.
 
-    A block has at least `BLOCK` sequences, in whole batches, or `BLOCK_TOKENS` tokens, and there
-    are not many more of them than `MOST_BLOCKS`.
+    A block has at least `BLOCK` sequences, in whole batches, or `BLOCK_TOKENS` scored tokens, and
+    there are not many more of them than `MOST_BLOCKS`.
     """
-    most = -(-BLOCK // batch_size) * batch_size
-    enough = max(BLOCK_TOKENS, sum(lengths) // MOST_BLOCKS)
+    most = max(-(-BLOCK // batch_size) * batch_size, len(scored) // MOST_BLOCKS)
+    enough = max(BLOCK_TOKENS, sum(scored) // MOST_BLOCKS)
     blocks: list[range] = []
     begin = tokens = 0
-    for index, length in enumerate(lengths, start=1):
-        tokens += length
-        if tokens >= enough or (index - begin >= most and sum(lengths) < MOST_BLOCKS * enough):
+    for index, count in enumerate(scored, start=1):
+        tokens += count
+        if tokens >= enough or index - begin >= most:
             blocks.append(range(begin, index))
             begin, tokens = index, 0
-    if begin < len(lengths):
+    if begin < len(scored):
         first = blocks.pop().start if blocks else 0
-        blocks.append(range(first, len(lengths)))
+        blocks.append(range(first, len(scored)))
     return blocks
 
 
