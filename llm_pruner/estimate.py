@@ -19,6 +19,7 @@ from .pruners.base import BasePruner
 from .pruners.budget import Budget
 from .search.removal_quality import RemovalQuality
 from .search.rough import reduced
+from .storage.origin import gguf_of
 from .utils import count_bytes, format_bytes
 
 if TYPE_CHECKING:
@@ -109,9 +110,10 @@ def estimate(pruner: BasePruner, data: DataSplit, budget: Budget) -> Estimate:
         stages.append(Stage("comparing both models", JUDGING, held_out.tokens, JUDGING * each))
         if questions := [item for item in data.held_out if isinstance(item, dict)]:
             stages.append(_answers(pruner, questions, held_out.tokens))
-    kept = 1 - count / pruner.num_layers
     layers = sum(count_bytes(layer) for layer in pruner.layers)
-    disk = count_bytes(pruner.model) - round(layers * (1 - kept))
+    gone = layers / count_bytes(pruner.model) * count / pruner.num_layers
+    files = [path.stat().st_size for path in gguf_of(pruner.model)]  # which keep their bits
+    disk = round((sum(files) or count_bytes(pruner.model)) * (1 - gone))
     vocabulary = getattr(pruner.model.config.get_text_config(), "vocab_size", 0)
     logits = 3 * 4 * vocabulary * pruner.batch_size * pruner.max_length  # of two models, and a copy
     memory = _resident() + bytes_on_top + logits

@@ -34,7 +34,7 @@ ROOMS = {
     "checkpoint": "config engines storage model report",
     "pruners": "config engines storage model offload data evaluation search healing checkpoint",
     "workflow": "storage model data evaluation healing visualization report checkpoint pruners",
-    "estimate": "model data evaluation search pruners",
+    "estimate": "storage model data evaluation search pruners",
     "cli_arguments": "engines pruners",
     "cli_checks": "storage search pruners cli_arguments",
     "cli": "config storage model offload data search healing visualization report checkpoint "
