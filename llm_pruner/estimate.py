@@ -35,7 +35,7 @@ class Stage:
 
     Attributes:
         name: what is done.
-        passes: passes of the full model over the items, in seconds of work.
+        passes: how many passes of the full model over the items it is worth.
         tokens: tokens of the items, padding included.
         seconds: by the clock.
     """

@@ -137,7 +137,13 @@ def _compared(
     model, tokenizer, batch_size = pruner.model, pruner.tokenizer, pruner.batch_size
     logger.info("Comparing both models")
     quality, before, after = compare_quality(
-        model, pruned, tokenizer, held_out, batch_size=batch_size, seed=seed
+        model,
+        pruned,
+        tokenizer,
+        held_out,
+        batch_size=batch_size,
+        seed=seed,
+        window=pruner.max_length,
     )
     healing = dict(plan.healing)
     if healing["method"] != "none":  # what the removal costs without it, for comparison

@@ -60,16 +60,14 @@ class LayerSearch:
     ) -> None:
         self.quality, self.rough, self._on_step = quality, rough or quality, on_step
         self.sets = LayerSets(len(quality.stack), candidates, fits)
-        self.wanted, self.best, self.start = 0, (), ()
+        self.wanted = 0
+        self.best: LayerSet = ()
+        self.start: LayerSet = ()
         self._scores: Mapping[int, float] = {}
         self._work = work
         self._gains: dict[int, tuple[float, float]] = {}  # layer -> (sum of gains, weight)
         self._turn = 0
         self._begun, self._before = time.monotonic(), self._spent()
-
-    wanted: int
-    best: LayerSet
-    start: LayerSet
 
     def begin(self, scores: Mapping[int, float]) -> None:
         """Take the set of lowest scores for a first result, measured on a part of the data."""
