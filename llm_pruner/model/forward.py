@@ -129,14 +129,15 @@ def _forget(hooks: Any, hook: Any) -> None:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; every module's mode is restored afterwards.
+    """Evaluation mode and no gradients; both are restored afterwards, whatever interrupts.
 
     Raises:
         ModelInUseError: see `using`.
     """
     with using(model):
         training = [module for module in model.modules() if module.training]
-        back = [partial(setattr, module, "training", True) for module in training]
+        back: list[Any] = [partial(setattr, module, "training", True) for module in training]
+        back.append(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
         try:
             model.eval()
             with torch.no_grad():  # after inference_mode, cached buffers could not be trained

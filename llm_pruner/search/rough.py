@@ -60,7 +60,6 @@ def _is_faster(matrix: torch.Tensor) -> bool:
     return _seconds(matrix, torch.float32) >= FASTER * _seconds(matrix, torch.bfloat16)
 
 
-@torch.no_grad()
 def _seconds(matrix: torch.Tensor, dtype: torch.dtype) -> float:
     """How long a product with a matrix takes, the best of a few trials."""
     weight = matrix.detach().to(dtype)

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from conftest import items, tiny_llama
 
 from llm_pruner import AblationPruner, LayerStack, get_strategy
@@ -21,12 +22,13 @@ STRATEGIES = ("ablation", "smart", "bi", "pruneme", "avss")
 
 
 def state(model):
-    """The modules of a model, their modes and hooks."""
+    """The modules of a model, their modes and hooks, and whether gradients are computed."""
     hooks = ("_forward_hooks", "_forward_pre_hooks")
-    return [
+    modules = [
         (name, id(module), module.training, *(len(getattr(module, hook)) for hook in hooks))
         for name, module in model.named_modules()
     ]
+    return torch.is_grad_enabled(), modules
 
 
 def scored(strategy, model, tokenizer, data):
