@@ -8,9 +8,8 @@
 Prints a Markdown table. Every method chooses on the same calibration texts, all with the same
 layers protected (`last-k` is a rule of its own), and every repair gets the same texts. They are
 passages of the calibration files, drawn in turn, until they hold `--n-tokens` tokens, and short
-enough to be divided, as the library's healing does. A text file judges by windows of 512 tokens,
-evenly spread over the joined text; perplexity is the exponential of the mean loss. Intervals are
-paired bootstrap 95 % intervals of the difference from the full model, over windows and over items.
+enough to be divided, as the library's healing does. What judges, and how, is in
+`peer_judge.py`.
 
 `sleb` measures the same sets, and gets the same losses, whether it runs whole passes (`--naive`) or
 shares prefixes as the library does (otherwise, to save time). Only with `--naive` are its seconds
@@ -24,7 +23,6 @@ code.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import re
@@ -37,22 +35,18 @@ from typing import Any
 
 import torch
 from common import Work, naive_losses, worked
+from peer_judge import BATCH_SIZE, WINDOW, Judge, compared, hashed, read_texts
 from peer_repairs import REPAIRS, Cut
 
-from llm_pruner import LayerStack, LLMPrunerError, get_strategy, load_eval_dataset, load_model
+from llm_pruner import LayerStack, LLMPrunerError, get_strategy, load_model
 from llm_pruner.atomic_output import write_atomically
-from llm_pruner.data.items import fingerprint
+from llm_pruner.data.items import Text, fingerprint
 from llm_pruner.data.tokens import Batch, encode_sequences, pad_sequences
-from llm_pruner.evaluation.likelihood import sequence_nll
-from llm_pruner.evaluation.tasks import choice_losses, choice_score, choice_score_norm
 from llm_pruner.search.removal_quality import RemovalQuality
-from llm_pruner.stats import paired_interval
 from llm_pruner.utils import tokenizer_fingerprint
 
 PROTECT = (2, 2)
-WINDOW = 512  # tokens, of a text that judges
 PASSAGE, PASSAGES = 96, 24  # words of a calibration text, at most; texts, at least
-BATCH_SIZE = 8
 FORMAT = 1  # of the results file
 
 
@@ -67,7 +61,7 @@ def main() -> None:
         sys.exit(f"{', '.join(sorted(shared))} would calibrate and judge: use different files.")
     texts = calibration_texts(tokenizer, calibration, args.n_tokens, args.seed)
     judge = Judge.of(tokenizer, dict(args.judge), args.judge_tokens, dict(args.tasks),
-                     args.task_items)  # fmt: skip
+                     args.task_items, args.task_dtype)  # fmt: skip
     task = Comparison(model, tokenizer, texts, judge, Results(args.out), args.naive, args.minutes)
     rows = list(task.rows(args.select, args.repair, args.k))
     print("\n".join(table(rows)))
@@ -87,6 +81,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--judge-tokens", type=int, default=8192, help="of each text")
     parser.add_argument("--tasks", **files, help="items with choices")
     parser.add_argument("--task-items", type=int, default=200, help="of each task")
+    parser.add_argument("--task-dtype", default="", help="such as bfloat16; default: the model's")
     parser.add_argument("--minutes", type=float, default=1.0, help="of training, for lora")
     parser.add_argument("--naive", action="store_true", help="sleb by whole passes")
     parser.add_argument("--out", type=Path, default=None, help="results, to be resumed from")
@@ -111,18 +106,11 @@ def _real(path: str) -> str:
 # Data
 
 
-def read_texts(path: str) -> list[str]:
-    """The texts of a .jsonl file (field ``text``), or the whole of a .txt file."""
-    content = Path(path).read_text(encoding="utf-8")
-    if not path.endswith(".jsonl"):
-        return [content]
-    return [json.loads(line)["text"] for line in content.split("\n") if line.strip()]
-
-
 def calibration_texts(tokenizer: Any, paths: Sequence[str], n_tokens: int, seed: int) -> list[str]:
     """Passages from the files in turn, `n_tokens` tokens in all; the last is cut to fit.
 
-    They have `PASSAGE` words at most, and are halved until there are `PASSAGES` of them.
+    They have `PASSAGE` words at most, and are halved until there are `PASSAGES` of them. Each file
+    is a kind of text, as for the library.
     """
     files = [[re.findall(r"\S+\s*", text) for text in read_texts(path)] for path in paths]
     size, texts = 2 * PASSAGE, list[str]()
@@ -136,102 +124,27 @@ def calibration_texts(tokenizer: Any, paths: Sequence[str], n_tokens: int, seed:
             ]
             for file in files
         ]
-        texts = _drawn(tokenizer, pools, n_tokens, seed)
+        texts = _drawn(tokenizer, pools, paths, n_tokens, seed)
     return texts
 
 
-def _drawn(tokenizer: Any, pools: list[list[str]], n_tokens: int, seed: int) -> list[str]:
+def _drawn(
+    tokenizer: Any, pools: list[list[str]], kinds: Sequence[str], n_tokens: int, seed: int
+) -> list[str]:
     for pool in pools:
         random.Random(seed).shuffle(pool)
     texts: list[str] = []
     left = n_tokens
     while left > 1 and any(pools):
-        for pool in pools:
+        for pool, kind in zip(pools, kinds, strict=True):
             text = pool.pop() if pool and left > 1 else ""
             ids = tokenizer(text)["input_ids"]
             if len(ids) > 1:
-                short = len(ids) <= left
-                texts.append(
-                    text if short else tokenizer.decode(ids[:left], skip_special_tokens=True)
-                )
+                if len(ids) > left:
+                    text = tokenizer.decode(ids[:left], skip_special_tokens=True)
+                texts.append(Text(text, Path(kind).stem) if len(kinds) > 1 else text)
                 left -= len(ids)
     return texts
-
-
-@dataclass(frozen=True)
-class Judge:
-    """What models are judged on.
-
-    Attributes:
-        texts: name -> windows, of one length but for a text that is shorter.
-        tasks: name -> items with choices.
-        key: tells it from others.
-    """
-
-    tokenizer: Any
-    texts: dict[str, list[Batch]]
-    tasks: dict[str, list[Any]]
-    key: str
-
-    @classmethod
-    def of(
-        cls,
-        tokenizer: Any,
-        texts: dict[str, str],
-        n_tokens: int,
-        tasks: dict[str, str],
-        n_items: int,
-    ) -> Judge:
-        """Read the files, by name, up to `n_tokens` tokens and `n_items` items of each."""
-        windows: dict[str, list[Batch]] = {}
-        parts: list[Any] = []
-        for name, path in texts.items():
-            whole = "\n\n".join(read_texts(path))
-            found = encode_sequences(tokenizer, [whole], max_length=WINDOW)
-            full = [one for one in found if len(one.ids) == WINDOW] or found
-            count = min(len(full), max(1, n_tokens // WINDOW))
-            chosen = [full[number * len(full) // count] for number in range(count)]
-            windows[name] = pad_sequences(tokenizer, chosen, 2)
-            parts.append([name, [one.ids for one in chosen]])
-        items = {name: load_eval_dataset(n_items, path, up_to=True) for name, path in tasks.items()}
-        parts += [[name, fingerprint(found)] for name, found in items.items()]
-        return cls(tokenizer, windows, items, _hash(parts))
-
-    def of_model(self, model: Any) -> dict[str, dict[str, Any]]:
-        """Loss and number of tokens of every window; whether every item is answered right."""
-        found: dict[str, dict[str, Any]] = {}
-        for name, batches in self.texts.items():
-            sums, counts = sequence_nll(model, batches)
-            found[name] = {"loss": sums.tolist(), "tokens": counts.tolist()}
-        for name, items in self.tasks.items():
-            losses = choice_losses(model, self.tokenizer, items, BATCH_SIZE)
-            scores = {"acc": choice_score, "acc_norm": choice_score_norm}
-            found[name] = {
-                key: [score(*pair) for pair in zip(items, losses, strict=True)]
-                for key, score in scores.items()
-            }
-        return found
-
-
-def compared(full: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """A model's figures on one text or task, and how far they are from the full model's."""
-    if "loss" in found:
-        before, after, weights = (
-            torch.tensor(values, dtype=torch.float64)
-            for values in (full["loss"], found["loss"], found["tokens"])
-        )
-        mean, other = (side.sum() / weights.sum() for side in (after, before))
-        figures = {"perplexity": float(mean.exp()), "change": float(mean - other)}
-        low, high = paired_interval(before, after, weights)
-        return {**figures, "low": low, "high": high, "tokens": int(weights.sum())}
-    figures = {}
-    for key in ("acc", "acc_norm"):
-        before, after = (torch.tensor(side[key], dtype=torch.float64) for side in (full, found))
-        low, high = paired_interval(before, after)
-        mean = float(after.mean())
-        change = {"change": mean - float(before.mean()), "low": low, "high": high}
-        figures[key] = {"mean": mean, **change, "items": len(after)}
-    return figures
 
 
 # Choices of layers
@@ -344,7 +257,7 @@ class Results:
 
     def get(self, parts: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The value for `parts`, made if it is not there."""
-        key = _hash([FORMAT, parts])
+        key = hashed([FORMAT, parts])
         if key not in self._known:
             self._known[key] = {**parts, "value": make()}
             self.write()
@@ -356,10 +269,6 @@ class Results:
         if self._path is not None:
             content = {"format": FORMAT, "rows": self.rows, "computed": self._known}
             write_atomically(self._path, json.dumps(content, indent=1))
-
-
-def _hash(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass

@@ -7,6 +7,7 @@ import math
 import sys
 
 import common
+import peer_judge
 import peer_repairs
 import peers
 import pytest
@@ -200,6 +201,19 @@ def test_sleb_is_the_same_naively_and_its_work_is_the_formula(planted):
     assert work.seconds > 0
 
 
+def _answer_losses(planted, pairs):
+    """How much worse than the best each answer to its prompt is, one pass each."""
+    losses = []
+    for prompt, answer in pairs:
+        ids = planted.tokenizer(f"{prompt} {answer}", return_tensors="pt")["input_ids"]
+        start = len(planted.tokenizer(prompt)["input_ids"])
+        with torch.no_grad():
+            labels = torch.where(torch.arange(ids.shape[1]) < start, -100, ids)
+            loss = planted.model(ids, labels=labels).loss.item()
+        losses.append(loss * (ids.shape[1] - start))
+    return [loss - min(losses) for loss in losses]
+
+
 def test_a_run_is_judged_right_and_resumed(planted, tmp_path, monkeypatch, capsys):
     planted.model.save_pretrained(tmp_path / "model")
     planted.tokenizer.save_pretrained(tmp_path / "model")
@@ -212,12 +226,16 @@ def test_a_run_is_judged_right_and_resumed(planted, tmp_path, monkeypatch, capsy
     items = [{"prompt": text[:30], "choices": choices, "reference": choices[i % 4]}
              for i in range(8)]  # fmt: skip
     (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, items)))
+    rows = [{"context_options": choices[i : i + 2], "continuation": text[:9], "gold": i % 2}
+            for i in range(3)]  # fmt: skip
+    (tmp_path / "pronouns.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "results.json"
     options = f"--model {tmp_path / 'model'} --calibrate {tmp_path / 'choose.jsonl'} --n-tokens 600"
     options += f" --judge text={tmp_path / 'judge.txt'} --judge-tokens 1024 --out {out}"
-    options += f" --tasks items={tmp_path / 'tasks.jsonl'} --select sleb last-k --k 2"
+    options += f" --tasks items={tmp_path / 'tasks.jsonl'} pronouns={tmp_path / 'pronouns.jsonl'}"
+    options += " --select sleb last-k --k 2"
     options += " --repair none replaceme linear --threads 1"
-    monkeypatch.setattr(peers, "WINDOW", 120)  # the model has 128 positions
+    monkeypatch.setattr(peer_judge, "WINDOW", 120)  # the model has 128 positions
     monkeypatch.setattr(sys, "argv", ["peers.py", *options.split()])
     peers.main()
     table = capsys.readouterr().out
@@ -236,6 +254,11 @@ def test_a_run_is_judged_right_and_resumed(planted, tmp_path, monkeypatch, capsy
     assert figures["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert figures["change"] == 0
     assert rows[0]["judged"]["items"]["acc"]["items"] == 8
+    right = [
+        _answer_losses(planted, [(prompt, text[:9]) for prompt in choices[i : i + 2]])[i % 2] == 0
+        for i in range(3)
+    ]
+    assert rows[0]["judged"]["pronouns"]["acc"]["mean"] == pytest.approx(sum(right) / 3)
     cut = rows[1]["judged"]["text"]
     assert 0 < cut["low"] < cut["change"] < cut["high"]
 

@@ -87,11 +87,23 @@ def using(model: torch.nn.Module) -> Iterator[None]:
                 lock.changed.notify()
 
 
-def undo(steps: list[Any]) -> None:
-    """Make all calls `steps`, from the last to the first, also if an interrupt comes in between.
+@contextmanager
+def undoing() -> Iterator[list[Any]]:
+    """A list for calls that are made when the block ends, from the last to the first.
 
-    A call may be made twice.
+    All are made, whatever is raised and whenever an interrupt comes; a call may be made twice.
     """
+    back: list[Any] = []
+    try:
+        yield back
+    finally:
+        try:
+            _undo(back)
+        finally:  # also if the interrupt came before its first line
+            _undo(back)
+
+
+def _undo(steps: list[Any]) -> None:
     interrupt: BaseException | None = None
     while steps:
         try:
@@ -134,16 +146,13 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     Raises:
         ModelInUseError: see `using`.
     """
-    with using(model):
+    with using(model), undoing() as back:
         training = [module for module in model.modules() if module.training]
-        back: list[Any] = [partial(setattr, module, "training", True) for module in training]
+        back += [partial(setattr, module, "training", True) for module in training]
         back.append(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
-        try:
-            model.eval()
-            with torch.no_grad():  # after inference_mode, cached buffers could not be trained
-                yield
-        finally:
-            undo(back)
+        model.eval()
+        with torch.no_grad():  # after inference_mode, cached buffers could not be trained
+            yield
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from .forward import (
     hook_after,
     hook_before,
     refuse_adapters,
-    undo,
+    undoing,
     using,
 )
 from .loading import model_fingerprint
@@ -160,21 +160,18 @@ class LayerStack(Sequence[nn.Module]):
     @contextmanager
     def _bypassed(self, removed: Collection[int]) -> Iterator[nn.Module]:
         in_parts = len({path.rpartition(".")[0] for path in self.paths}) < len(self.paths)
-        back: list[Callable[[], Any]] = []  # one call each way: an interrupt is before or after it
-        with using(self.model):
-            try:
-                forms = {path: self._return_forms(path) for path in self.paths} if removed else {}
-                for path in forms:
-                    layers = _layer_list(self.model, path)
-                    bypasses: dict[str, nn.Module] = {}
-                    for index in removed:
-                        adds = in_parts and not isinstance(layers[index], nn.LayerNorm)
-                        bypasses[str(index)] = Bypass(layers[index], forms[path][index], adds=adds)
-                    back.append(partial(layers._modules.update, dict(layers._modules)))
-                    layers._modules.update(bypasses)
-                yield self.model
-            finally:
-                undo(back)
+        with using(self.model), undoing() as back:
+            forms = {path: self._return_forms(path) for path in self.paths} if removed else {}
+            for path in forms:
+                layers = _layer_list(self.model, path)
+                bypasses: dict[str, nn.Module] = {}
+                for index in removed:
+                    adds = in_parts and not isinstance(layers[index], nn.LayerNorm)
+                    bypasses[str(index)] = Bypass(layers[index], forms[path][index], adds=adds)
+                # one call each way: an interrupt is before or after it
+                back.append(partial(layers._modules.update, dict(layers._modules)))
+                layers._modules.update(bypasses)
+            yield self.model
 
     @contextmanager
     def observe_inputs(self, indices: Iterable[int], observer: InputObserver) -> Iterator[None]:
@@ -190,14 +187,10 @@ class LayerStack(Sequence[nn.Module]):
         def seen(index: int, layer: nn.Module, args: Any, kwargs: Any) -> None:
             observer(index, hidden_in(args, kwargs))
 
-        back: list[Callable[[], Any]] = []
-        with using(self.model):
-            try:
-                for index in indices:
-                    hook_before(back, self[index], partial(seen, index))
-                yield
-            finally:
-                undo(back)
+        with using(self.model), undoing() as back:
+            for index in indices:
+                hook_before(back, self[index], partial(seen, index))
+            yield
 
     @contextmanager
     def replay(
@@ -226,13 +219,9 @@ class LayerStack(Sequence[nn.Module]):
             return with_hidden(args, kwargs, hidden)
 
         skipped = {*range(start), *check_layers(removed, len(self))}
-        back: list[Callable[[], Any]] = []
-        with self._bypassed(skipped) as model:
-            try:
-                hook_before(back, self[start], enter)
-                yield model
-            finally:
-                undo(back)
+        with self._bypassed(skipped) as model, undoing() as back:
+            hook_before(back, self[start], enter)
+            yield model
 
     def _require_one_state(self) -> None:
         if self.offloaded or not self._passes_one_state():
@@ -363,13 +352,10 @@ class LayerStack(Sequence[nn.Module]):
 @contextmanager
 def _after_each(layers: Iterable[nn.Module], call: Callable[..., None]) -> Iterator[None]:
     """Inside the block: ``call(index, layer, args, kwargs, output)`` after every layer."""
-    back: list[Callable[[], Any]] = []
-    try:
+    with undoing() as back:
         for index, layer in enumerate(layers):
             hook_after(back, layer, partial(call, index))
         yield
-    finally:
-        undo(back)
 
 
 def _find_paths(model: Any) -> tuple[str, ...]:
