@@ -46,6 +46,22 @@ def model_options(doc: str, n_samples: int) -> argparse.ArgumentParser:
     return parser
 
 
+def _named(text: str) -> tuple[str, str]:
+    name, found, path = text.partition("=")
+    if not (name and found and path):
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=FILE.")
+    return name, path
+
+
+# The options of an argument that takes files by name.
+NAMED_FILES: dict[str, Any] = {
+    "nargs": "+",
+    "type": _named,
+    "metavar": "NAME=FILE",
+    "default": [],
+}
+
+
 def loaded(args: argparse.Namespace, *, healing: bool = False) -> tuple[Any, Any, DataSplit]:
     """The model, the tokenizer and the items that `model_options` name."""
     torch.set_num_threads(args.threads)

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Work, naive_losses, worked
+from common import NAMED_FILES, Work, naive_losses, worked
 from peer_judge import BATCH_SIZE, WINDOW, Judge, compared, hashed, read_texts
 from peer_repairs import REPAIRS, Cut
 
@@ -76,10 +76,9 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--k", type=int, nargs="+", default=[2], help="how many layers go")
     parser.add_argument("--select", choices=SELECTIONS, default=list(SELECTIONS), **many)
     parser.add_argument("--repair", choices=REPAIRS, default=["none"], **many)
-    files: dict[str, Any] = {"nargs": "+", "type": _named, "metavar": "NAME=FILE", "default": []}
-    parser.add_argument("--judge", **files, help="texts: .txt, or .jsonl with a field text")
+    parser.add_argument("--judge", **NAMED_FILES, help="texts: .txt, or .jsonl with a field text")
     parser.add_argument("--judge-tokens", type=int, default=8192, help="of each text")
-    parser.add_argument("--tasks", **files, help="items with choices")
+    parser.add_argument("--tasks", **NAMED_FILES, help="items with choices")
     parser.add_argument("--task-items", type=int, default=200, help="of each task")
     parser.add_argument("--task-dtype", default="", help="such as bfloat16; default: the model's")
     parser.add_argument("--minutes", type=float, default=1.0, help="of training, for lora")
@@ -90,13 +89,6 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     return parser
-
-
-def _named(text: str) -> tuple[str, str]:
-    name, found, path = text.partition("=")
-    if not (name and found and path):
-        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=FILE.")
-    return name, path
 
 
 def _real(path: str) -> str:
@@ -142,8 +134,9 @@ def _drawn(
             if len(ids) > 1:
                 if len(ids) > left:
                     text = tokenizer.decode(ids[:left], skip_special_tokens=True)
-                texts.append(Text(text, Path(kind).stem) if len(kinds) > 1 else text)
                 left -= len(ids)
+                if text.strip():  # a cut text may have none left
+                    texts.append(Text(text, Path(kind).stem) if len(kinds) > 1 else text)
     return texts
 
 
@@ -287,14 +280,14 @@ class Comparison:
         self.stack = LayerStack(self.model)
         prints = self.stack.fingerprint, tokenizer_fingerprint(self.tokenizer)
         dtype = str(next(self.model.parameters()).dtype)
-        self._model = {"model": ":".join((*prints, dtype))}
-        self._data = {**self._model, "calibration": fingerprint(self.texts)}
+        self.model_key = {"model": ":".join((*prints, dtype))}
+        self._data = {**self.model_key, "calibration": fingerprint(self.texts)}
 
     def rows(
         self, selections: Sequence[str], repairs: Sequence[str], counts: Sequence[int]
     ) -> Iterator[dict[str, Any]]:
         """One per number of layers, selection and repair, after the full model's own."""
-        full = self._judged((), "none")
+        full = self.judged((), "none")
         yield self._kept({"k": 0, "select": "full model", "repair": ""}, full, full)
         for k in counts:
             for name in selections:
@@ -309,7 +302,7 @@ class Comparison:
                 for repair in repairs:
                     one = {**row, "repair": repair}
                     try:
-                        found = self._judged(tuple(chosen["layers"]), repair)
+                        found = self.judged(tuple(chosen["layers"]), repair)
                     except (LLMPrunerError, ValueError) as error:
                         yield self._kept({**one, "note": str(error)}, full)
                         continue
@@ -345,8 +338,8 @@ class Comparison:
 
         return self.results.get(parts, make)
 
-    def _judged(self, removed: tuple[int, ...], repair: str) -> dict[str, Any]:
-        parts = {**self._model, "judge": self.judge.key, "removed": removed, "repair": repair}
+    def judged(self, removed: tuple[int, ...], repair: str) -> dict[str, Any]:
+        parts = {**self.model_key, "judge": self.judge.key, "removed": removed, "repair": repair}
         if repair != "none":
             parts |= {"calibration": self._data["calibration"]}
         if repair == "lora":
