@@ -14,10 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import synchronised
 from torch import nn
 
-from llm_pruner import LayerStack, LoraSettings, heal_model
+from llm_pruner import Healing, LayerStack, heal_model
 from llm_pruner.data.tokens import Batch, encode_sequences, pad_sequences
 from llm_pruner.evaluation.likelihood import batch_nll
 from llm_pruner.healing.residual_writers import Writer, find_writers, hooked
@@ -27,7 +26,6 @@ from llm_pruner.model.forward import evaluating, forward_options
 # Ridges of ReplaceMe to choose from, in units of the mean of the Gram matrix's diagonal.
 RIDGES = (1e-9, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 VALIDATION = 1 / 5  # of the calibration batches, to choose a ridge on
-STEP_PASSES = 5  # forward passes that a step of distillation takes as long as: a rough count
 AGREEMENT = 1e-2  # of fused and scaled logits, relative to their spread
 
 
@@ -98,14 +96,8 @@ def linear(cut: Cut) -> Any:
 
 
 def lora(cut: Cut) -> Any:
-    """The library's `lora` on top of its `linear`, for about `Cut.minutes` of training."""
-    batch = cut.batches[-1]  # the longest texts
-    with evaluating(cut.stack.model):
-        started = synchronised()
-        cut.stack.model(**batch.to(cut.stack.device).inputs())
-        seconds = synchronised() - started
-    steps = max(1, round(60 * cut.minutes / (STEP_PASSES * seconds)))
-    return heal_model(*_healing(cut), "lora", cut.texts, lora=LoraSettings(steps=steps))[0]
+    """The library's `lora` on top of its `linear`, for `Cut.minutes` in all."""
+    return heal_model(*_healing(cut), Healing("lora", minutes=cut.minutes), cut.texts)[0]
 
 
 def _healing(cut: Cut) -> tuple[Any, ...]:

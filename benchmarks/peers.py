@@ -74,14 +74,15 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--calibrate", required=True, metavar="FILE,FILE", help=".txt or .jsonl")
     parser.add_argument("--n-tokens", type=int, default=8192, help="to choose and repair on")
     parser.add_argument("--k", type=int, nargs="+", default=[2], help="how many layers go")
-    parser.add_argument("--select", choices=SELECTIONS, default=list(SELECTIONS), **many)
+    parser.add_argument("--select", type=_selection, default=list(SELECTIONS), **many,
+                        help=f"{', '.join(SELECTIONS)}; or layers, as 3,4,6")  # fmt: skip
     parser.add_argument("--repair", choices=REPAIRS, default=["none"], **many)
     parser.add_argument("--judge", **NAMED_FILES, help="texts: .txt, or .jsonl with a field text")
     parser.add_argument("--judge-tokens", type=int, default=8192, help="of each text")
     parser.add_argument("--tasks", **NAMED_FILES, help="items with choices")
     parser.add_argument("--task-items", type=int, default=200, help="of each task")
     parser.add_argument("--task-dtype", default="", help="such as bfloat16; default: the model's")
-    parser.add_argument("--minutes", type=float, default=1.0, help="of training, for lora")
+    parser.add_argument("--minutes", type=float, default=1.0, help="for lora, in all")
     parser.add_argument("--naive", action="store_true", help="sleb by whole passes")
     parser.add_argument("--out", type=Path, default=None, help="results, to be resumed from")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration texts")
@@ -89,6 +90,12 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     return parser
+
+
+def _selection(name: str) -> str:
+    if name not in SELECTIONS and not re.fullmatch(r"\d+(,\d+)*", name):
+        raise argparse.ArgumentTypeError(f"{name!r} must be layers, or {', '.join(SELECTIONS)}.")
+    return name
 
 
 def _real(path: str) -> str:
@@ -298,6 +305,7 @@ class Comparison:
                     yield self._kept({**row, "repair": "", "note": str(error)}, full)
                     continue
                 row |= {"layers": chosen["layers"], "choosing": chosen["work"]}
+                row["k"] = len(chosen["layers"])
                 row["note"] = chosen.get("note", "")
                 for repair in repairs:
                     one = {**row, "repair": repair}
@@ -323,6 +331,8 @@ class Comparison:
         return row
 
     def _chosen(self, name: str, k: int) -> dict[str, Any]:
+        if name not in SELECTIONS:
+            return {"layers": [int(layer) for layer in name.split(",")], "work": None}
         choice = Choice(self.model, self.tokenizer, self.texts, self.naive)
         naive = {"naive": self.naive} if name == "sleb" else {}
         parts = {**self._data, "select": name, "k": k, "protect": PROTECT, **naive}

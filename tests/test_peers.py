@@ -233,14 +233,15 @@ def test_a_run_is_judged_right_and_resumed(planted, tmp_path, monkeypatch, capsy
     options = f"--model {tmp_path / 'model'} --calibrate {tmp_path / 'choose.jsonl'} --n-tokens 600"
     options += f" --judge text={tmp_path / 'judge.txt'} --judge-tokens 1024 --out {out}"
     options += f" --tasks items={tmp_path / 'tasks.jsonl'} pronouns={tmp_path / 'pronouns.jsonl'}"
-    options += " --select sleb last-k --k 2"
+    options += " --select sleb last-k 3,4,6 --k 2"
     options += " --repair none replaceme linear --threads 1"
     monkeypatch.setattr(peer_judge, "WINDOW", 120)  # the model has 128 positions
     monkeypatch.setattr(sys, "argv", ["peers.py", *options.split()])
     peers.main()
     table = capsys.readouterr().out
     rows = json.loads(out.read_text())["rows"]
-    assert [row["repair"] for row in rows] == ["", *2 * ["none", "replaceme", "linear"]]
+    assert [row["repair"] for row in rows] == ["", *3 * ["none", "replaceme", "linear"]]
+    assert (rows[-1]["layers"], rows[-1]["k"]) == ([3, 4, 6], 3)
     assert all("judged" in row for row in rows)
     assert table.count("\n") == 2 + len(rows)
     assert "| 2 | last-k | none | 5, 6 |" in table
