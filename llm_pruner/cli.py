@@ -43,6 +43,7 @@ from .utils import DEMO_MODEL, logger
 
 if TYPE_CHECKING:
     from .data.sampling import DataSplit
+    from .healing.lora_settings import LoraSettings
     from .pruners.base import BasePruner
 
 INTERRUPTED = 130
@@ -321,8 +322,9 @@ def _run_in_memory(request: Request) -> None:
     n_tokens = request.n_tokens or (N_TOKENS if request.n_samples is None else None)
     if n_tokens is not None:
         data = data.within(pruner.tokenizer, n_tokens, request.max_length)
+    lora = LoraSettings(steps=request.heal_steps, seed=request.seed, batch_size=request.batch_size)
     if request.estimate:
-        say(_estimated(request, pruner, data))
+        say(_estimated(request, pruner, data, lora))
         return
     if request.heal != "none" or request.visualize:
         purpose = "healing" if request.heal != "none" else "drawing figures"
@@ -333,7 +335,6 @@ def _run_in_memory(request: Request) -> None:
         check_saveable(pruner.model, pruner.num_layers, heals=request.heal != "none")
     if not request.resume and not request.dry_run:
         on_first(lambda: _clear(request))
-    lora = LoraSettings(steps=request.heal_steps, seed=request.seed, batch_size=request.batch_size)
     if request.heal_data == OWN_WORDS and not (named and request.dry_run):
         data = replace(data, healing=_own_words(request, pruner, data))
     if request.heal_every is not None:
@@ -353,11 +354,11 @@ def _run_in_memory(request: Request) -> None:
         _carry_out(request, pruner, plan, data, lora)
 
 
-def _estimated(request: Request, pruner: BasePruner, data: DataSplit) -> str:
+def _estimated(request: Request, pruner: BasePruner, data: DataSplit, lora: LoraSettings) -> str:
     """What the request would take, as text or JSON."""
     from .estimate import estimate
 
-    found = estimate(pruner, data, request.budget)
+    found = estimate(pruner, data, request.budget, _healing(request), lora)
     values = {**asdict(found), "seconds": found.seconds}
     return json.dumps(values, indent=2) + "\n" if request.json else found.text()
 

@@ -38,7 +38,6 @@ def check_request(request: Request) -> None:
             "its plan and card: name one without .gguf."
         )
     for name, asked, why in (
-        ("--heal", request.heal != "none", "heal the original model, and convert the result"),
         ("--max-memory", request.max_memory is not None, "it is dequantised as a whole"),
         ("--export-yaml", request.export_yaml is not None, "MergeKit does not read it"),
     ):

@@ -8,11 +8,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .data.items import EvalItem, prompt_of
 from .data.sampling import DataSplit
 from .evaluation.generation import ModelEvaluator
+from .healing.heal import RUN_BEFORE
+from .healing.job import Heal, Healing, HealingJob
+from .healing.linear import RUNS
+from .healing.lora_settings import STEP_RUNS, LoraSettings, default_steps
 from .model.layer_stack import LayerStack
 from .progress import duration
 from .pruners.base import BasePruner
@@ -22,11 +26,10 @@ from .search.rough import reduced
 from .storage.origin import gguf_of
 from .utils import count_bytes, format_bytes
 
-if TYPE_CHECKING:
-    pass
-
 TIMED = 4096  # characters of the items that are timed, about 1,024 tokens
 JUDGING = 4.5  # passes over the held-out items: both models twice, and comparing their logits
+LOWEST = 1 / 3  # of the depth, below which no layer goes: a guess
+CHECKS = 1.25  # of the time of a training, its checks included
 
 
 @dataclass(frozen=True)
@@ -82,37 +85,51 @@ class Estimate:
         return "\n".join(lines) + "\n"
 
 
-def estimate(pruner: BasePruner, data: DataSplit, budget: Budget) -> Estimate:
-    """What choosing layers and comparing both models will take; healing is not counted.
+def estimate(
+    pruner: BasePruner,
+    data: DataSplit,
+    budget: Budget,
+    heal: Heal = "none",
+    lora: LoraSettings | None = None,
+) -> Estimate:
+    """What choosing layers, healing and comparing both models will take.
 
     About 1,024 tokens are run and timed, in reduced precision too where a search would use it, and
     for items with references a batch of answers. The rest is arithmetic on the multiply-adds of
-    layers and head (`TokenCost`): how many swaps a search will try can only be guessed.
+    layers and head (`TokenCost`): how many swaps a search will try, and from which layer on is
+    healed, can only be guessed; a training may stop before its last step.
 
     Raises:
         InvalidPlanError: an impossible amount.
+        InvalidDataError: too few items to heal with.
     """
     quality = pruner.quality(data.scoring)
     count = budget.count(pruner.removable) or max(1, len(pruner.candidates) // 4)
     exact, rough = pruner.expected_passes(quality, count)
-    seconds, bytes_on_top = exact * _seconds(pruner, pruner.layers, data.scoring), 0
+    full, bytes_on_top = _seconds(pruner, pruner.layers, data.scoring), 0
+    seconds = exact * full
     half = reduced(pruner.layers) if rough else None
     if half is not None:
         seconds += rough * _seconds(pruner, half, data.scoring)
         bytes_on_top = count_bytes(half.model)
     else:
-        seconds += rough * _seconds(pruner, pruner.layers, data.scoring)
+        seconds += rough * full
     tokens, name = quality.tokens, f"choosing ({pruner.name})"
     stages = [Stage(name, exact + rough, tokens, seconds * tokens)]
+    how = Healing.of(heal)
+    if how.heals:
+        stages += _healing(pruner, data.healing, how, lora, full)
     if data.held_out:
         held_out = pruner.quality(data.held_out)
         each = _seconds(pruner, pruner.layers, data.held_out) * held_out.tokens
-        stages.append(Stage("comparing both models", JUDGING, held_out.tokens, JUDGING * each))
+        passes = JUDGING + how.heals  # what the removal costs without healing is shown too
+        stages.append(Stage("comparing both models", passes, held_out.tokens, passes * each))
         if questions := [item for item in data.held_out if isinstance(item, dict)]:
             stages.append(_answers(pruner, questions, held_out.tokens))
     layers = sum(count_bytes(layer) for layer in pruner.layers)
     gone = layers / count_bytes(pruner.model) * count / pruner.num_layers
-    files = [path.stat().st_size for path in gguf_of(pruner.model)]  # which keep their bits
+    # Files in GGUF keep their bits, unless they are healed.
+    files = [path.stat().st_size for path in gguf_of(pruner.model) if not how.heals]
     disk = round((sum(files) or count_bytes(pruner.model)) * (1 - gone))
     vocabulary = getattr(pruner.model.config.get_text_config(), "vocab_size", 0)
     logits = 3 * 4 * vocabulary * pruner.batch_size * pruner.max_length  # of two models, and a copy
@@ -131,6 +148,31 @@ def _seconds(pruner: BasePruner, stack: LayerStack, items: Sequence[EvalItem]) -
         timed.measure([()])
         spent = time.perf_counter() - begin
     return spent / timed.tokens
+
+
+def _healing(
+    pruner: BasePruner,
+    items: Sequence[EvalItem],
+    how: Healing,
+    lora: LoraSettings | None,
+    each: float,
+) -> list[Stage]:
+    """The stages of healing, `each` being seconds of a full pass for a token."""
+    job = HealingJob.of(pruner.layers, (), pruner.tokenizer, items, lora, how)
+    tokens = sum(len(row.ids) for row in job.train)
+    methods = (*RUN_BEFORE.get(how.method, ()), how.method)
+    stages = []
+    for method in methods:
+        passes = LOWEST + RUNS * (1 - LOWEST)
+        if method == "lora":
+            steps = job.lora.steps or default_steps(len(job.train), job.lora.batch_size)
+            epochs = steps * job.lora.batch_size * job.lora.accumulate / len(job.train)
+            passes = STEP_RUNS * CHECKS * epochs
+        seconds = passes * tokens * each
+        if how.minutes is not None:
+            seconds = min(seconds, 60 * how.minutes / len(methods))
+        stages.append(Stage(f"healing ({method}), at most", passes, tokens, seconds))
+    return stages
 
 
 def _answers(pruner: BasePruner, questions: Sequence[dict[str, Any]], tokens: int) -> Stage:

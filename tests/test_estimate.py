@@ -7,11 +7,12 @@ import json
 import pytest
 from conftest import items, tiny_llama
 
-from llm_pruner import get_strategy
+from llm_pruner import Healing, LoraSettings, get_strategy
 from llm_pruner.cli import main
 from llm_pruner.data.sampling import DataSplit
 from llm_pruner.errors import InvalidPlanError, MissingDependencyError
 from llm_pruner.estimate import estimate
+from llm_pruner.healing.job import HealingJob
 from llm_pruner.pruners.budget import Budget
 from llm_pruner.utils import parse_seconds, resolve_model_id
 
@@ -53,6 +54,29 @@ def test_memory_and_disk_and_both_models_are_counted(tokenizer):
     assert found.disk == whole - 2 * layer
     assert found.memory > whole
     assert found.text().count("\n") == 7
+
+
+def test_healing_is_counted_by_its_tokens_its_steps_and_its_time(tokenizer):
+    pruner = get_strategy("bi")(tiny_llama(), tokenizer)
+    data = DataSplit(TEXTS, items(60), items(6))
+
+    def stages(heal, **lora):
+        found = estimate(pruner, data, Budget(n_layers=2), heal, LoraSettings(**lora))
+        return {one.name: one for one in found.stages if one.name.startswith("healing")}
+
+    linear = stages("linear")["healing (linear), at most"]
+    rows = HealingJob.of(pruner.layers, (), tokenizer, data.healing).train
+    assert linear.tokens == sum(len(row.ids) for row in rows)
+    both = stages("lora", steps=10)
+    assert list(both) == ["healing (linear), at most", "healing (lora), at most"]
+    passes = [stages("lora", steps=n)["healing (lora), at most"].passes for n in (10, 30)]
+    assert passes[1] == pytest.approx(3 * passes[0])
+    assert stages("lora")["healing (lora), at most"].passes == pytest.approx(
+        4.5 * 1.25 * 30, rel=0.2
+    )
+    limited = stages(Healing("lora", tokens=200, minutes=1e-4))
+    assert all(one.seconds <= 0.003 for one in limited.values())
+    assert limited["healing (lora), at most"].tokens <= 200
 
 
 def test_an_impossible_amount_is_refused(tokenizer):

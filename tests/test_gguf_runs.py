@@ -11,7 +11,7 @@ import torch
 from gguf_twin import write_demo_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_pruner import BlockInfluencePruner, check_manifest, load_data, load_model
+from llm_pruner import BlockInfluencePruner, check_manifest, load_model
 from llm_pruner.cli import main
 from llm_pruner.errors import InvalidPlanError, LoadError, UnsupportedModelError
 from llm_pruner.pruners.budget import serving_of
@@ -107,11 +107,6 @@ def test_in_a_script(file, loaded, tmp_path):
     pruned, _ = pruner.prune_and_save(LAYERS, out, str(file))
     assert_is_cut(out / "demo.Q8_0-pruned.gguf", file, LAYERS)
     assert len(pruned.model.layers) == 9
-    data = load_data("demo", n_samples=4)
-    with pytest.raises(UnsupportedModelError, match="in GGUF cannot be healed: heal the original"):
-        pruner.prune_and_save(
-            LAYERS, tmp_path / "healed", str(file), heal="linear", heal_data=data.held_out
-        )
     with pytest.raises(UnsupportedModelError, match="MergeKit does not read GGUF"):
         pruner.export_mergekit_yaml(LAYERS, tmp_path / "recipe.yaml", str(file))
     with pytest.raises(InvalidPlanError, match=r"a model in GGUF is for llama\.cpp"):
@@ -120,10 +115,30 @@ def test_in_a_script(file, loaded, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def test_healed_it_is_a_folder_of_safetensors(file, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--model", str(file), "--eval-dataset", "demo", "--strategy", "bi", "--n-layers", "3"]
+    words += ["--n-samples", "12", "--heal", "linear", "--output", str(out), "--quiet"]
+    assert main(words) == 0
+    names = {path.name for path in out.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "pruning_plan.json"} <= names
+    assert not any(name.endswith(".gguf") for name in names)
+    assert json.loads((out / "pruning_plan.json").read_text())["healing"]["accepted"]
+    model, tokenizer = load_model(str(out), device="cpu")
+    assert len(model.model.layers) == 9
+    assert (
+        tokenizer("Where does Ida live?")["input_ids"]
+        == (load_model(str(file), device="cpu")[1]("Where does Ida live?")["input_ids"])
+    )
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    card = (out / "README.md").read_text()
+    assert "AutoModelForCausalLM" in card
+    assert "llama-cli" not in card
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        ("--n-layers 3 --heal linear", 3, "heal the original model, and convert the result"),
         ("--n-layers 3 --max-memory 4GiB", 3, "Leave --max-memory out"),
         ("--n-layers 3 --export-yaml recipe.yaml", 3, "MergeKit does not read it"),
         ("--layers 2,3 --output pruned.gguf", 4, "must be a folder, into which a pruned GGUF"),

@@ -2,7 +2,7 @@
 
 What was loaded from a checkpoint is written as that checkpoint without the layers (`overlay`).
 Pickled weights are written by ``save_pretrained``, with the files of their folder around them; a
-model that was built in Python, by ``save_pretrained`` alone.
+model that was built in Python, or healed after it was read from GGUF, by ``save_pretrained`` alone.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def new_checkpoint(
         OutputError: it cannot be written.
         VerificationError: it does not load cleanly, or computes something else than `pruned`.
     """
-    original = check_saveable(pruned, plan.num_layers)
+    healed = plan.healing.get("method", "none") != "none"
+    original = check_saveable(pruned, plan.num_layers, heals=healed)
     rules: dict[str, Any] = {"overwrite": overwrite, "reads": read_for(pruned)}
     if isinstance(original, GgufCheckpoint):
         with staged_output(output_dir, need=original.bytes, **rules) as stage:
@@ -107,7 +108,9 @@ def save_checkpoint(
 
 
 def check_saveable(model: Any, num_layers: int, *, heals: bool = False) -> Checkpoint | None:
-    """The checkpoint that a model of `num_layers` layers was loaded from; None without any.
+    """The checkpoint that a model of `num_layers` layers is written over; None without any.
+
+    Healed weights have other values than a GGUF file's blocks: they are written as they are.
 
     Args:
         model: the model, whole or pruned.
@@ -120,12 +123,7 @@ def check_saveable(model: Any, num_layers: int, *, heals: bool = False) -> Check
     """
     original = original_checkpoint(model, num_layers)
     if isinstance(original, GgufCheckpoint):
-        if heals:
-            raise UnsupportedModelError(
-                "A model in GGUF cannot be healed: heal the original model, in safetensors, and "
-                "convert the result (convert_hf_to_gguf.py), or leave healing out."
-            )
-        return original
+        return None if heals else original
     if original is not None and not _names_class(original.config, model):
         logger.info("%s is not the class that its checkpoint names", type(model).__name__)
         original = None

@@ -43,9 +43,8 @@ from ..model.removal import share_copy
 from ..progress import duration, progress
 from ..utils import logger
 from .job import HealingJob
-from .lora_settings import default_rate
+from .lora_settings import STEP_RUNS, default_rate, default_steps
 
-EPOCHS, MAX_STEPS = 30, 1000  # the default number of steps: 30 passes over the data, at most 1,000
 CHECKS = 20  # times at most that a training measures the validation loss and writes a checkpoint
 
 
@@ -79,7 +78,7 @@ def heal_lora(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
     from accelerate.utils import broadcast_object_list
 
     settings = job.lora
-    steps = settings.steps or min(MAX_STEPS, EPOCHS * -(-len(job.train) // settings.batch_size))
+    steps = settings.steps or default_steps(len(job.train), settings.batch_size)
     if job.deadline < math.inf:  # a training that is planned shorter learns faster
         steps = min(steps, on_first(lambda: _affordable_steps(job, pruned)))
     trainable = [parameter.requires_grad for parameter in pruned.parameters()]
@@ -251,13 +250,12 @@ class _Deadline(TrainerCallback):
 def _between_checks(job: HealingJob, steps: int) -> int:
     """Steps from one check to the next: a check may take about a fifth of the time, no more.
 
-    A token costs a step four to five times what it costs a check: the full model's pass, the
-    student's, and twice that backwards.
+    A token costs a step `STEP_RUNS` times what it costs a check.
     """
     check = sum(int(batch.attention_mask.sum()) for batch in job.validation)
     length = sum(len(row.ids) for row in job.train) / len(job.train)
     step = length * job.lora.batch_size * job.lora.accumulate
-    return max(1, steps // CHECKS, min(steps, round(check / step)))
+    return max(1, steps // CHECKS, min(steps, round(5 * check / (STEP_RUNS * step))))
 
 
 def _affordable_steps(job: HealingJob, pruned: Any) -> int:
@@ -270,7 +268,7 @@ def _affordable_steps(job: HealingJob, pruned: Any) -> int:
     with evaluating(pruned):
         start = time.monotonic()
         pruned(**batch.to(job.stack.device).inputs(), use_cache=False)
-        step = 4.5 * (time.monotonic() - start) * job.lora.accumulate
+        step = STEP_RUNS * (time.monotonic() - start) * job.lora.accumulate
     return max(1, int(0.75 * job.seconds_left / step))
 
 

@@ -9,6 +9,10 @@ from typing import Any, Literal, get_args
 
 from ..errors import InvalidPlanError
 
+EPOCHS, MAX_STEPS = 30, 1000
+# Forward passes that a step of training takes as long as: the full model's, the student's, and
+# twice that backwards.
+STEP_RUNS = 4.5
 Target = Literal["teacher", "text"]
 Precision = Literal["auto", "no", "bf16", "fp16"]
 
@@ -74,6 +78,11 @@ class LoraSettings:
         """What must be equal for one training to resume another."""
         names = [field.name for field in fields(self) if field.name != "checkpoints"]
         return ",".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def default_steps(sequences: int, batch_size: int) -> int:
+    """30 passes over the data, at most 1,000 steps."""
+    return min(MAX_STEPS, EPOCHS * -(-sequences // batch_size))
 
 
 def default_rate(config: Any, steps: int = 1000) -> float:
