@@ -29,7 +29,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,12 @@ class Choice:
     texts: list[str]
     naive: bool = False
 
+    @cached_property
+    def quality(self) -> RemovalQuality:
+        """What shares prefixes; it remembers what it has measured, for the next k."""
+        stack = LayerStack(self.model)
+        return RemovalQuality(stack, self.tokenizer, self.texts, batch_size=BATCH_SIZE)
+
 
 def _strategy(name: str, choice: Choice, k: int) -> tuple[int, ...]:
     pruner = get_strategy(name)(choice.model, choice.tokenizer, protect=PROTECT)
@@ -191,11 +197,10 @@ def sleb(choice: Choice, k: int) -> tuple[int, ...]:
         batches = _batches(choice)
         losses = partial(naive_losses, stack, batches)
     else:
-        quality = RemovalQuality(stack, choice.tokenizer, choice.texts, batch_size=BATCH_SIZE)
 
         def losses(sets: list[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
-            quality.measure(sets)
-            return {removed: -quality.change(removed) for removed in sets}
+            choice.quality.measure(sets)
+            return {removed: -choice.quality.change(removed) for removed in sets}
 
     removed: tuple[int, ...] = ()
     for _ in range(k):
@@ -285,6 +290,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         self.stack = LayerStack(self.model)
+        self.choice = Choice(self.model, self.tokenizer, self.texts, self.naive)
         prints = self.stack.fingerprint, tokenizer_fingerprint(self.tokenizer)
         dtype = str(next(self.model.parameters()).dtype)
         self.model_key = {"model": ":".join((*prints, dtype))}
@@ -333,16 +339,15 @@ class Comparison:
     def _chosen(self, name: str, k: int) -> dict[str, Any]:
         if name not in SELECTIONS:
             return {"layers": [int(layer) for layer in name.split(",")], "work": None}
-        choice = Choice(self.model, self.tokenizer, self.texts, self.naive)
         naive = {"naive": self.naive} if name == "sleb" else {}
         parts = {**self._data, "select": name, "k": k, "protect": PROTECT, **naive}
 
         def make() -> dict[str, Any]:
             with worked(self.stack) as work:
-                layers = SELECTIONS[name](choice, k)
+                layers = SELECTIONS[name](self.choice, k)
             if not naive or self.naive:
                 return {"layers": list(layers), "work": asdict(work)}
-            counted = asdict(naive_work(choice, k)) | {"seconds": None}
+            counted = asdict(naive_work(self.choice, k)) | {"seconds": None}
             note = f"prefixes shared: {work.seconds:.1f} s, {work.flops / 1e12:.2f} TFLOP"
             return {"layers": list(layers), "work": counted, "note": note}
 
