@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .atomic_output import clear_checkpoints, hold_output
-from .cli_arguments import OWN_WORDS, Request, parse_request
+from .cli_arguments import parse_request
 from .cli_checks import check_request
+from .cli_request import OWN_WORDS, Request
 from .distributed import group, launched, on_first, one_only, rank, reported_by_first
 from .errors import (
     InvalidPlanError,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 N_SAMPLES, N_TOKENS = 80, 4096  # to choose layers on, at most, unless one of them is given
 LEAST_TOKENS = 32  # of an item, where a number of tokens is asked for
+WRITING = 1 / 3  # of the time for healing, where the model writes what it is healed with
 CHARACTERS = 4  # of a token of running text, about
 NO_MEMORY = ("allocate memory", "out of memory", "can't start new thread")  # how libraries say it
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
@@ -389,19 +391,26 @@ def _heal_as_it_goes(request: Request, pruner: BasePruner, data: DataSplit, lora
 
 
 def _own_words(request: Request, pruner: BasePruner, data: DataSplit) -> list[Any]:
-    """Healing data that the model writes, as much as is taken of a source."""
+    """What the model itself makes of the healing prompts."""
     from .data.sampling import HEAL_ITEMS
     from .healing.own_words import self_generated
 
     count = (request.n_samples or N_SAMPLES) * HEAL_ITEMS
+    if request.heal_tokens is not None:  # which three fifths of the items are to hold
+        count = min(count, 1 + 5 * request.heal_tokens // (3 * LEAST_TOKENS))
+    minutes = None if request.heal_time is None else request.heal_time / 60 * WRITING
+    options: dict[str, Any] = {"prompts": data.healing, "batch_size": request.batch_size}
     given = pruner.model, pruner.tokenizer, count, request.seed
-    return self_generated(*given, prompts=data.healing, batch_size=request.batch_size)
+    return self_generated(*given, **options, minutes=minutes)
 
 
 def _healing(request: Request) -> Any:
     from .healing.job import Healing
 
-    return Healing(request.heal, request.heal_tokens, request.heal_time and request.heal_time / 60)
+    minutes = None if request.heal_time is None else request.heal_time / 60
+    if minutes is not None and request.heal_data == OWN_WORDS:
+        minutes *= 1 - WRITING
+    return Healing(request.heal, request.heal_tokens, minutes)
 
 
 def _carry_out(

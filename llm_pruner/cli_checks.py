@@ -6,7 +6,7 @@ import importlib.util
 import sys
 
 from .atomic_output import check_output, own_checkpoints
-from .cli_arguments import OWN_WORDS, Request
+from .cli_request import OWN_WORDS, Request
 from .distributed import on_first
 from .errors import MissingDependencyError, OutputError, UnsupportedModelError
 from .hub import check_upload

@@ -34,11 +34,12 @@ ROOMS = {
     "checkpoint": "config engines storage model report",
     "pruners": "config engines storage model offload data evaluation search healing checkpoint",
     "workflow": "storage model data evaluation healing visualization report checkpoint pruners",
-    "estimate": "storage model data evaluation search pruners",
-    "cli_arguments": "engines pruners",
-    "cli_checks": "storage search pruners cli_arguments",
+    "estimate": "storage model data evaluation search healing pruners",
+    "cli_request": "pruners",
+    "cli_arguments": "engines pruners cli_request",
+    "cli_checks": "storage search pruners cli_request",
     "cli": "config storage model offload data search healing visualization report checkpoint "
-    "pruners workflow estimate cli_arguments cli_checks",
+    "pruners workflow estimate cli_request cli_arguments cli_checks",
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())

@@ -18,6 +18,7 @@ from ..evaluation.generation import end_ids, greedy
 from ..model.forward import position_limit
 from ..progress import duration, progress
 from ..utils import at_least_one, logger
+from .job import MIN_ITEMS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,7 @@ def self_generated(
     prompts: Sequence[EvalItem] = (),
     max_new_tokens: int = 128,
     batch_size: int = 8,
+    minutes: float | None = None,
 ) -> list[EvalItem]:
     """At most `n` items, whose answers or texts the model has sampled itself.
 
@@ -53,6 +55,8 @@ def self_generated(
         seed: of the draw and of all sampling. The random state outside is not touched.
         prompts: items to take prompts and beginnings from, such as the healing items.
         max_new_tokens: longest answer or continuation; at most half of the model's positions.
+        minutes: writing ends with the batch in which they are up, but not before there are items
+            enough to heal with.
 
     Returns:
         Items for `heal_model`; of several processes, those of the first.
@@ -72,7 +76,7 @@ def self_generated(
     room = position_limit(model) - most
     openings = [_opening(tokenizer, item, room) for item in chosen]
     written: list[EvalItem] = on_first(
-        lambda: _write(model, tokenizer, chosen, openings, most, batch_size, seed)
+        lambda: _write(model, tokenizer, chosen, openings, most, batch_size, seed, minutes)
     )
     if not written:
         raise InvalidDataError(
@@ -104,11 +108,16 @@ def _write(
     max_new_tokens: int,
     batch_size: int,
     seed: int,
+    minutes: float | None,
 ) -> list[EvalItem]:
     """What the model makes of the openings, in the order of the items."""
     found: dict[int, EvalItem] = {}
     ends, before = set(end_ids(model, tokenizer)), set[tuple[str, str]]()
     order = sorted(range(len(items)), key=lambda place: -len(openings[place]))
+    if minutes is not None:  # what is written in time should be of all lengths
+        batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+        random.Random(seed).shuffle(batches)
+        order = [place for batch in batches for place in batch]
     start = noted = time.monotonic()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -128,6 +137,9 @@ def _write(
                     before.add((prompt, text))
                     found[place] = {"prompt": prompt, "reference": text} if prompt else text
             done, now = min(first + batch_size, len(order)), time.monotonic()
+            if minutes is not None and now - start > 60 * minutes and len(found) >= MIN_ITEMS:
+                logger.info("Time is up: %d of %d healing items are written.", done, len(order))
+                break
             if now - noted > NOTE_EVERY:
                 noted = now
                 left = duration((now - start) / done * (len(order) - done))

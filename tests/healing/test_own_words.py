@@ -74,3 +74,14 @@ def test_a_model_is_healed_with_its_own_words(llama, tokenizer):
     written = answered(llama, tokenizer, n=40)
     _, record = heal_model(stack, [3], stack.remove([3]), tokenizer, "linear", written)
     assert record["stages"][0]["layers"]
+
+
+def test_time_ends_the_writing_once_there_is_enough_to_heal_with(llama, tokenizer):
+    prompts = [{"prompt": f"w{n}" * (1 + n % 9), "reference": "w1"} for n in range(60)]
+    options = {"prompts": prompts, "max_new_tokens": 4, "batch_size": 4}
+    whole = self_generated(llama, tokenizer, 60, **options)
+    some = self_generated(llama, tokenizer, 60, **options, minutes=1e-9)
+    assert 20 <= len(some) <= 24 < len(whole)
+    assert {item["prompt"] for item in some} <= {item["prompt"] for item in prompts}
+    lengths = [len(item["prompt"]) for item in some]
+    assert min(lengths) < max(lengths)

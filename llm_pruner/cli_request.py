@@ -1,0 +1,169 @@
+"""What the ``llm-pruner`` command was asked for, checked as a whole: options that go together.
+
+Nothing heavy is imported here, so that mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import InvalidPlanError
+from .pruners.budget import Budget
+
+OWN_WORDS = "self"  # --heal-data: what the model itself writes
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line; the fields are its options.
+
+    Attributes:
+        budget: ``--ratio``, ``--n-layers``, ``--threshold`` and ``--tolerance``.
+        option: options of the strategy's class, by name.
+        words: the command line itself.
+
+    Raises:
+        InvalidPlanError: options that exclude each other, or that would have no effect.
+    """
+
+    model: str
+    device: str | None
+    max_memory: int | None
+    dtype: str
+    trust_remote_code: bool
+    layers_path: str | None
+    eval_dataset: str | None
+    n_samples: int | None
+    n_tokens: int | None
+    max_length: int
+    batch_size: int
+    seed: int
+    timeout: float
+    strategy: str
+    budget: Budget
+    sweep: int | None
+    layers: tuple[int, ...] | None
+    plan: str | None
+    protect: tuple[int, int] | None
+    serve_with: tuple[str, ...]
+    objective: str | None
+    option: dict[str, Any]
+    heal_every: int | None
+    time: float | None
+    resume: bool
+    output: str
+    overwrite: bool
+    heal: Literal["none", "linear", "lora"]
+    heal_data: str | None
+    heal_steps: int | None
+    heal_tokens: int | None
+    heal_time: float | None
+    export_yaml: str | None
+    push_to_hub: str | None
+    visualize: bool
+    verify: bool
+    link: bool
+    drop_mtp: bool
+    fix_gguf: str | None
+    dry_run: bool
+    estimate: bool
+    json: bool
+    quiet: bool
+    words: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        named: dict[str, Any] = {
+            "--layers": self.layers,
+            "--plan": self.plan,
+            "--sweep": self.sweep,
+            "--fix-gguf": self.fix_gguf,
+        }
+        for name, amount in self.budget.given.items():
+            if name != "tolerance":
+                named[f"--{name.replace('_', '-')}"] = amount
+        _exclusive(named)
+        _exclusive({"--heal-every": self.heal_every, "--sweep": self.sweep})
+        _exclusive(
+            {"--max-memory": self.max_memory, "--device auto": self.device == "auto" or None}
+        )
+        no_healing = "without --heal linear or --heal lora"
+        given = "--layers" if self.layers is not None else "--plan"
+        is_given = self.layers is not None or self.plan is not None
+        sweeps, tolerance = self.sweep is not None, self.budget.tolerance
+        others: list[tuple[str, Any]] = [
+            ("--eval-dataset", self.eval_dataset),
+            ("--export-yaml", self.export_yaml),
+            ("--heal", None if self.heal == "none" else self.heal),
+            ("--push-to-hub", self.push_to_hub),
+            ("--serve-with", self.serve_with or None),
+            ("--dry-run", self.dry_run or None),
+        ]
+        for name, value, has_none, reason in (
+            ("--heal-data", self.heal_data, self.heal == "none", no_healing),
+            ("--heal-every", self.heal_every, self.heal == "none", no_healing),
+            ("--heal-tokens", self.heal_tokens, self.heal == "none", no_healing),
+            ("--heal-time", self.heal_time, self.heal == "none", no_healing),
+            ("--heal-steps", self.heal_steps, self.heal != "lora", "without --heal lora"),
+            ("--tolerance", tolerance, is_given, f"with {given}"),
+            ("--objective", self.objective, is_given, f"with {given}"),
+            ("--tolerance", tolerance, sweeps, "with --sweep"),
+            ("--export-yaml", self.export_yaml, sweeps, "with --sweep"),
+            ("--heal", None if self.heal == "none" else self.heal, sweeps, "with --sweep"),
+            ("--push-to-hub", self.push_to_hub, self.dry_run, "with --dry-run"),
+            ("--push-to-hub", self.push_to_hub, sweeps, "with --sweep"),
+            ("--drop-mtp", self.drop_mtp or None, sweeps, "with --sweep"),
+            *(
+                (name, value, self.fix_gguf is not None, "with --fix-gguf")
+                for name, value in others
+            ),
+        ):
+            if value is not None and has_none:
+                raise InvalidPlanError(f"{name} has no effect {reason}: leave it out.")
+        if self.estimate and (not self.chooses or sweeps):
+            raise InvalidPlanError(
+                "--estimate is for a choice of layers, by a strategy and an amount: leave it out."
+            )
+        if self.time is not None and (self.strategy != "smart" or is_given or sweeps):
+            raise InvalidPlanError("--time is for a search by --strategy smart: leave it out.")
+        if self.heal_every is not None and (self.strategy != "smart" or is_given):
+            raise InvalidPlanError("--heal-every is for layers that --strategy smart chooses.")
+        for name in ("verify", "link"):
+            if getattr(self, name) and self.needs_model:
+                raise InvalidPlanError(
+                    f"--{name} is for pruning on disk, by --layers or --plan without anything "
+                    "that needs the model in memory: leave it out."
+                )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether layers are to be chosen, by scores or a search."""
+        return self.layers is None and self.plan is None and self.fix_gguf is None
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether something is asked for that needs the model in memory."""
+        loads = self.dtype != "auto" or self.layers_path is not None or self.dry_run
+        measures = self.eval_dataset is not None or self.visualize or self.export_yaml is not None
+        return self.chooses or loads or measures or self.heal != "none"
+
+    @property
+    def writes_nothing(self) -> bool:
+        """Whether only a plan, or an estimate, is asked for."""
+        return self.dry_run or self.estimate
+
+    @property
+    def writes_model(self) -> bool:
+        """Whether the output folder is written."""
+        return not self.writes_nothing and self.sweep is None and self.fix_gguf is None
+
+    def beside(self, ending: str) -> Path:
+        """A file beside the output folder, named after it."""
+        return Path(f"{self.output}.{ending}")
+
+
+def _exclusive(options: dict[str, Any]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise InvalidPlanError(f"{' and '.join(given)} exclude each other: give one.")
