@@ -172,6 +172,10 @@ class TokenMeasures(Measure):
     where both models find the same token most likely; its quality is the mean.
     """
 
+    def __init__(self, data: EncodedData, names: Sequence[str]) -> None:
+        super().__init__(data, names)
+        self._last: dict[range, torch.Tensor] = {}
+
     def weights(self) -> torch.Tensor:
         """Numbers of scored tokens."""
         counts = [sum(label != IGNORED for label in one.labels[1:]) for one in self._data.sequences]
@@ -185,27 +189,46 @@ class TokenMeasures(Measure):
             padded = pad_sequences(data.tokenizer, numbered, len(chunk))
             self._batches[chunk] = [PreparedBatch.of(data.stack.model, one) for one in padded]
         (batch,) = self._batches[chunk]
-        return _token_readings(data.stack, batch, self._names, layer_sets)
+        compares = not COMPARING.isdisjoint(self._names) and data.stack.can_replay
+        full = self._full(chunk, batch) if compares else None
+        return _token_readings(data.stack, batch, self._names, layer_sets, full)
+
+    @torch.no_grad()
+    def _full(self, chunk: range, batch: PreparedBatch) -> ScoredLogits:
+        """The full model's logits; from what enters its last layer, once that is known."""
+        stack = self._data.stack
+        last = len(stack) - 1
+        if chunk in self._last:
+            with stack.replay(last, self._last[chunk]) as model:
+                return batch.run(model)
+        with stack.observe_inputs([last], lambda _, hidden: self._last.update({chunk: hidden})):
+            return batch.run(stack.model)
 
 
 def _token_readings(
-    stack: LayerStack, batch: PreparedBatch, names: Sequence[str], layer_sets: Sequence[LayerSet]
+    stack: LayerStack,
+    batch: PreparedBatch,
+    names: Sequence[str],
+    layer_sets: Sequence[LayerSet],
+    full: ScoredLogits | None = None,
 ) -> Readings:
-    """`token_sums` of one batch without each set of layers, in the order of `Batch.items`."""
-    compares = not COMPARING.isdisjoint(names)
-    full: ScoredLogits | None = None
+    """`token_sums` of one batch without each set of layers, in the order of `Batch.items`.
+
+    Where the measures need the full model's logits, `full`, and they are not known, it runs too.
+    """
+    runs_full = full is None and not COMPARING.isdisjoint(names)
 
     @torch.no_grad()
     def run(model: torch.nn.Module) -> torch.Tensor:
         nonlocal full
         scored = batch.run(model)
-        if compares and full is None:  # the full model's pass comes first
+        if runs_full and full is None:  # the full model's pass comes first
             full = scored
         return token_sums(names, scored, full)
 
     order = torch.tensor(batch.items).argsort()
     wanted = set(layer_sets)
-    for removed, sums in replayed(stack, {*wanted, ()} if compares else wanted, run):
+    for removed, sums in replayed(stack, {*wanted, ()} if runs_full else wanted, run):
         if removed in wanted:
             yield removed, sums[:, order]
 
