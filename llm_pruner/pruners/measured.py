@@ -18,8 +18,10 @@ from ..results import LayerScores, check_layers
 from ..search.layer_search import depth_curve, search_layers, single_removals
 from ..search.mixture import OverKinds
 from ..search.objectives import ObjectiveLike, parse_objective
+from ..search.prefix_sharing import LayerSet
 from ..search.removal_quality import RemovalQuality
 from ..search.rough import reduced
+from ..utils import logger
 from .base import BasePruner
 from .budget import Budget
 from .healing_search import Repairs, search_in_rounds
@@ -299,7 +301,9 @@ class SmartPruner(MeasuredPruner):
         try:
             for one in both:
                 one.deadline = deadline
-            return search_layers(quality, pool, rough=rough, scores=scores, work=work, **limits)
+            found = search_layers(quality, pool, rough=rough, scores=scores, work=work, **limits)
+            _say_rival(rough or quality, tuple(found))
+            return found
         finally:
             for one in both:
                 one.deadline = None
@@ -343,3 +347,15 @@ class SmartPruner(MeasuredPruner):
             how = Healing.of(self.repairs.heal).identity()
             options["repairs"] = {"every": self.repairs.every, "heal": how}
         return options
+
+
+def _say_rival(quality: RemovalQuality, chosen: LayerSet) -> None:
+    """Say how far behind the runner-up is, and whether the data can tell the two apart."""
+    if not chosen or (rival := quality.rival(chosen)) is None:
+        return
+    layers, gap, half = rival
+    apart = "clearly" if gap > half else "which more data could reverse: --n-tokens"
+    logger.info(
+        "Runner-up: layers %s, %.1f %% worse (+- %.1f %%, on %s tokens), %s",
+        *(list(layers), 100 * gap, 100 * half, f"{quality.tokens:,}", apart),
+    )

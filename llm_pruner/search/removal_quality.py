@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -194,6 +195,24 @@ class RemovalQuality:
         )
         spread = max(float(paired.square().sum()), least) * count / max(1, count - 1)
         return difference, math.sqrt(spread * (1 - count / total))
+
+    def rival(self, removed: LayerSet) -> tuple[LayerSet, float, float] | None:
+        """The best other set of as many layers that is known on all data, and how far it is behind.
+
+        Returns:
+            The set, by how much its change is worse, and half of the 95 % interval of that (paired
+            sequence by sequence, linearised); None if none is known, or `removed` is not.
+        """
+        chunks = Counter(layers for layers, _ in self._values if len(layers) == len(removed))
+        whole = [layers for layers, number in chunks.items() if number == len(self._chunks)]
+        others = [layers for layers in whole if layers != removed]
+        if removed not in whole or not others:
+            return None
+        best = max(others, key=self.change)
+        every = tuple(range(len(self._chunks)))
+        paired = self._influence(removed, every) - self._influence(best, every)
+        spread = float(paired.square().sum()) * len(paired) / max(1, len(paired) - 1)
+        return best, self.change(removed) - self.change(best), 1.96 * math.sqrt(spread)
 
     def interval(
         self, removed: Iterable[int], level: float = 0.95, draws: int = 1000, seed: int = 0

@@ -61,6 +61,22 @@ def test_the_error_of_a_comparison_is_that_of_a_paired_difference(right, tokeniz
     assert error == 0
 
 
+def test_the_runner_up_is_the_best_known_of_as_many_layers(right, tokenizer):
+    data = choice_items(48)
+    quality = RemovalQuality(right[0].stack, tokenizer, data, objective="accuracy", batch_size=4)
+    assert quality.rival((2, 5)) is None
+    quality.measure([(2, 5), (3,), (1, 4), (4, 6)])
+    quality.measure([(1, 6)], quality.subsets()[0])
+    others = {layers: quality.change(layers) for layers in ((1, 4), (4, 6))}
+    best, gap, half = quality.rival((2, 5))
+    assert others[best] == max(others.values())
+    alone = [RemovalQuality(right[0].stack, tokenizer, [one], objective="accuracy") for one in data]
+    full = statistics.fmean(right[1][()])
+    pairs = [(one((2, 5)) - one(best)) / full for one in alone]
+    assert gap == pytest.approx(statistics.fmean(pairs))
+    assert half == pytest.approx(1.96 * math.sqrt(statistics.variance(pairs) / 48))
+
+
 def test_every_turn_looks_at_other_samples_first(right):
     quality, _ = right
     firsts = [quality.subsets(turn)[0] for turn in range(3)]
