@@ -422,7 +422,7 @@ def test_a_run_is_the_only_writer_of_its_output_from_before_the_model_is_loaded(
             with pytest.raises(OutputError, match="Another run"):
                 other.submit(attempt).result()
 
-        monkeypatch.setattr(cli, "_run_in_memory", found)
+        monkeypatch.setattr(cli, "run_in_memory", found)
         assert run("--output", "out")[0] == 0
         assert other.submit(attempt).result() == "had"
     assert not list(tmp_path.iterdir())

@@ -336,7 +336,7 @@ def test_accelerate_that_starts_one_process_is_reported(monkeypatch, saved, capl
 def test_what_the_launcher_ends_says_why(monkeypatch, saved, capsys):
     """A signal from the launcher; the group itself is not needed for that."""
     monkeypatch.setattr(cli, "launched", lambda: 2)
-    monkeypatch.setattr(cli, "_run_in_memory", lambda _: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(cli, "run_in_memory", lambda _: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as stop:

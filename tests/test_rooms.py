@@ -38,8 +38,9 @@ ROOMS = {
     "cli_request": "pruners",
     "cli_arguments": "engines pruners cli_request",
     "cli_checks": "storage search pruners cli_request",
-    "cli": "config storage model offload data search healing visualization report checkpoint "
-    "pruners workflow estimate cli_request cli_arguments cli_checks",
+    "cli_jobs": "config storage model offload data search healing visualization report checkpoint "
+    "pruners workflow estimate cli_request",
+    "cli": "cli_request cli_arguments cli_checks cli_jobs",
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
