@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 Precision = Literal["auto", "full"]
+DIVERGENCE = {"kl": 1.0}  # what `SmartPruner` compares sets of so many layers by
 
 
 class MeasuredPruner(BasePruner):
@@ -42,7 +43,7 @@ class MeasuredPruner(BasePruner):
         objective: what quality is, a name of `objectives.OBJECTIVES` or several with weights:
             ``nll`` (likelihood of the references, or of running text), ``kl`` and ``agreement``
             (with the full model), ``accuracy`` (of items with choices), ``similarity`` (of
-            generated answers); ``"nll=0.7,accuracy=0.3"``.
+            generated answers); ``"nll=0.7,accuracy=0.3"``. ``nll`` if None.
         over_kinds: of items from several sources, whether the ``mean`` of the changes on each
             counts, or the ``worst``.
         precision: ``auto`` measures a model in float32 in bfloat16 where that is faster: layer
@@ -59,7 +60,7 @@ class MeasuredPruner(BasePruner):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        objective: ObjectiveLike = "nll",
+        objective: ObjectiveLike | None = None,
         over_kinds: OverKinds = "mean",
         precision: Precision = "auto",
         journal: str | Path | None = None,
@@ -74,24 +75,35 @@ class MeasuredPruner(BasePruner):
         self.over_kinds, self.precision = over_kinds, precision
         if type(seed) is not int or seed < 0:
             raise InvalidPlanError(f"seed={seed!r} must be a whole number from 0.")
-        self.objective, self.journal, self.seed = parse_objective(objective), journal, seed
+        self._given = objective is not None
+        self.objective = parse_objective("nll" if objective is None else objective)
+        self._compared_by = self.objective  # in the last choice
+        self.journal, self.seed = journal, seed
         self._qualities: dict[str, RemovalQuality] = {}
         self._roughs: dict[str, RemovalQuality | None] = {}  # of the data measured on last
 
-    def quality(self, eval_data: Sequence[EvalItem]) -> RemovalQuality:
+    def quality(
+        self, eval_data: Sequence[EvalItem], objective: Mapping[str, float] | None = None
+    ) -> RemovalQuality:
         """The measuring instrument for `eval_data`; what it has measured it remembers."""
-        key = f"{self.layers.fingerprint}:{fingerprint(eval_data)}"
+        objective = objective or self.objective
+        key = f"{self.layers.fingerprint}:{fingerprint(eval_data)}:{objective}"
         if key not in self._qualities:
-            self._qualities[key] = self.quality_of(self.layers, eval_data)
+            self._qualities[key] = self.quality_of(self.layers, eval_data, objective)
         return self._qualities[key]
 
-    def quality_of(self, stack: LayerStack, eval_data: Sequence[EvalItem]) -> RemovalQuality:
+    def quality_of(
+        self,
+        stack: LayerStack,
+        eval_data: Sequence[EvalItem],
+        objective: Mapping[str, float] | None = None,
+    ) -> RemovalQuality:
         """A new instrument for the layers of any model, such as a healed one."""
         return RemovalQuality(
             stack,
             self.tokenizer,
             eval_data,
-            objective=self.objective,
+            objective=objective or self.objective,
             batch_size=self.batch_size,
             max_length=self.max_length,
             over_kinds=self.over_kinds,
@@ -99,14 +111,16 @@ class MeasuredPruner(BasePruner):
             seed=self.seed,
         )
 
-    def _rough(self, eval_data: Sequence[EvalItem]) -> RemovalQuality | None:
-        """Measures in reduced precision; None where that is not faster, or not wanted."""
-        if self.precision == "full" or not self.quality(eval_data).can_bypass:
+    def _rough(self, exact: RemovalQuality, eval_data: Sequence[EvalItem]) -> RemovalQuality | None:
+        """Measures what `exact` does in reduced precision; None where that is not faster."""
+        if self.precision == "full" or not exact.can_bypass:
             return None
-        key = f"{self.layers.fingerprint}:{fingerprint(eval_data)}"
+        key = f"{self.layers.fingerprint}:{fingerprint(eval_data)}:{exact.measures}"
         if key not in self._roughs:
             stack = reduced(self.layers)
-            self._roughs = {key: None if stack is None else self.quality_of(stack, eval_data)}
+            measures = exact.measures
+            rough = None if stack is None else self.quality_of(stack, eval_data, measures)
+            self._roughs = {key: rough}
         return self._roughs[key]
 
     def compute_layer_scores(self, eval_data: Sequence[EvalItem]) -> LayerScores:
@@ -115,7 +129,8 @@ class MeasuredPruner(BasePruner):
         Costs about half of the L + 1 evaluations of the data: layers below the removed one run
         once for all.
         """
-        quality = self._rough(eval_data) or self.quality(eval_data)
+        exact = self.quality(eval_data)
+        quality = self._rough(exact, eval_data) or exact
         scores = single_removals(quality, range(self.num_layers))
         return LayerScores(scores, strategy=self.name, unit=quality.unit, removes=self.removes)
 
@@ -139,7 +154,7 @@ class MeasuredPruner(BasePruner):
     def _options(self) -> dict[str, Any]:
         usual = {"over_kinds": "mean", "precision": "auto"}
         others = {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
-        return {"objective": self.objective, "seed": self.seed, **others}
+        return {"objective": self._compared_by, "seed": self.seed, **others}
 
 
 SMALL = 1e12  # multiply-adds that any search may take: some seconds
@@ -288,16 +303,18 @@ class SmartPruner(MeasuredPruner):
         self, pool: Sequence[int], eval_data: Sequence[EvalItem], limits: dict[str, Any]
     ) -> list[int]:
         """A search without healing, within the time and for no more than plain greedy search."""
-        quality = self.quality(eval_data)
+        counts = limits["n_layers"] is not None and limits["tolerance"] is None
+        quality = self.quality(eval_data, self._choosing(counts))
         deadline = None if self.time_limit is None else time.monotonic() + self.time_limit
-        rough = self._rough(eval_data)
+        rough = self._rough(quality, eval_data)
         both = [quality] if rough is None else [quality, rough]
         count, work = limits["n_layers"], math.inf
         if count is not None:
             naive = quality.token_cost.of_naive_greedy(len(pool), count) * quality.tokens
             work = max(naive, SMALL)
             work += sum(one.work for one in both)  # of earlier searches
-        scores = self._one_pass_scores(eval_data) if count and len(pool) > count else None
+        stack = quality.stack if rough is None else rough.stack
+        scores = self._one_pass_scores(stack, eval_data) if count and len(pool) > count else None
         try:
             for one in both:
                 one.deadline = deadline
@@ -316,21 +333,27 @@ class SmartPruner(MeasuredPruner):
         work = cost.of_search(candidates, count, shares, **how)
         return EXACT, work / cost.of_pass(self.num_layers)
 
-    def _one_pass_scores(self, eval_data: Sequence[EvalItem]) -> dict[int, float] | None:
+    def _one_pass_scores(
+        self, layers: LayerStack, eval_data: Sequence[EvalItem]
+    ) -> dict[int, float] | None:
         """Block influence on a few items; None where there are no states between the layers."""
         if self.layers.offloaded or len(self.layers.paths) > 1:
             return None
         few = random.Random(self.seed).sample(eval_data, min(len(eval_data), FEW))
-        rough = self._rough(eval_data)
-        layers = self.layers if rough is None else rough.stack
         influence = neighbours(layers, self.tokenizer, few, self.batch_size, self.max_length)
         return {layer: influence[layer] for layer in self.candidates}
+
+    def _choosing(self, counts: bool) -> dict[str, float]:
+        """What sets of layers are compared by; `counts` if a number of layers is to go."""
+        by_divergence = counts and not self._given and self.repairs is None
+        self._compared_by = DIVERGENCE if by_divergence else self.objective
+        return self._compared_by
 
     def _choices(self, eval_data: Sequence[EvalItem], n_layers: int) -> list[list[int]]:
         if self.repairs is not None:
             raise InvalidPlanError("A sweep does not heal as it goes: leave repairs out.")
         self.steps = []
-        quality, note = self.quality(eval_data), self.steps.append
+        quality, note = self.quality(eval_data, self._choosing(counts=True)), self.steps.append
         curve = depth_curve(quality, self.candidates, n_layers, note, self._fits)
         return [list(mask) for mask in curve]
 

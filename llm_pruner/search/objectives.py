@@ -35,6 +35,7 @@ MAX_LENGTH = 512  # tokens of a sequence
 BLOCK, BLOCK_TOKENS = 16, 256
 MOST_BLOCKS = 16
 COMPARING = {"kl", "agreement"}  # measures that need the full model's logits
+KEPT = 2**29  # bytes of them that are kept in memory
 Readings = Iterator[tuple[LayerSet, torch.Tensor]]
 
 
@@ -175,6 +176,7 @@ class TokenMeasures(Measure):
     def __init__(self, data: EncodedData, names: Sequence[str]) -> None:
         super().__init__(data, names)
         self._last: dict[range, torch.Tensor] = {}
+        self._logits: dict[range, ScoredLogits] = {}
 
     def weights(self) -> torch.Tensor:
         """Numbers of scored tokens."""
@@ -195,14 +197,19 @@ class TokenMeasures(Measure):
 
     @torch.no_grad()
     def _full(self, chunk: range, batch: PreparedBatch) -> ScoredLogits:
-        """The full model's logits; from what enters its last layer, once that is known."""
+        """The full model's logits: kept, or from what enters its last layer, which is kept."""
         stack = self._data.stack
         last = len(stack) - 1
+        if chunk in self._logits:
+            return self._logits[chunk]
         if chunk in self._last:
             with stack.replay(last, self._last[chunk]) as model:
                 return batch.run(model)
         with stack.observe_inputs([last], lambda _, hidden: self._last.update({chunk: hidden})):
-            return batch.run(stack.model)
+            found = batch.run(stack.model)
+        if found.logits.nbytes * len(self._data.sequences) <= KEPT * len(chunk):  # for all chunks
+            self._logits[chunk] = found
+        return found
 
 
 def _token_readings(

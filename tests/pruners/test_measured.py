@@ -12,6 +12,7 @@ from torch import nn
 
 from llm_pruner import get_strategy
 from llm_pruner.errors import InvalidDataError, InvalidPlanError
+from llm_pruner.model.layer_stack import LayerStack
 from llm_pruner.pruners.measured import AblationPruner, SmartPruner
 from llm_pruner.results import DepthCurve, PruningPlan
 from llm_pruner.search import layer_search
@@ -122,7 +123,7 @@ def interacting(tokenizer):
 def test_smart_is_greedy_with_measuring_anew(interacting, tokenizer):
     model, greedy, changes = interacting
     assert sorted(greedy) != one_shot(model, tokenizer, MIXED, range(DEPTH), 3), "see the fixture"
-    pruner = SmartPruner(model, tokenizer, protect=(0, 0))
+    pruner = SmartPruner(model, tokenizer, objective="nll", protect=(0, 0))
     assert pruner.optimize_selection(None, MIXED, n_layers=3) == sorted(greedy)
     assert [step["action"] for step in pruner.steps][:4] == ["start"] + ["cut"] * 3
     cuts = [step for step in pruner.steps if step["action"] == "cut"]
@@ -134,7 +135,7 @@ def test_smart_is_greedy_with_measuring_anew(interacting, tokenizer):
 
 def test_every_trial_of_smart_is_the_change_of_a_rebuilt_model(interacting, tokenizer):
     model, greedy, _ = interacting
-    pruner = SmartPruner(model, tokenizer, protect=(0, 0), batch_size=2)
+    pruner = SmartPruner(model, tokenizer, objective="nll", protect=(0, 0), batch_size=2)
     pruner.optimize_selection(None, MIXED, n_layers=2)
     second = pruner.steps[2]["tried"]
     assert sorted(second) == sorted(str(i) for i in range(DEPTH) if i != greedy[0])
@@ -182,7 +183,7 @@ def test_smart_rolls_back_what_costs_too_much(costs, tokenizer, accepted):
 
 def test_an_exact_number_is_taken_whatever_it_costs(costs, tokenizer):
     model, changes = costs
-    pruner = SmartPruner(model, tokenizer)
+    pruner = SmartPruner(model, tokenizer, objective="nll")
     for n_layers in (1, 2, 3, 4):
         _, want = slow_best(model, tokenizer, MIXED[:3], n_layers)
         got = pruner.optimize_selection(None, MIXED[:3], tolerance=0.0, n_layers=n_layers)
@@ -191,9 +192,26 @@ def test_an_exact_number_is_taken_whatever_it_costs(costs, tokenizer):
     assert min(changes) < 0
 
 
-def test_smart_takes_only_candidates_and_each_once(interacting, tokenizer):
+def test_layers_are_chosen_by_divergence_their_number_by_likelihood(interacting, tokenizer):
     model, _, _ = interacting
     pruner = SmartPruner(model, tokenizer, protect=(0, 0))
+    divergence = RemovalQuality(LayerStack(model), tokenizer, MIXED, objective="kl")
+    best = max(combinations(range(DEPTH), 2), key=divergence.change)
+    plan = pruner.plan(MIXED, n_layers=2, held_out=["one bird sat in a tree"])
+    assert plan.remove == best
+    assert plan.options["objective"] == {"kl": 1.0}
+    assert plan.steps[-1]["change"] == close(divergence.change(best))
+    assert "likelihood" in plan.held_out["unit"]
+    within = pruner.plan(MIXED, tolerance=0.5)
+    assert within.options["objective"] == {"nll": 1.0}
+    assert SmartPruner(model, tokenizer, objective="nll").plan(MIXED, n_layers=2).options[
+        "objective"
+    ] == {"nll": 1.0}
+
+
+def test_smart_takes_only_candidates_and_each_once(interacting, tokenizer):
+    model, _, _ = interacting
+    pruner = SmartPruner(model, tokenizer, objective="nll", protect=(0, 0))
     want, _ = slow_greedy(model, tokenizer, MIXED, [1, 3, 4], 3)
     assert pruner.optimize_selection([4, 1, 3], MIXED, n_layers=3) == [1, 3, 4] == sorted(want)
     tried = [sorted(map(int, step["tried"])) for step in pruner.steps]

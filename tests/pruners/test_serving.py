@@ -43,7 +43,8 @@ def test_every_strategy_chooses_such_a_set(model, name):
 
 
 def test_the_search_finds_the_best_of_them(model):
-    pruner = get_strategy("smart")(model, word_tokenizer(), serve_with=["llama.cpp"])
+    options = {"objective": "nll", "serve_with": ["llama.cpp"]}
+    pruner = get_strategy("smart")(model, word_tokenizer(), **options)
     quality = pruner.quality(items(8))
     best = max(allowed(4, pruner.candidates), key=lambda one: (quality.change(one), one))
     plan = pruner.plan(items(8), n_layers=4)
