@@ -7,7 +7,7 @@ Prints a Markdown table per number of layers. Sets are chosen on one half of the
 removal costs is the rise of the mean loss of their tokens, and the excess of a choice is what it
 costs above the best of all sets, as a share of that one's cost (of its size, where the best set is
 a gain). Perplexity is that of the other
-items. `greedy` is the plain greedy search, `last` takes the last layers before the final one.
+items. All compare by likelihood. `greedy` is the plain greedy search, `last` takes the last layers before the final one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer, data = loaded(args)
     protect = tuple(args.protect)
-    smart = SmartPruner(model, tokenizer, protect=protect)
+    smart = SmartPruner(model, tokenizer, objective="nll", protect=protect)
     quality, stack, candidates = smart.quality(data.scoring), smart.layers, smart.candidates
     counts = range(1, args.most + 1)
     sets = {count: list(combinations(candidates, count)) for count in counts}

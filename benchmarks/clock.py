@@ -4,7 +4,7 @@
 
 Prints a Markdown table. SLEB is plain greedy search: in every round a whole pass of the model, head
 and loss included, for each layer that may go. It is really run, once, for the largest k; smaller
-ones are on its way. `smart` is run as `SmartPruner` runs it: its first row is the moment at which
+ones are on its way. `smart` is run as `SmartPruner` runs it, by likelihood as SLEB: its first row is the moment at which
 it had a set of k layers as good as SLEB's on all data, its second the end, with the check that no
 swap of one layer improves it. What each set is worth is measured apart and not counted. Seconds
 are by the clock and FLOPs two per parameter and token of layers and head, all in one run on one
@@ -100,7 +100,7 @@ def smart(
     model: Any, tokenizer: Any, texts: Sequence[Any], judge: RemovalQuality, k: int, sleb: Found
 ) -> None:
     """Print the rows of `smart`."""
-    pruner = Watched(model, tokenizer, protect=PROTECT)
+    pruner = Watched(model, tokenizer, objective="nll", protect=PROTECT)
     pruner.reached = []
     begun = time.perf_counter()
     with worked(pruner.layers) as work:

@@ -166,8 +166,8 @@ class Choice:
         return RemovalQuality(stack, self.tokenizer, self.texts, batch_size=BATCH_SIZE)
 
 
-def _strategy(name: str, choice: Choice, k: int) -> tuple[int, ...]:
-    pruner = get_strategy(name)(choice.model, choice.tokenizer, protect=PROTECT)
+def _strategy(name: str, choice: Choice, k: int, **options: Any) -> tuple[int, ...]:
+    pruner = get_strategy(name)(choice.model, choice.tokenizer, protect=PROTECT, **options)
     return tuple(pruner.plan(choice.texts, n_layers=k).remove)
 
 
@@ -235,6 +235,7 @@ def _batches(choice: Choice) -> list[Batch]:
 # Name -> what chooses k layers. Sources and departures of a strategy are in its class.
 SELECTIONS: dict[str, Callable[[Choice, int], tuple[int, ...]]] = {
     "smart": partial(_strategy, "smart"),
+    "smart-nll": partial(_strategy, "smart", objective="nll"),
     "sleb": sleb,
     "shortgpt": partial(_strategy, "bi"),
     "pruneme": partial(_strategy, "pruneme"),

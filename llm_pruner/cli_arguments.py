@@ -162,9 +162,10 @@ def _add_choice(group: Any) -> None:
     add(
         "--objective",
         metavar="O",
-        help="what ablation and smart measure: nll (likelihood of references or text, default), kl "
-        "or agreement (with the full model), accuracy (of multiple choice), similarity (of "
-        "answers), or a mixture, nll=0.7,accuracy=0.3",
+        help="what ablation and smart measure: nll (likelihood of references or text), kl or "
+        "agreement (with the full model), accuracy (of multiple choice), similarity (of answers), "
+        "or a mixture, nll=0.7,accuracy=0.3 (default: smart chooses a number of layers by kl; "
+        "all else is nll)",
     )
     add(
         "--option",
