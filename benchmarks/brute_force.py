@@ -6,8 +6,8 @@
 Prints a Markdown table per number of layers. Sets are chosen on one half of the items: what a
 removal costs is the rise of the mean loss of their tokens, and the excess of a choice is what it
 costs above the best of all sets, as a share of that one's cost (of its size, where the best set is
-a gain). Perplexity is that of the other
-items. All compare by likelihood. `greedy` is the plain greedy search, `last` takes the last layers before the final one.
+a gain). Perplexity is that of the other items. All compare by likelihood. `greedy` is the plain
+greedy search, `last` takes the last layers before the final one.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@
 
 Prints a Markdown table. SLEB is plain greedy search: in every round a whole pass of the model, head
 and loss included, for each layer that may go. It is really run, once, for the largest k; smaller
-ones are on its way. `smart` is run as `SmartPruner` runs it, by likelihood as SLEB: its first row is the moment at which
-it had a set of k layers as good as SLEB's on all data, its second the end, with the check that no
-swap of one layer improves it. What each set is worth is measured apart and not counted. Seconds
-are by the clock and FLOPs two per parameter and token of layers and head, all in one run on one
-machine; shares are of SLEB's.
+ones are on its way. `smart` is run as `SmartPruner` runs it, by likelihood as SLEB is: its first
+row is the moment at which it had a set of k layers as good as SLEB's on all data, its second the
+end, with the check that no swap of one layer improves it. What each set is worth is measured apart
+and not counted. Seconds are by the clock and FLOPs two per parameter and token of layers and head,
+all in one run on one machine; shares are of SLEB's.
 """
 
 from __future__ import annotations
