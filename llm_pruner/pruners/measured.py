@@ -16,7 +16,7 @@ from ..healing.job import Healing
 from ..model.layer_stack import LayerStack
 from ..results import LayerScores, check_layers
 from ..search.layer_search import depth_curve, search_layers, single_removals
-from ..search.mixture import OverKinds
+from ..search.mixture import OverKinds, kinds_apart
 from ..search.objectives import ObjectiveLike, parse_objective
 from ..search.prefix_sharing import LayerSet
 from ..search.removal_quality import RemovalQuality
@@ -319,11 +319,13 @@ class SmartPruner(MeasuredPruner):
             for one in both:
                 one.deadline = deadline
             found = search_layers(quality, pool, rough=rough, scores=scores, work=work, **limits)
-            _say_rival(rough or quality, tuple(found))
-            return found
         finally:
             for one in both:
                 one.deadline = None
+        _say_rival(rough or quality, tuple(found))
+        if deadline is None:
+            _warn_of_layers(rough or quality, found)
+        return found
 
     def expected_passes(self, quality: RemovalQuality, count: int) -> tuple[float, float]:
         """A search, most of it in reduced precision where that is faster."""
@@ -370,6 +372,21 @@ class SmartPruner(MeasuredPruner):
             how = Healing.of(self.repairs.heal).identity()
             options["repairs"] = {"every": self.repairs.every, "heal": how}
         return options
+
+
+def _warn_of_layers(quality: RemovalQuality, chosen: Sequence[int]) -> None:
+    """Name the layers that one kind of data misses clearly more than another does."""
+    if not quality.has_kinds:
+        return
+    quality.measure([(layer,) for layer in chosen])
+    said = []
+    for layer in chosen:
+        kinds = quality.by_kind((layer,))
+        if apart := kinds_apart(kinds):
+            costs = (f"{kind} {100 * kinds[kind]['change']:+.1f} %" for kind in apart)
+            said.append(f"{layer} ({', '.join(costs)})")
+    if said:
+        logger.warning("Kinds of data disagree about layers, alone: %s", "; ".join(said))
 
 
 def _say_rival(quality: RemovalQuality, chosen: LayerSet) -> None:

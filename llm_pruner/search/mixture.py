@@ -155,13 +155,19 @@ class Mixture:
         return (torch.tensor(factors, dtype=torch.float64) / total) @ each
 
 
-def warn_of_kinds(kinds: Mapping[str, Mapping[str, float]]) -> None:
-    """Say where a choice costs one kind of data clearly more than another."""
+def kinds_apart(kinds: Mapping[str, Mapping[str, float]]) -> tuple[str, str] | None:
+    """The kinds of data that a removal costs most and least, if their intervals do not overlap."""
     if not kinds:
-        return
+        return None
     worst = min(kinds, key=lambda kind: kinds[kind]["change"])
     best = max(kinds, key=lambda kind: kinds[kind]["change"])
-    if kinds[worst]["high"] < kinds[best]["low"]:
+    return (worst, best) if kinds[worst]["high"] < kinds[best]["low"] else None
+
+
+def warn_of_kinds(kinds: Mapping[str, Mapping[str, float]]) -> None:
+    """Say where a choice costs one kind of data clearly more than another."""
+    if apart := kinds_apart(kinds):
+        worst, best = apart
         logger.warning(
             "The choice costs %s clearly more (%+.1f %%) than %s (%+.1f %%): over_kinds='worst' "
             "looks for one that spares the worst kind.",

@@ -239,6 +239,11 @@ class RemovalQuality:
             changes.append(paired_draws(before, after, counts, **how) / abs(full))
         return torch.stack(changes)
 
+    @property
+    def has_kinds(self) -> bool:
+        """Whether the items are of several kinds."""
+        return len(self._mixture.kinds) > 1
+
     def by_kind(self, removed: Iterable[int]) -> dict[str, dict[str, float]]:
         """The change on each kind of data and its interval; empty where there is only one."""
         layers = check_layers(removed, len(self.stack))

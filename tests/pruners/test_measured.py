@@ -11,6 +11,7 @@ from oracles import BOTH, DEPTH, MIXED, close, random_llama, slow_change, slow_l
 from torch import nn
 
 from llm_pruner import get_strategy
+from llm_pruner.data.items import of_kind
 from llm_pruner.errors import InvalidDataError, InvalidPlanError
 from llm_pruner.model.layer_stack import LayerStack
 from llm_pruner.pruners.measured import AblationPruner, SmartPruner
@@ -367,3 +368,26 @@ def test_a_sweep_measures_every_depth(name, tokenizer):
     assert (curve.strategy, curve.model_id, curve.num_layers) == (name, "a/b", 8)
     with pytest.raises(InvalidPlanError, match="n_layers=5 must be from 1 to 4"):
         pruner.sweep(MIXED, 5)
+
+
+def test_layers_that_one_kind_of_data_misses_are_named(tokenizer, monkeypatch, caplog):
+    model, data = tiny_llama(), [of_kind(text, kind) for kind in "ab" for text in MIXED[4:]]
+    pruner = SmartPruner(model, tokenizer, precision="full")
+    chosen = pruner.optimize_selection(None, data, n_layers=2)
+    quality, asked = pruner.quality(data, {"kl": 1.0}), []
+    assert quality.has_kinds
+    assert not RemovalQuality(LayerStack(model), tokenizer, MIXED).has_kinds
+
+    def by_kind(self, removed):
+        asked.append(tuple(removed))
+        apart = removed == (chosen[1],)
+        return {
+            "a": {"change": -0.1, "low": -0.2, "high": -0.05},
+            "b": {"change": -0.5, "low": -0.6, "high": -0.4 if apart else -0.1},
+        }
+
+    monkeypatch.setattr(RemovalQuality, "by_kind", by_kind)
+    assert pruner.optimize_selection(None, data, n_layers=2) == chosen
+    assert asked == [(layer,) for layer in chosen]
+    said = f"disagree about layers, alone: {chosen[1]} (b -50.0 %, a -10.0 %)"
+    assert caplog.text.count(said) == 1
