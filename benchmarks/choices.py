@@ -18,7 +18,6 @@ Prints a Markdown table: the change of the mean loss, of each kind of text and o
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 from common import NAMED_FILES
-from peer_judge import Judge
+from peer_judge import Judge, changes
 from peers import PROTECT, Comparison, Results, calibration_texts
 
 from llm_pruner import SmartPruner, load_eval_dataset, load_model
@@ -120,41 +119,6 @@ def chosen(work: Comparison, items: Sequence[EvalItem], objective: str, k: int) 
         return {"layers": list(pruner.plan(items, n_layers=k).remove)}
 
     return tuple(work.results.get(parts | {"protect": PROTECT}, make)["layers"])
-
-
-def changes(
-    full: dict[str, Any], judged: dict[str, Any]
-) -> tuple[dict[str, tuple[float, float]], tuple[float, float]]:
-    """Of every text, and all: change of the mean loss, and half its 95 % interval; of accuracy too.
-
-    The intervals are 1.96 standard errors, of windows or of items, which every text or task
-    contributes independently.
-    """
-    texts: dict[str, tuple[float, float]] = {}
-    tasks: list[tuple[float, float]] = []
-    for name, found in judged.items():
-        if "loss" in found:
-            texts[name] = _mean(full[name]["loss"], found["loss"], found["tokens"])
-        else:
-            tasks.append(_mean(full[name]["acc"], found["acc"], [1.0] * len(found["acc"])))
-    texts["all kinds"] = _together(list(texts.values()))
-    return texts, _together(tasks)
-
-
-def _mean(
-    before: Sequence[float], after: Sequence[float], weights: Sequence[float]
-) -> tuple[float, float]:
-    old, new, weight = (torch.tensor(x, dtype=torch.float64) for x in (before, after, weights))
-    mean = (new - old).sum() / weight.sum()
-    spread = (new - old - mean * weight).square().sum().sqrt() / weight.sum()
-    return float(mean), 1.96 * float(spread)
-
-
-def _together(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    if not parts:
-        return math.nan, math.nan
-    half = math.hypot(*(half for _, half in parts)) / len(parts)
-    return math.fsum(mean for mean, _ in parts) / len(parts), half
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:

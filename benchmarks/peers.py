@@ -15,7 +15,8 @@ enough to be divided, as the library's healing does. What judges, and how, is in
 shares prefixes as the library does (otherwise, to save time). Only with `--naive` are its seconds
 and counts those of the method; otherwise its counts are computed, and its seconds left out.
 
-Counts are of forward passes, padding included. `--out` is also what a run resumes from: what it
+Counts are of forward passes, padding included. The last columns are means over texts and tasks,
+with 95 % intervals of 1.96 standard errors. `--out` is also what a run resumes from: what it
 holds for the same model, data and settings is not computed again. Delete it after a change of the
 code.
 """
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import re
 import sys
@@ -35,7 +37,7 @@ from typing import Any
 
 import torch
 from common import NAMED_FILES, Work, naive_losses, worked
-from peer_judge import BATCH_SIZE, WINDOW, Judge, compared, hashed, read_texts
+from peer_judge import BATCH_SIZE, WINDOW, Judge, changes, compared, hashed, read_texts
 from peer_repairs import REPAIRS, Cut
 
 from llm_pruner import LayerStack, LLMPrunerError, get_strategy, load_model
@@ -331,6 +333,8 @@ class Comparison:
             row["repairing"] = found["work"]
             before, after = full["judged"], found["judged"]
             row["judged"] = {name: compared(before[name], after[name]) for name in after}
+            texts, tasks = changes(before, after)
+            row["means"] = [texts["all kinds"], tasks]
         self.results.rows.append(row)
         self.results.write()
         print(" ".join(f"{key}={row.get(key)}" for key in ("k", "select", "repair", "layers")),
@@ -379,7 +383,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     head += ["repair: seconds", "TFLOP"]
     for name in names:
         head += [f"{name}: perplexity", "loss"] if kinds[name] else [f"{name}: accuracy", "change"]
-    head.append("note")
+    head += ["all texts: loss", "all tasks: accuracy", "note"]
     yield f"| {' | '.join(head)} |"
     yield "|---" * len(head) + "|"
     for row in rows:
@@ -396,6 +400,9 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
                 cells += [f"{figures['perplexity']:.3f}", _change(figures, "+.4f")]
             else:
                 cells += [f"{figures['acc']['mean']:.3f}", _change(figures["acc"], "+.3f")]
+        for mean, half in row.get("means", []):
+            cells.append("" if math.isnan(mean) else f"{mean:+.3f} ± {half:.3f}")
+        cells += [""] * (len(head) - 1 - len(cells))
         cells.append(" ".join(row.get("note", "").split()))
         yield f"| {' | '.join(cells)} |"
 

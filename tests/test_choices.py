@@ -62,7 +62,7 @@ def test_a_study_chooses_on_every_calibration_and_resumes(tokenizer, tmp_path, m
 def test_changes_are_weighted_means_with_their_standard_errors():
     full = {"a": {"loss": [2.0, 4.0], "tokens": [1.0, 2.0]}, "b": {"acc": [1.0, 1.0, 0.0, 0.0]}}
     cut = {"a": {"loss": [3.0, 8.0], "tokens": [1.0, 2.0]}, "b": {"acc": [0.0, 1.0, 0.0, 0.0]}}
-    texts, tasks = choices.changes(full, cut)
+    texts, tasks = peer_judge.changes(full, cut)
     spread = math.sqrt((1 - 5 / 3) ** 2 + (4 - 10 / 3) ** 2) / 3
     assert texts["a"] == pytest.approx((5 / 3, 1.96 * spread))
     assert texts["all kinds"] == pytest.approx(texts["a"])
@@ -72,4 +72,4 @@ def test_changes_are_weighted_means_with_their_standard_errors():
 
 
 def test_kinds_count_alike_and_their_errors_add_up_as_squares():
-    assert choices._together([(1.0, 0.3), (2.0, 0.4)]) == pytest.approx((1.5, 0.25))
+    assert peer_judge._together([(1.0, 0.3), (2.0, 0.4)]) == pytest.approx((1.5, 0.25))
