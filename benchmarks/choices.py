@@ -18,6 +18,7 @@ Prints a Markdown table: the change of the mean loss, of each kind of text and o
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -124,14 +125,17 @@ def chosen(work: Comparison, items: Sequence[EvalItem], objective: str, k: int) 
 def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The rows as Markdown."""
     kinds = list(rows[0]["texts"])
-    head = ["layers that go", "chosen on", "by", "removed (0-based)", *kinds, "task accuracy"]
+    head = ["layers that go", "chosen on", "by", "removed (0-based)", *kinds]
+    if asked := not math.isnan(rows[0]["tasks"][0]):
+        head.append("task accuracy")
     yield f"| {' | '.join(head)} |"
     yield "|---" * len(head) + "|"
     for row in rows:
         cells = [str(row["k"]), row["calibration"], row["objective"]]
         cells += [", ".join(map(str, row["layers"]))]
         cells += [f"{mean:+.3f} ± {half:.3f}" for mean, half in row["texts"].values()]
-        cells += [f"{row['tasks'][0]:+.3f} ± {row['tasks'][1]:.3f}"]
+        if asked:
+            cells += [f"{row['tasks'][0]:+.3f} ± {row['tasks'][1]:.3f}"]
         yield f"| {' | '.join(cells)} |"
 
 
