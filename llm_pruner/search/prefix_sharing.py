@@ -19,9 +19,9 @@ from ..model.layer_stack import LayerStack
 
 LayerSet = tuple[int, ...]  # removed layers, 0-based, ascending
 T = TypeVar("T")
-# What the softmax of one logit takes, in multiply-adds of a matrix product: 0.29 of the time of
-# a head of width 576 and 49,152 tokens (SmolLM2-135M in float32 on one core).
-SOFTMAX = 165
+# What the softmax of one logit takes, in multiply-adds of a matrix product: from 45, beside a head
+# of width 576 and 49,152 tokens in float32 on two cores, to 240, beside one in bfloat16.
+SOFTMAX = 100
 # Of all swaps of one layer the share that a search measures, and on how much of the data, about.
 TRIED, SWAP_SHARE = 0.6, 0.5
 
@@ -112,12 +112,20 @@ class TokenCost:
     depth: int
 
     @classmethod
-    def of(cls, stack: LayerStack) -> TokenCost:
-        """From the numbers of parameters; that attention looks back is left out."""
+    def of(cls, stack: LayerStack, *, compares: bool = False) -> TokenCost:
+        """From the numbers of parameters; that attention looks back is left out.
+
+        Args:
+            compares: whether logits are compared with the full model's, another softmax each.
+        """
         sizes = [sum(one.numel() for one in layer.parameters()) for layer in stack]
         find_head = getattr(stack.model, "get_output_embeddings", lambda: None)
         weight = getattr(find_head(), "weight", None)
-        head = 0.0 if weight is None else weight.shape[0] * (weight.shape[-1] + SOFTMAX)
+        head = (
+            0.0
+            if weight is None
+            else weight.shape[0] * (weight.shape[-1] + (1 + compares) * SOFTMAX)
+        )
         return cls(max(1.0, sum(sizes) / len(sizes)), float(head), len(stack))
 
     def of_pass(self, layers: int) -> float:

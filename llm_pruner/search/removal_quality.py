@@ -24,7 +24,14 @@ from ..stats import paired_draws, percentiles
 from ..utils import at_least_one, logger, tokenizer_fingerprint
 from .journal import Journal
 from .mixture import Mixture, OverKinds
-from .objectives import MAX_LENGTH, OBJECTIVES, EncodedData, ObjectiveLike, parse_objective
+from .objectives import (
+    COMPARING,
+    MAX_LENGTH,
+    OBJECTIVES,
+    EncodedData,
+    ObjectiveLike,
+    parse_objective,
+)
 from .prefix_sharing import LayerSet, TokenCost, executions, in_tree_order
 
 if TYPE_CHECKING:
@@ -93,7 +100,8 @@ class RemovalQuality:
         data = EncodedData.of(stack, tokenizer, eval_data, batch_size, length, seed)
         self._chunks, self._blocks = data.chunks, data.blocks
         self._lengths = [len(one.ids) for one in data.sequences]
-        self.token_cost, self.work = TokenCost.of(stack), 0.0
+        compares = not COMPARING.isdisjoint(mixture)
+        self.token_cost, self.work = TokenCost.of(stack, compares=compares), 0.0
         self.deadline: float | None = None
         self._items = [one.item for one in data.sequences]
         names: dict[type, list[str]] = {}

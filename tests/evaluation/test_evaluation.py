@@ -158,7 +158,7 @@ def test_padding_side_and_content_change_nothing(model, tokenizer):
 
 def test_chunks_of_the_vocabulary_change_nothing(model, tokenizer, monkeypatch):
     whole = mean_nll(model, tokenizer, MIXED)
-    monkeypatch.setattr(token_measures, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(token_measures, "CPU_CHUNK", 1)
     assert mean_nll(model, tokenizer, MIXED) == pytest.approx(whole, rel=1e-6)
 
 
