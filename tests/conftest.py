@@ -23,6 +23,8 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 
+from llm_pruner.utils import logger
+
 torch.set_num_threads(1)
 settings.register_profile("loaded", deadline=None)  # a busy machine is no failure
 settings.load_profile("loaded")
@@ -43,6 +45,14 @@ def items(n: int = 6) -> list[dict[str, str]]:
         }
         for i in range(n)
     ]
+
+
+@pytest.fixture(autouse=True)
+def _log_level():
+    """The command sets what the log says; a test leaves it as it was."""
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture
