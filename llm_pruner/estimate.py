@@ -21,7 +21,6 @@ from .model.layer_stack import LayerStack
 from .progress import duration
 from .pruners.base import BasePruner
 from .pruners.budget import Budget
-from .search.objectives import COMPARING
 from .search.removal_quality import RemovalQuality
 from .search.rough import reduced
 from .storage.origin import gguf_of
@@ -146,13 +145,13 @@ def _seconds(
     few = [item for item, size in zip(items, sizes, strict=True) if size <= TIMED] or items[:1]
     how: dict[str, Any] = {"batch_size": pruner.batch_size, "max_length": pruner.max_length}
     how["objective"] = quality.measures
-    for _ in range(2):  # the first is slower
-        timed = RemovalQuality(stack, pruner.tokenizer, few, **how)
-        begin = time.perf_counter()
-        timed.measure([()])
-        spent = time.perf_counter() - begin
-    passes = 1 if COMPARING.isdisjoint(quality.measures) else 2  # what is compared with runs too
-    return spent / timed.tokens / passes
+    timed = RemovalQuality(stack, pruner.tokenizer, few, **how)
+    timed.measure([()])  # the first pass is slower, and what is compared with is kept
+    begin = time.perf_counter()
+    timed.measure([(pruner.candidates[0],)])
+    spent = time.perf_counter() - begin
+    depth, cost = len(stack), timed.token_cost
+    return spent / timed.tokens * cost.of_pass(depth) / cost.of_pass(depth - 1)
 
 
 def _healing(
