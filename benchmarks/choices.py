@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from common import NAMED_FILES
-from peer_judge import Judge, changes
+from peer_judge import asked_judge, changes, judge_options
 from peers import PROTECT, Comparison, Results, calibration_texts
 
 from llm_pruner import SmartPruner, load_eval_dataset, load_model
@@ -48,8 +48,7 @@ def main() -> None:
     def within(items: list[EvalItem]) -> list[EvalItem]:
         return DataSplit(items, [], []).within(tokenizer, args.n_tokens).scoring
 
-    judge = Judge.of(tokenizer, dict(args.judge), args.judge_tokens, dict(args.tasks),
-                     args.task_items, args.task_dtype)  # fmt: skip
+    judge = asked_judge(tokenizer, args)
     work = Comparison(model, tokenizer, [], judge, results)
     calibrations: dict[str, Sequence[EvalItem]] = {
         name: calibration_texts(tokenizer, files.split(","), args.n_tokens, 0)
@@ -77,11 +76,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--objective", default=["nll", "kl", "agreement"], **many)
     parser.add_argument("--n-tokens", type=int, default=2048, help="to choose on")
     parser.add_argument("--k", type=int, nargs="+", default=[2], help="how many layers go")
-    parser.add_argument("--judge", **NAMED_FILES, help="texts: .txt, or .jsonl with a field text")
-    parser.add_argument("--judge-tokens", type=int, default=6144, help="of each text")
-    parser.add_argument("--tasks", **NAMED_FILES, help="items with choices")
-    parser.add_argument("--task-items", type=int, default=300, help="of each task")
-    parser.add_argument("--task-dtype", default="", help="such as bfloat16; default: the model's")
+    judge_options(parser)
     parser.add_argument("--out", type=Path, default=None, help="results, to be resumed from")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")

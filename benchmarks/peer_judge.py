@@ -9,6 +9,7 @@ the difference from the full model, over windows and over items.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import hashlib
 import json
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import NAMED_FILES
 
 from llm_pruner import load_eval_dataset
 from llm_pruner.data.tokens import Batch, encode_batches, encode_sequences, pad_sequences
@@ -173,6 +175,21 @@ def questions(path: str, n: int) -> list[Question]:
         ([(context, row["continuation"]) for context in row["context_options"]], row["gold"])
         for row in rows
     ]
+
+
+def judge_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what models are judged on."""
+    parser.add_argument("--judge", **NAMED_FILES, help="texts: .txt, or .jsonl with a field text")
+    parser.add_argument("--judge-tokens", type=int, default=8192, help="of each text")
+    parser.add_argument("--tasks", **NAMED_FILES, help="items with choices")
+    parser.add_argument("--task-items", type=int, default=200, help="of each task")
+    parser.add_argument("--task-dtype", default="", help="such as bfloat16; default: the model's")
+
+
+def asked_judge(tokenizer: Any, args: argparse.Namespace) -> Judge:
+    """What `judge_options` were given."""
+    return Judge.of(tokenizer, dict(args.judge), args.judge_tokens, dict(args.tasks),
+                    args.task_items, args.task_dtype)  # fmt: skip
 
 
 def compared(full: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

@@ -36,8 +36,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import NAMED_FILES, Work, naive_losses, worked
-from peer_judge import BATCH_SIZE, WINDOW, Judge, changes, compared, hashed, read_texts
+from common import Work, naive_losses, worked
+from peer_judge import (
+    BATCH_SIZE,
+    WINDOW,
+    Judge,
+    asked_judge,
+    changes,
+    compared,
+    hashed,
+    judge_options,
+    read_texts,
+)
 from peer_repairs import REPAIRS, Cut
 
 from llm_pruner import LayerStack, LLMPrunerError, get_strategy, load_model
@@ -62,8 +72,7 @@ def main() -> None:
     if shared := set(map(_real, calibration)) & set(map(_real, judging.values())):
         sys.exit(f"{', '.join(sorted(shared))} would calibrate and judge: use different files.")
     texts = calibration_texts(tokenizer, calibration, args.n_tokens, args.seed)
-    judge = Judge.of(tokenizer, dict(args.judge), args.judge_tokens, dict(args.tasks),
-                     args.task_items, args.task_dtype)  # fmt: skip
+    judge = asked_judge(tokenizer, args)
     task = Comparison(model, tokenizer, texts, judge, Results(args.out), args.naive, args.minutes)
     rows = list(task.rows(args.select, args.repair, args.k))
     print("\n".join(table(rows)))
@@ -79,11 +88,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--select", type=_selection, default=list(SELECTIONS), **many,
                         help=f"{', '.join(SELECTIONS)}; or layers, as 3,4,6")  # fmt: skip
     parser.add_argument("--repair", choices=REPAIRS, default=["none"], **many)
-    parser.add_argument("--judge", **NAMED_FILES, help="texts: .txt, or .jsonl with a field text")
-    parser.add_argument("--judge-tokens", type=int, default=8192, help="of each text")
-    parser.add_argument("--tasks", **NAMED_FILES, help="items with choices")
-    parser.add_argument("--task-items", type=int, default=200, help="of each task")
-    parser.add_argument("--task-dtype", default="", help="such as bfloat16; default: the model's")
+    judge_options(parser)
     parser.add_argument("--minutes", type=float, default=1.0, help="for lora, in all")
     parser.add_argument("--naive", action="store_true", help="sleb by whole passes")
     parser.add_argument("--out", type=Path, default=None, help="results, to be resumed from")
