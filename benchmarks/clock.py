@@ -36,11 +36,12 @@ def main() -> None:
     parser.add_argument("--text", required=True, help=".txt, or .jsonl with a field text")
     parser.add_argument("--n-tokens", type=int, default=1500)
     parser.add_argument("--k", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model, tokenizer = load_model(args.model, device="cpu", dtype=args.dtype)
+    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
     texts = load_data(args.text, args.n_tokens // 16).within(tokenizer, args.n_tokens).scoring
     judge = RemovalQuality(LayerStack(model), tokenizer, texts)
     print(f"{len(texts)} texts, {judge.tokens} tokens with padding, {args.threads} threads\n")

@@ -82,11 +82,16 @@ class ScoredLogits:
         """Logits (n, vocabulary), at least float32, and ids (n,) of a limited number of tokens."""
         exact = torch.promote_types(self.logits.dtype, torch.float32)
         skipped = self.batch.inputs["input_ids"].shape[1] - self.logits.shape[1]
-        chunk = CPU_CHUNK if self.logits.device.type == "cpu" else DEVICE_CHUNK
-        step = max(1, chunk // self.logits.shape[-1])
-        for part in torch.split(self.batch.table.to(self.logits.device), step, dim=1):
+        table = self.batch.table.to(self.logits.device)
+        for part in torch.split(table, rows_at_once(self.logits), dim=1):
             sequence, position, label = part
             yield self.logits[sequence, position - skipped].to(exact), label
+
+
+def rows_at_once(logits: torch.Tensor) -> int:
+    """Of how many tokens logits, (..., vocabulary), are best read at once: one at least."""
+    chunk = CPU_CHUNK if logits.device.type == "cpu" else DEVICE_CHUNK
+    return max(1, chunk // logits.shape[-1])
 
 
 def _nll(logits: torch.Tensor, label: torch.Tensor, full: torch.Tensor) -> torch.Tensor:

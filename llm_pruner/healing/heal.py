@@ -30,6 +30,9 @@ def _heal_lora(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
 HEALERS: dict[str, Healer] = {"linear": heal_linear, "lora": _heal_lora}
 # What runs before a healer, where the architecture allows it.
 RUN_BEFORE = {"lora": ("linear",)}
+# Of a limited time, its share: on SmolLM2 four times the tokens gave `linear` one point more of
+# what was lost, three times the steps gave `lora` five.
+SHARE_BEFORE = 1 / 6
 
 
 def heal_model(
@@ -82,11 +85,11 @@ def heal_model(
         full, cut = batch_nll(stack.model, job.held_out), batch_nll(pruned, job.held_out)
         healed, best, stages = pruned, cut, list[dict[str, Any]]()
         logger.info("Held-out loss: full %.4f, cut %.4f", full, cut)
-        for number, method in enumerate(methods):
+        for method in methods:
             start = time.monotonic()
-            share = job.seconds_left / (len(methods) - number)  # of the time, between the stages
+            share = 1.0 if method == how.method else SHARE_BEFORE
             try:
-                limited = replace(job, deadline=start + share)
+                limited = replace(job, deadline=start + share * job.seconds_left)
                 candidate, details = HEALERS[method](limited, healed)
             except UnsupportedModelError as error:
                 if method == how.method:

@@ -37,6 +37,7 @@ from ..data.tokens import IGNORED, TokenSequence, pad_sequences
 from ..distributed import lost_process_errors, on_first
 from ..errors import InvalidPlanError, MissingDependencyError, NonFiniteError, UnsupportedModelError
 from ..evaluation.likelihood import batch_nll
+from ..evaluation.token_measures import rows_at_once
 from ..model.forward import evaluating
 from ..model.layer_stack import LayerStack
 from ..model.removal import share_copy
@@ -154,9 +155,8 @@ class DistillationTrainer(Trainer):
             with evaluating(teacher.model):
                 wanted, targets = _forward(teacher.model, given, teacher if weight else None)
             real = given["attention_mask"].bool()
-            target = wanted[real].to(logits.device).float().log_softmax(-1)
-            output = logits[real].float().log_softmax(-1)
-            loss = (target.exp() * (target - output)).sum(-1).mean()
+            compared = logits, wanted.to(logits.device), real
+            loss = Divergence.apply(*compared)  # type: ignore[no-untyped-call]
             if weight:
                 pairs = [(states[index], targets[end]) for index, end in enumerate(self._teachers)]
                 distances = [_distance(*pair, real).to(loss.device) for pair in pairs]
@@ -193,6 +193,41 @@ class DistillationTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, state, self.control, metrics)
         return metrics
+
+
+class Divergence(torch.autograd.Function):
+    """Mean Kullback-Leibler divergence of what tokens are predicted from what should be, in nats.
+
+    Read in pieces, and the gradient with it, so that beside the logits nothing but the gradient is
+    as large as they are. On a CPU that takes less than half the time of the plain formula.
+
+    Shapes: logits, and those wanted, (sequences, tokens, vocabulary); real (sequences, tokens),
+    true where a token counts. Arithmetic in float32, or float64 for float64 logits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor
+    ) -> torch.Tensor:
+        """The divergence; its gradient is kept."""
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        gradient = torch.zeros_like(logits)
+        flat, targets, slopes = (each.flatten(0, 1) for each in (logits, wanted, gradient))
+        rows = real.to(logits.device).flatten().nonzero().squeeze(1)
+        total = torch.zeros((), dtype=exact, device=logits.device)
+        for part in torch.split(rows, rows_at_once(logits)):
+            output, target = (one[part].to(exact).log_softmax(-1) for one in (flat, targets))
+            shares = target.exp()
+            total += (shares * (target - output)).sum()
+            slopes[part] = ((output.exp() - shares) / len(rows)).to(logits.dtype)
+        ctx.save_for_backward(gradient)
+        return total / len(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *slope: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The gradient by the logits."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * slope[0].to(gradient.dtype), None, None
 
 
 def _forward(

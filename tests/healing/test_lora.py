@@ -12,11 +12,11 @@ from conftest import items
 
 from llm_pruner.atomic_output import clear_checkpoints
 from llm_pruner.errors import InvalidPlanError, MissingDependencyError, NonFiniteError, OutputError
-from llm_pruner.evaluation import likelihood
+from llm_pruner.evaluation import likelihood, token_measures
 from llm_pruner.evaluation.likelihood import batch_nll
 from llm_pruner.healing import lora
 from llm_pruner.healing.job import HealingJob
-from llm_pruner.healing.lora import DistillationTrainer, heal_lora
+from llm_pruner.healing.lora import DistillationTrainer, Divergence, heal_lora
 from llm_pruner.healing.lora_settings import LoraSettings, default_rate
 from llm_pruner.model.layer_stack import LayerStack
 
@@ -48,6 +48,29 @@ def test_every_kind_of_training_lowers_the_loss(llama, tokenizer, settings):
     healed, outcome = trained(llama, tokenizer, **settings)
     assert gained(llama, tokenizer, healed) > 0
     assert outcome["best_step"] <= outcome["steps"] <= 40
+
+
+@pytest.mark.parametrize("chunk", [1, 150, 2**19], ids=["row by row", "three rows", "at once"])
+@pytest.mark.parametrize(
+    ("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+)
+def test_the_divergence_in_pieces_is_the_plain_formula(chunk, dtype, near, monkeypatch):
+    monkeypatch.setattr(token_measures, "CPU_CHUNK", chunk)
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(3, 7, 50)).to(dtype).requires_grad_()
+    wanted = (3 * torch.randn(3, 7, 50)).to(dtype)
+    real = torch.rand(3, 7) < 0.7
+    plain = logits.detach().double().requires_grad_()
+    p, q = wanted[real].double().softmax(-1), plain[real].softmax(-1)
+    expected = (p * (p / q).log()).sum(-1).mean()
+    (2 * expected).backward()
+    loss = Divergence.apply(logits, wanted, real)
+    (2 * loss).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=near)
+    assert logits.grad.dtype == dtype
+    assert not logits.grad[~real].any()
+    worst = (logits.grad.double() - plain.grad).abs().max()
+    assert worst <= near * plain.grad.abs().max()
 
 
 def test_the_loss_is_the_divergence_from_the_full_model(llama, tokenizer, monkeypatch):
@@ -144,7 +167,7 @@ def test_checkpoints_of_another_training_are_not_used(llama, tokenizer, tmp_path
 
 def test_patience_is_counted_on_when_a_training_resumes(llama, tokenizer, tmp_path):
     """A training that stopped because nothing improved does not start over."""
-    options = {"learning_rate": 0.5, "patience": 2, "checkpoints": tmp_path, "precision": "no"}
+    options = {"learning_rate": 5.0, "patience": 2, "checkpoints": tmp_path, "precision": "no"}
     _, first = trained(llama, tokenizer, **options)
     _, again = trained(llama, tokenizer, **options)
     assert first["steps"] < 40
