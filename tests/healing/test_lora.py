@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 
@@ -165,9 +166,11 @@ def test_checkpoints_of_another_training_are_not_used(llama, tokenizer, tmp_path
         torch.testing.assert_close(got.state_dict()[name], tensor)
 
 
-def test_patience_is_counted_on_when_a_training_resumes(llama, tokenizer, tmp_path):
+def test_patience_is_counted_on_when_a_training_resumes(llama, tokenizer, tmp_path, monkeypatch):
     """A training that stopped because nothing improved does not start over."""
-    options = {"learning_rate": 5.0, "patience": 2, "checkpoints": tmp_path, "precision": "no"}
+    worse = itertools.count(1.0)
+    monkeypatch.setattr(lora, "batch_nll", lambda *_: next(worse))
+    options = {"patience": 2, "checkpoints": tmp_path, "precision": "no"}
     _, first = trained(llama, tokenizer, **options)
     _, again = trained(llama, tokenizer, **options)
     assert first["steps"] < 40
