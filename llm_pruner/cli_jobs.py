@@ -188,8 +188,10 @@ def run_in_memory(request: Request) -> None:
         pruner.layers.require_weights(purpose)
     if request.writes_model and not pruner.layers.offloaded:
         from .checkpoint.save import check_saveable
+        from .workflow import check_comparable
 
         check_saveable(pruner.model, pruner.num_layers, heals=request.heal != "none")
+        check_comparable(data.held_out)
     if not request.resume and not request.dry_run:
         on_first(lambda: _clear(request))
     if request.heal_data == OWN_WORDS and not (named and request.dry_run):

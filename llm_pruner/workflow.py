@@ -38,6 +38,19 @@ PROMPT_LENGTH = 500  # characters of running text that serve as a prompt
 ANSWERS_SHOWN = 3  # questions shown with both answers in a report
 
 
+def check_comparable(held_out: Sequence[EvalItem]) -> None:
+    """Refuse, before the work, what two models could not be compared on.
+
+    Raises:
+        InvalidDataError: questions of which none can be scored.
+        MissingDependencyError: answers to questions need a sentence encoder, which is not there.
+    """
+    questions = [item for item in held_out if isinstance(item, dict)]
+    if questions:
+        item_kinds(questions)
+        on_first(lambda: load_embedder() and None)
+
+
 def carry_out(
     pruner: BasePruner,
     plan: PruningPlan,
@@ -90,10 +103,7 @@ def carry_out(
     reads = read_for(pruner.model)
     on_first(lambda: check_output(output_dir, overwrite=overwrite, reads=reads))
     pruner.layers.remove(plan.remove)  # what the architecture cannot express is refused here
-    questions = [item for item in held_out if isinstance(item, dict)]
-    if questions:  # what cannot be scored is refused before the work
-        item_kinds(questions)
-        on_first(lambda: load_embedder() and None)
+    check_comparable(held_out)
     if not plan.held_out:
         plan = replace(plan, held_out=pruner.measure_choice(plan.remove, held_out))
     pruned, plan = pruner.carry_out(plan, heal, heal_data, lora)

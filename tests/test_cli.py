@@ -18,10 +18,10 @@ import zoo
 from conftest import WORDS, items, tiny_llama
 from safetensors.torch import load_file
 
-from llm_pruner import cli
+from llm_pruner import BasePruner, cli, workflow
 from llm_pruner.checkpoint.save import write_model
 from llm_pruner.cli import main
-from llm_pruner.errors import OutputError
+from llm_pruner.errors import MissingDependencyError, OutputError
 from llm_pruner.healing import lora
 from llm_pruner.model.layer_stack import LayerStack
 from llm_pruner.offload import offloaded_stack
@@ -666,3 +666,17 @@ def test_a_sweep_over_depths_of_a_streamed_model(run, tmp_path, monkeypatch):
     assert code == 0
     assert json.loads(streamed) == json.loads(whole)
     assert (tmp_path / "b.curve.json").exists()
+
+
+def test_a_missing_sentence_encoder_is_said_before_the_search(run, monkeypatch, tmp_path):
+    """Answers to questions are compared by it; running text is not."""
+
+    def missing() -> None:
+        raise MissingDependencyError("no encoder")
+
+    monkeypatch.setattr(workflow, "load_embedder", missing)
+    monkeypatch.setattr(BasePruner, "plan", lambda *_, **__: pytest.fail("it was searched"))
+    code, _, err = run("--n-layers", 2, "--output", tmp_path / "out", data="questions.jsonl")
+    assert code == 4
+    assert "no encoder" in err
+    assert not (tmp_path / "out").exists()

@@ -118,7 +118,8 @@ class RemovalQuality:
         self._journal = Journal(journal) if journal is not None else None
         self._fingerprint = fingerprint(eval_data)
         prints = stack.fingerprint, tokenizer_fingerprint(tokenizer), self._fingerprint
-        settings = "+".join(self.measures), f"2.{length}.{batch_size}.{seed}"
+        layout = f"3.{length}.{batch_size}.{data.block_tokens}.{seed}"
+        settings = "+".join(self.measures), layout
         self._key = ":".join((*prints, *settings))
         if self._journal:
             self._read_journal(self._journal)

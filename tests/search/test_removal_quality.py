@@ -17,6 +17,7 @@ from test_objectives import choice_items
 from llm_pruner.data.items import kind_of, of_kind
 from llm_pruner.errors import OutputError
 from llm_pruner.model.layer_stack import LayerStack
+from llm_pruner.search import objectives
 from llm_pruner.search.journal import Journal
 from llm_pruner.search.mixture import warn_of_kinds
 from llm_pruner.search.removal_quality import RemovalQuality
@@ -278,3 +279,19 @@ def test_kinds_that_a_choice_costs_more_are_named(caplog):
     assert not caplog.records
     warn_of_kinds({**near, "b": {"change": -0.4, "low": -0.5, "high": -0.3}})
     assert "costs b clearly more (-40.0 %) than a (-10.0 %)" in caplog.text
+
+
+def test_the_size_of_blocks_changes_no_result_and_shares_no_journal(
+    tokenizer, tmp_path, monkeypatch
+):
+    """An accelerator has larger ones; what was measured on one layout is not read on another."""
+    path, data = tmp_path / "journal.jsonl", items(60)
+    found = []
+    for tokens in (20, 60):
+        monkeypatch.setattr(objectives, "CPU_TOKENS", tokens)
+        quality = RemovalQuality(LayerStack(tiny_llama()), tokenizer, data, journal=path)
+        quality.measure(LAYER_SETS)
+        assert quality.measured > 0, "nothing was read"
+        found.append((len(quality.subsets()), [quality.change(one) for one in LAYER_SETS]))
+    assert found[0][0] > found[1][0]
+    assert found[0][1] == pytest.approx(found[1][1])
