@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..data.items import EvalItem, fingerprint, prompt_keys, refuse_overlap
 from ..engines.layer_sets import Fits
-from ..errors import InvalidPlanError
+from ..errors import InvalidPlanError, UnsupportedModelError
 from ..healing.job import Healing
 from ..model.layer_stack import LayerStack
 from ..results import LayerScores, check_layers
@@ -342,7 +342,11 @@ class SmartPruner(MeasuredPruner):
         if self.layers.offloaded or len(self.layers.paths) > 1:
             return None
         few = random.Random(self.seed).sample(eval_data, min(len(eval_data), FEW))
-        influence = neighbours(layers, self.tokenizer, few, self.batch_size, self.max_length)
+        try:
+            influence = neighbours(layers, self.tokenizer, few, self.batch_size, self.max_length)
+        except UnsupportedModelError as error:
+            logger.info("No first result by block influence: %s", error)
+            return None
         return {layer: influence[layer] for layer in self.candidates}
 
     def comparing(self, eval_data: Sequence[EvalItem], budget: Budget) -> RemovalQuality:

@@ -14,6 +14,7 @@ from torch.nn.functional import cosine_similarity
 from ..data.items import EvalItem
 from ..data.tokens import Batch
 from ..distributed import portion
+from ..errors import UnsupportedModelError
 from ..evaluation.likelihood import encode_for
 from ..model.forward import check_ids, evaluating, forward_options
 from ..model.layer_stack import LayerStack
@@ -49,11 +50,13 @@ def read_stream(
 
 def _states(stack: LayerStack, batch: Batch) -> States:
     states: list[torch.Tensor] = []
+    ran: list[int] = []
 
     def keep(index: int, entering: torch.Tensor, leaving: torch.Tensor) -> None:
-        states.append(entering)
+        ran.append(index)
+        states.append(_by_token(entering, batch))
         if index == len(stack) - 1:
-            states.append(leaving)
+            states.append(_by_token(leaving, batch))
             raise _LastState
 
     check_ids(stack.model, batch.input_ids)
@@ -61,7 +64,32 @@ def _states(stack: LayerStack, batch: Batch) -> States:
     with evaluating(stack.model), stack.observe(keep), suppress(_LastState):
         # All positions: some models let their last layers see those of the logits alone.
         stack.model(**batch.inputs(), **forward_options(stack.model))
+    if idle := sorted({*range(len(stack))} - {*ran}):
+        raise UnsupportedModelError(
+            f"Layers {idle} do not run on text alone, so there are no activations to read: use "
+            "ablation or smart, which measure the whole model."
+        )
     return states, batch.attention_mask.bool()
+
+
+def _by_token(state: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The state as (sequences, tokens, hidden); several streams of a token count as one vector.
+
+    Raises:
+        UnsupportedModelError: it has other tokens than the batch.
+    """
+    size = batch.input_ids.shape
+    if state.dim() == 4 and state.shape[1:3] == size:  # streams first, as Gemma 3n has them
+        state = state.movedim(0, 2)
+    if state.dim() == 4 and state.shape[:2] == size:
+        state = state.flatten(2)
+    if state.dim() != 3 or state.shape[:2] != size:
+        raise UnsupportedModelError(
+            f"The states between the layers have the shape {tuple(state.shape)} for "
+            f"{size[0]} sequences of {size[1]} tokens, so they cannot be told apart by token: use "
+            "ablation or smart, which measure the whole model."
+        )
+    return state
 
 
 def neighbours(
