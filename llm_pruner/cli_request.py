@@ -125,6 +125,11 @@ class Request:
             raise InvalidPlanError(
                 "--estimate is for a choice of layers, by a strategy and an amount: leave it out."
             )
+        if self.estimate and self.heal_data == OWN_WORDS:
+            raise InvalidPlanError(
+                f"--estimate cannot say what --heal-data {OWN_WORDS} takes: the model has to write "
+                "its answers first. Leave either out; --heal-time limits both."
+            )
         if self.time is not None and (self.strategy != "smart" or is_given or sweeps):
             raise InvalidPlanError("--time is for a search by --strategy smart: leave it out.")
         if self.heal_every is not None and (self.strategy != "smart" or is_given):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 from .data.items import EvalItem, prompt_of
 from .data.sampling import DataSplit
 from .evaluation.generation import ModelEvaluator
-from .healing.heal import RUN_BEFORE
+from .healing.heal import RUN_BEFORE, SHARE_BEFORE
 from .healing.job import Heal, Healing, HealingJob
 from .healing.linear import RUNS
 from .healing.lora_settings import STEP_RUNS, LoraSettings, default_steps
@@ -166,15 +167,16 @@ def _healing(
     tokens = sum(len(row.ids) for row in job.train)
     methods = (*RUN_BEFORE.get(how.method, ()), how.method)
     stages = []
+    left = math.inf if how.minutes is None else 60 * how.minutes
     for method in methods:
         passes = LOWEST + RUNS * (1 - LOWEST)
         if method == "lora":
             steps = job.lora.steps or default_steps(len(job.train), job.lora.batch_size)
             epochs = steps * job.lora.batch_size * job.lora.accumulate / len(job.train)
             passes = STEP_RUNS * CHECKS * epochs
-        seconds = passes * tokens * each
-        if how.minutes is not None:
-            seconds = min(seconds, 60 * how.minutes / len(methods))
+        share = 1.0 if method == how.method else SHARE_BEFORE
+        seconds = min(passes * tokens * each, share * left)
+        left -= seconds
         stages.append(Stage(f"healing ({method}), at most", passes, tokens, seconds))
     return stages
 
