@@ -100,6 +100,11 @@ def lora(cut: Cut) -> Any:
     return heal_model(*_healing(cut), Healing("lora", minutes=cut.minutes), cut.texts)[0]
 
 
+def full(cut: Cut) -> Any:
+    """The library's `full` on top of its `linear`, for `Cut.minutes` in all."""
+    return heal_model(*_healing(cut), Healing("full", minutes=cut.minutes), cut.texts)[0]
+
+
 def _healing(cut: Cut) -> tuple[Any, ...]:
     return cut.stack, cut.removed, cut.pruned(), cut.tokenizer
 
@@ -396,6 +401,7 @@ REPAIRS: dict[str, Callable[[Cut], Any]] = {
     "none": none,
     "linear": linear,
     "lora": lora,
+    "full": full,
     "replaceme": replaceme,
     "linearpatch": linearpatch,
     "prune-comp": prune_comp,

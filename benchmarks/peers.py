@@ -89,7 +89,7 @@ def _options() -> argparse.ArgumentParser:
                         help=f"{', '.join(SELECTIONS)}; or layers, as 3,4,6")  # fmt: skip
     parser.add_argument("--repair", choices=REPAIRS, default=["none"], **many)
     judge_options(parser)
-    parser.add_argument("--minutes", type=float, default=1.0, help="for lora, in all")
+    parser.add_argument("--minutes", type=float, default=1.0, help="for lora and full, in all")
     parser.add_argument("--naive", action="store_true", help="sleb by whole passes")
     parser.add_argument("--out", type=Path, default=None, help="results, to be resumed from")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration texts")
@@ -367,7 +367,7 @@ class Comparison:
         parts = {**self.model_key, "judge": self.judge.key, "removed": removed, "repair": repair}
         if repair != "none":
             parts |= {"calibration": self._data["calibration"]}
-        if repair == "lora":
+        if repair in ("lora", "full"):
             parts |= {"minutes": self.minutes}
         cut = Cut(self.stack, removed, self.tokenizer, self.texts, self.minutes)
 

@@ -197,9 +197,10 @@ def _add_output(group: Any) -> None:
     add(
         "--heal",
         default="none",
-        choices=["none", "linear", "lora"],
-        help="restore quality by adjusting weights: linear in closed form, lora by training on top "
-        "of that (default: none)",
+        choices=["none", "linear", "lora", "full"],
+        help="restore quality by adjusting weights: linear in closed form; on top of that, lora by "
+        "training adapters, or full by training all weights of the layers, which gains more in "
+        "the same time and takes more memory (default: none)",
     )
     add(
         "--heal-data",
@@ -207,7 +208,7 @@ def _add_output(group: Any) -> None:
         help="what to heal with (default: more of --eval-dataset); 'self': what the model answers "
         "to that, or writes when it goes on from its beginnings",
     )
-    add("--heal-steps", type=_count, metavar="N", help="lora: steps of training at most (1000)")
+    add("--heal-steps", type=_count, metavar="N", help="lora, full: steps at most (1000)")
     add("--heal-tokens", type=_count, metavar="N", help="tokens to heal on at most (default: all)")
     add("--heal-time", type=_seconds, metavar="T", help="most time for healing, e.g. 30m or 2h")
     add("--export-yaml", metavar="PATH", help="also write a MergeKit recipe")

@@ -66,7 +66,7 @@ def _check_files(request: Request) -> None:
         Journal(request.beside("journal.jsonl")).check()
     if request.writes_nothing:
         return
-    if request.heal == "lora":
+    if request.trains:
         own_checkpoints(request.beside("healing"))
     if request.chooses:
         check_file(request.beside("partial_plan.json"), is_plan, reads=reads)

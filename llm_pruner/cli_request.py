@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import InvalidPlanError
+from .healing.lora_settings import TRAININGS
 from .pruners.budget import Budget
 
 OWN_WORDS = "self"  # --heal-data: what the model itself writes
@@ -55,7 +56,7 @@ class Request:
     resume: bool
     output: str
     overwrite: bool
-    heal: Literal["none", "linear", "lora"]
+    heal: Literal["none", "linear", "lora", "full"]
     heal_data: str | None
     heal_steps: int | None
     heal_tokens: int | None
@@ -88,7 +89,7 @@ class Request:
         _exclusive(
             {"--max-memory": self.max_memory, "--device auto": self.device == "auto" or None}
         )
-        no_healing = "without --heal linear or --heal lora"
+        no_healing = "without --heal linear, lora or full"
         given = "--layers" if self.layers is not None else "--plan"
         is_given = self.layers is not None or self.plan is not None
         sweeps, tolerance = self.sweep is not None, self.budget.tolerance
@@ -105,7 +106,7 @@ class Request:
             ("--heal-every", self.heal_every, self.heal == "none", no_healing),
             ("--heal-tokens", self.heal_tokens, self.heal == "none", no_healing),
             ("--heal-time", self.heal_time, self.heal == "none", no_healing),
-            ("--heal-steps", self.heal_steps, self.heal != "lora", "without --heal lora"),
+            ("--heal-steps", self.heal_steps, not self.trains, "without --heal lora or full"),
             ("--tolerance", tolerance, is_given, f"with {given}"),
             ("--objective", self.objective, is_given, f"with {given}"),
             ("--tolerance", tolerance, sweeps, "with --sweep"),
@@ -145,6 +146,11 @@ class Request:
     def chooses(self) -> bool:
         """Whether layers are to be chosen, by scores or a search."""
         return self.layers is None and self.plan is None and self.fix_gguf is None
+
+    @property
+    def trains(self) -> bool:
+        """Whether healing is a training."""
+        return self.heal in TRAININGS
 
     @property
     def needs_model(self) -> bool:

@@ -17,7 +17,7 @@ from .evaluation.generation import ModelEvaluator
 from .healing.heal import RUN_BEFORE, SHARE_BEFORE
 from .healing.job import Heal, Healing, HealingJob
 from .healing.linear import RUNS
-from .healing.lora_settings import STEP_RUNS, LoraSettings, default_steps
+from .healing.lora_settings import STEP_RUNS, TRAININGS, LoraSettings, default_steps
 from .model.layer_stack import LayerStack
 from .progress import duration
 from .pruners.base import BasePruner
@@ -170,7 +170,7 @@ def _healing(
     left = math.inf if how.minutes is None else 60 * how.minutes
     for method in methods:
         passes = LOWEST + RUNS * (1 - LOWEST)
-        if method == "lora":
+        if method in TRAININGS:
             steps = job.lora.steps or default_steps(len(job.train), job.lora.batch_size)
             epochs = steps * job.lora.batch_size * job.lora.accumulate / len(job.train)
             passes = STEP_RUNS * CHECKS * epochs

@@ -18,7 +18,7 @@ from llm_pruner.cli import main
 from llm_pruner.evaluation.likelihood import batch_nll
 from llm_pruner.healing.job import HealingJob
 from llm_pruner.healing.linear import heal_linear
-from llm_pruner.healing.lora import heal_lora
+from llm_pruner.healing.lora import heal_full, heal_lora
 from llm_pruner.healing.lora_settings import LoraSettings
 from llm_pruner.model.layer_stack import LayerStack
 from llm_pruner.offload.offloaded_stack import load_streamed
@@ -92,7 +92,7 @@ def test_half_precision_finds_the_layers_that_matter(tokenizer):
     }
 
 
-@pytest.mark.parametrize("method", ["linear", "lora"])
+@pytest.mark.parametrize("method", ["linear", "lora", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_healing_lowers_the_loss(method, dtype, tokenizer):
     model = tiny_llama().to("cuda", dtype)
@@ -104,7 +104,8 @@ def test_healing_lowers_the_loss(method, dtype, tokenizer):
         LoraSettings(steps=40, learning_rate=2e-3),
     )
     pruned = job.stack.remove([3, 4, 6])
-    healed, _ = {"linear": heal_linear, "lora": heal_lora}[method](job, pruned)
+    healers = {"linear": heal_linear, "lora": heal_lora, "full": heal_full}
+    healed, _ = healers[method](job, pruned)
     assert {weight.device.type for weight in healed.parameters()} == {"cuda"}
     assert batch_nll(healed, job.validation) < batch_nll(pruned, job.validation)
 

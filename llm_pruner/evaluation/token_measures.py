@@ -132,3 +132,38 @@ def token_sums(
         parts.append(torch.stack(values).cpu().double())
     sums = torch.zeros(len(names), len(scored.batch.items), dtype=torch.float64)
     return sums.index_add_(1, scored.batch.owner, torch.cat(parts, dim=1).double())
+
+
+class Divergence(torch.autograd.Function):
+    """Mean Kullback-Leibler divergence of what tokens are predicted from what should be, in nats.
+
+    Read in pieces, and the gradient with it, so that beside the logits nothing but the gradient is
+    as large as they are. On a CPU that takes less than half the time of the plain formula.
+
+    Shapes: logits, and those wanted, (sequences, tokens, vocabulary); real (sequences, tokens),
+    true where a token counts. Arithmetic in float32, or float64 for float64 logits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor
+    ) -> torch.Tensor:
+        """The divergence; its gradient is kept."""
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        gradient = torch.zeros_like(logits)
+        flat, targets, slopes = (each.flatten(0, 1) for each in (logits, wanted, gradient))
+        rows = real.to(logits.device).flatten().nonzero().squeeze(1)
+        total = torch.zeros((), dtype=exact, device=logits.device)
+        for part in torch.split(rows, rows_at_once(logits)):
+            output, target = (one[part].to(exact).log_softmax(-1) for one in (flat, targets))
+            shares = target.exp()
+            total += (shares * (target - output)).sum()
+            slopes[part] = ((output.exp() - shares) / len(rows)).to(logits.dtype)
+        ctx.save_for_backward(gradient)
+        return total / len(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *slope: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The gradient by the logits."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * slope[0].to(gradient.dtype), None, None

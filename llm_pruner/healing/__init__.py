@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "heal": "HEALERS heal_model",
         "job": "Healing HealingJob",
         "linear": "heal_linear",
-        "lora": "heal_lora",
+        "lora": "heal_full heal_lora",
         "lora_settings": "LoraSettings",
         "own_words": "self_generated",
     },

@@ -27,9 +27,15 @@ def _heal_lora(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
     return heal_lora(job, pruned)
 
 
-HEALERS: dict[str, Healer] = {"linear": heal_linear, "lora": _heal_lora}
+def _heal_full(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
+    from .lora import heal_full
+
+    return heal_full(job, pruned)
+
+
+HEALERS: dict[str, Healer] = {"linear": heal_linear, "lora": _heal_lora, "full": _heal_full}
 # What runs before a healer, where the architecture allows it.
-RUN_BEFORE = {"lora": ("linear",)}
+RUN_BEFORE = {"lora": ("linear",), "full": ("linear",)}
 # Of a limited time, its share: on SmolLM2 four times the tokens gave `linear` one point more of
 # what was lost, three times the steps gave `lora` five.
 SHARE_BEFORE = 1 / 6
@@ -47,15 +53,16 @@ def heal_model(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Heal `pruned` in stages, and roll back every stage that does not lower the held-out loss.
 
-    ``linear`` is `linear.heal_linear`; ``lora`` is `linear` where the architecture allows it, then
-    `lora.heal_lora`. The original model, and the weights that `pruned` shares with it, are never
-    changed: healed weights are copies.
+    ``linear`` is `linear.heal_linear`; ``lora`` and ``full`` are `linear` where the architecture
+    allows it, then `lora.heal_lora` or `lora.heal_full`. The original model, and the weights that
+    `pruned` shares with it, are never changed: healed weights are copies.
 
     Args:
         stack: the layers of the original model, the teacher.
         removed: the 0-based layers that `pruned` lacks.
         pruned: the pruned model, from ``stack.remove(removed)``.
-        heal: ``none``, ``linear`` or ``lora``, or a `Healing`, which also limits tokens and time.
+        heal: ``none``, ``linear``, ``lora`` or ``full``, or a `Healing`, which also limits tokens
+            and time.
         heal_data: items to heal with, at least 20.
 
     Returns:

@@ -17,7 +17,7 @@ from ..model.forward import position_limit
 from ..model.layer_stack import LayerStack
 from ..model.loading import model_fingerprint
 from ..progress import duration
-from .lora_settings import LoraSettings
+from .lora_settings import TRAININGS, LoraSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ class Healing:
     """How to heal, and how much of it: may be given wherever the name of a method may.
 
     Attributes:
-        method: ``none``, ``linear`` or ``lora``.
+        method: ``none``, ``linear``, ``lora`` or ``full``.
         tokens: most tokens to train on; all there are if None. Drawn at random, by sequence.
         minutes: how long healing may take. `linear` then uses as many tokens as it can afford, a
             training ends with the best state so far; both keep what was reached. No limit if None.
@@ -66,6 +66,11 @@ class Healing:
     def heals(self) -> bool:
         """Whether anything is healed."""
         return self.method != "none"
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is by training."""
+        return self.method in TRAININGS
 
     @property
     def budget(self) -> dict[str, float]:

@@ -80,7 +80,7 @@ def heal_linear(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
         raise UnsupportedModelError(
             f"heal='linear' is not for {type(job.stack.model).__name__}: none of its layers from "
             f"{kept[first]} on adds to the residual stream by a linear map or a norm's gain "
-            "(experts, or a norm after the sum). Use heal='lora'."
+            "(experts, or a norm after the sum). Use heal='lora' or 'full'."
         )
     validation = _Streams(job, layers, job.validation, first)
     train = _Streams(job, layers, _afforded(job, job.train_batches(), kept[first]), first)

@@ -1,4 +1,4 @@
-"""Healing by training: low-rank adapters that learn from the full model, merged at the end.
+"""Healing by training: low-rank adapters, or all weights of the layers, learn from the full model.
 
 Import this module only where it is used: `transformers.Trainer` is slow to load.
 """
@@ -13,13 +13,15 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -37,15 +39,17 @@ from ..data.tokens import IGNORED, TokenSequence, pad_sequences
 from ..distributed import lost_process_errors, on_first
 from ..errors import InvalidPlanError, MissingDependencyError, NonFiniteError, UnsupportedModelError
 from ..evaluation.likelihood import batch_nll
-from ..evaluation.token_measures import rows_at_once
+from ..evaluation.token_measures import Divergence
 from ..model.forward import evaluating
 from ..model.layer_stack import LayerStack
-from ..model.removal import share_copy
+from ..model.removal import share_copy, trainable_copy, with_trained
 from ..progress import duration, progress
 from ..utils import logger
 from .job import HealingJob
-from .lora_settings import STEP_RUNS, default_rate, default_steps
+from .lora_settings import STEP_RUNS, default_rate, default_steps, full_rate
 
+RATES = {"lora": default_rate, "full": full_rate}
+TRAINED_FILE = "trained.safetensors"  # in a training checkpoint
 CHECKS = 20  # times at most that a training measures the validation loss and writes a checkpoint
 
 
@@ -71,11 +75,42 @@ def heal_lora(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
         OutputError: the folder for training checkpoints holds something else.
     """
     try:
-        import peft
+        import peft  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
             "heal='lora' needs peft: pip install 'llm_pruner[heal]'."
         ) from error
+    return _trained(job, pruned, "lora", _with_adapters, _merged)
+
+
+def heal_full(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
+    """Train all weights of the pruned model's layers to match the full model.
+
+    As `heal_lora`, without adapters: the student has weights of its own, in float32, and a step
+    changes all of them. It learns more in the same time, and takes more memory: besides the layers
+    in float32 as much again for their gradients and twice as much for the optimiser. Embeddings and
+    head stay as they are.
+
+    Returns:
+        The healed model, its weights of the types they had, and ``steps`` done and ``best_step``.
+
+    Raises:
+        NonFiniteError: the loss became NaN or infinite.
+        InvalidPlanError: the model is on a device that the trainer does not use.
+        UnsupportedModelError: the weights are quantised.
+        OutputError: the folder for training checkpoints holds something else.
+    """
+    return _trained(job, pruned, "full", _with_own_weights, partial(with_trained, pruned))
+
+
+def _trained(
+    job: HealingJob,
+    pruned: Any,
+    method: str,
+    student_of: Callable[[HealingJob, Any], Any],
+    result_of: Callable[[Any], Any],
+) -> tuple[Any, dict[str, Any]]:
+    """Make a student of `pruned`, train what it has to train, and make a plain model of it."""
     from accelerate.utils import broadcast_object_list
 
     settings = job.lora
@@ -87,38 +122,57 @@ def heal_lora(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
     output = nullcontext(str(settings.checkpoints)) if keep else tempfile.TemporaryDirectory()
     with _trainer_contained(settings.seed), output as folder:
         try:
-            config = peft.LoraConfig(
-                r=settings.rank,
-                lora_alpha=2 * settings.rank,
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-                fan_in_fan_out=any(isinstance(module, Conv1D) for module in pruned.modules()),
-            )
-            try:
-                student = peft.get_peft_model(share_copy(pruned), config)
-            except ValueError as error:  # peft refuses Mamba, for one
-                raise UnsupportedModelError(
-                    f"heal='lora' is not for {type(pruned).__name__}: {error} Use heal='linear'."
-                ) from error
-            student.peft_config["default"].base_model_name_or_path = None  # not to be looked up
-            arguments = _arguments(student, steps, job, folder)
+            student = student_of(job, pruned)
+            arguments = _arguments(student, steps, job, folder, method)
             arguments.output_dir = str(broadcast_object_list([folder])[0])  # the first process's
             with arguments.main_process_first():
-                resumed = _claim(Path(arguments.output_dir), f"{job.key}:{settings.identity()}")
+                key = f"{job.key}:{method}:{settings.identity()}"
+                resumed = _claim(Path(arguments.output_dir), key)
             trainer = DistillationTrainer(job, student, arguments)
             with lost_process_errors():
                 trainer.train(resume_from_checkpoint=resumed)
                 trainer.accelerator.wait_for_everyone()  # the best state is in the folder
-            merged = _merged(student)
-        finally:  # peft has frozen them
+            healed = result_of(student)
+        finally:  # those that are not trained were frozen
             for parameter, flag in zip(pruned.parameters(), trainable, strict=True):
                 parameter.requires_grad_(flag)
-    for parameter, flag in zip(merged.parameters(), trainable, strict=True):
+    for parameter, flag in zip(healed.parameters(), trainable, strict=True):
         parameter.requires_grad_(flag)
     if hasattr(pruned.config, "use_cache"):  # which the trainer switches off
-        merged.config.use_cache = pruned.config.use_cache
+        healed.config.use_cache = pruned.config.use_cache
     state = trainer.state
-    return merged.eval(), {"steps": state.global_step, "best_step": state.best_global_step}
+    return healed.eval(), {"steps": state.global_step, "best_step": state.best_global_step}
+
+
+def _with_adapters(job: HealingJob, pruned: Any) -> Any:
+    """A student that shares all weights with `pruned`, frozen, and has adapters."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=job.lora.rank,
+        lora_alpha=2 * job.lora.rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in pruned.modules()),
+    )
+    try:
+        student = peft.get_peft_model(share_copy(pruned), config)
+    except ValueError as error:  # peft refuses Mamba, for one
+        raise UnsupportedModelError(
+            f"heal='lora' is not for {type(pruned).__name__}: {error} Use heal='linear' or 'full'."
+        ) from error
+    student.peft_config["default"].base_model_name_or_path = None  # not to be looked up
+    return student
+
+
+def _with_own_weights(job: HealingJob, pruned: Any) -> Any:
+    weights = list(pruned.parameters())
+    if kinds := {str(weight.dtype) for weight in weights if not weight.is_floating_point()}:
+        raise UnsupportedModelError(
+            f"heal='full' trains all weights, and these are quantised ({', '.join(kinds)}): use "
+            "heal='lora', or the checkpoint that they were made from."
+        )
+    return trainable_copy(pruned, job.layers_of(pruned))
 
 
 class DistillationTrainer(Trainer):
@@ -145,8 +199,9 @@ class DistillationTrainer(Trainer):
         teacher, settings = self._job.stack, self._job.lora
         given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         weight = settings.hidden_weight
-        own = self.accelerator.unwrap_model(model).get_base_model
-        logits, states = _forward(model, given, self._job.layers_of(own()) if weight else None)
+        own = self.accelerator.unwrap_model(model)
+        own = own.get_base_model() if hasattr(own, "get_base_model") else own
+        logits, states = _forward(model, given, self._job.layers_of(own) if weight else None)
         if settings.target == "text":
             labels = inputs["labels"][:, 1:]
             scored = labels != IGNORED
@@ -171,6 +226,26 @@ class DistillationTrainer(Trainer):
             self._first, self._start = self.state.global_step, time.monotonic()
         return super().training_step(*args, **kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write what is trained, and nothing else."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: weight.detach() for name, weight in self._trained()}
+        save_file(tensors, folder / TRAINED_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        tensors = load_file(Path(resume_from_checkpoint) / TRAINED_FILE)
+        with torch.no_grad():
+            for name, weight in self._trained():
+                weight.copy_(tensors[name])
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _trained(self) -> Iterator[tuple[str, torch.Tensor]]:
+        own = self.accelerator.unwrap_model(self.model)
+        return ((name, one) for name, one in own.named_parameters() if one.requires_grad)
+
     def _not_finite(self, what: str) -> NonFiniteError:
         return NonFiniteError(
             f"Healing: {what} at step {self.state.global_step}. Lower the learning rate (it is "
@@ -193,41 +268,6 @@ class DistillationTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, state, self.control, metrics)
         return metrics
-
-
-class Divergence(torch.autograd.Function):
-    """Mean Kullback-Leibler divergence of what tokens are predicted from what should be, in nats.
-
-    Read in pieces, and the gradient with it, so that beside the logits nothing but the gradient is
-    as large as they are. On a CPU that takes less than half the time of the plain formula.
-
-    Shapes: logits, and those wanted, (sequences, tokens, vocabulary); real (sequences, tokens),
-    true where a token counts. Arithmetic in float32, or float64 for float64 logits.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor
-    ) -> torch.Tensor:
-        """The divergence; its gradient is kept."""
-        exact = torch.promote_types(logits.dtype, torch.float32)
-        gradient = torch.zeros_like(logits)
-        flat, targets, slopes = (each.flatten(0, 1) for each in (logits, wanted, gradient))
-        rows = real.to(logits.device).flatten().nonzero().squeeze(1)
-        total = torch.zeros((), dtype=exact, device=logits.device)
-        for part in torch.split(rows, rows_at_once(logits)):
-            output, target = (one[part].to(exact).log_softmax(-1) for one in (flat, targets))
-            shares = target.exp()
-            total += (shares * (target - output)).sum()
-            slopes[part] = ((output.exp() - shares) / len(rows)).to(logits.dtype)
-        ctx.save_for_backward(gradient)
-        return total / len(rows)
-
-    @staticmethod
-    def backward(ctx: Any, *slope: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """The gradient by the logits."""
-        (gradient,) = ctx.saved_tensors
-        return gradient * slope[0].to(gradient.dtype), None, None
 
 
 def _forward(
@@ -307,7 +347,9 @@ def _affordable_steps(job: HealingJob, pruned: Any) -> int:
     return max(1, int(0.75 * job.seconds_left / step))
 
 
-def _arguments(student: Any, steps: int, job: HealingJob, folder: str) -> TrainingArguments:
+def _arguments(
+    student: Any, steps: int, job: HealingJob, folder: str, method: str
+) -> TrainingArguments:
     settings, every = job.lora, _between_checks(job, steps)
     weight = next(student.parameters())
     precision = settings.precision
@@ -321,7 +363,7 @@ def _arguments(student: Any, steps: int, job: HealingJob, folder: str) -> Traini
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.learning_rate or default_rate(student.config, steps),
+        learning_rate=settings.learning_rate or RATES[method](student.config, steps),
         lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 20),
         eval_strategy="steps",
@@ -346,8 +388,8 @@ def _arguments(student: Any, steps: int, job: HealingJob, folder: str) -> Traini
     spread = getattr(student, "hf_device_map", None)
     if not spread and weight.device.type == "cuda" and weight.device != arguments.device:
         raise InvalidPlanError(
-            f"heal='lora' trains on {arguments.device}, but the model is on {weight.device}: make "
-            f"that the first device, CUDA_VISIBLE_DEVICES={weight.device.index}."
+            f"heal={method!r} trains on {arguments.device}, but the model is on {weight.device}: "
+            f"make that the first device, CUDA_VISIBLE_DEVICES={weight.device.index}."
         )
     return arguments
 

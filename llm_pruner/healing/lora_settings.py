@@ -1,4 +1,4 @@
-"""Settings of the training that heals a pruned model."""
+"""Settings of the trainings that heal a pruned model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from ..errors import InvalidPlanError
 
+TRAININGS = ("lora", "full")  # methods of healing
 EPOCHS, MAX_STEPS = 30, 1000
 # Forward passes that a step of training takes as long as: the full model's, the student's, and
 # twice that backwards.
@@ -19,7 +20,7 @@ Precision = Literal["auto", "no", "bf16", "fp16"]
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Settings of ``heal="lora"``; the defaults suit most models.
+    """Settings of ``heal="lora"``, and of ``"full"``; the defaults suit most models.
 
     Attributes:
         steps: maximum number of optimizer steps; 30 passes over the data, at most 1,000, if None.
@@ -27,8 +28,9 @@ class LoraSettings:
             (Kullback-Leibler divergence), or ``text``, the scored tokens of the data themselves.
         hidden_weight: weight, added to the divergence, of the squared distance of the hidden
             states after every kept layer from the full model's, relative to their size.
-        learning_rate: peak of the cosine schedule; see `default_rate` if None.
+        learning_rate: peak of the cosine schedule; see `default_rate` and `full_rate` if None.
         rank: of the adapters, which sit on every linear map of the layers; alpha is twice the rank.
+            Of no meaning for ``full``, which has none.
         batch_size: sequences per forward pass and process.
         accumulate: forward passes per step.
         precision: of the arithmetic; ``auto`` is mixed where the weights are half precision, and on
@@ -94,3 +96,14 @@ def default_rate(config: Any, steps: int = 1000) -> float:
     """
     size: int = config.get_text_config().hidden_size
     return 2e-4 * math.sqrt(4096 / size) * min(8.0, max(1.0, math.sqrt(1000 / steps)))
+
+
+def full_rate(config: Any, steps: int = 1000) -> float:
+    """For ``full``: 4e-4 at a hidden size of 576, by 1 / hidden size.
+
+    That is how Adam's best rate falls with the width (Yang et al., arXiv:2203.03466). On SmolLM2
+    without 6 of its 30 layers 24 steps brought the share of the lost log-likelihood that is back
+    from 42 to 63 % at 3e-4, to 65 % at 6e-4, and to 56 % at 1.2e-3.
+    """
+    size: int = config.get_text_config().hidden_size
+    return 4e-4 * 576 / size

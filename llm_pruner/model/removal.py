@@ -1,11 +1,11 @@
-"""Removing layers from a copy of a model, so that it equals what its new config describes."""
+"""Copies of a model: without layers, as its new config describes it, or with its own weights."""
 
 from __future__ import annotations
 
 import copy
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from .loading import stored_tensors
 SLOT_NAMES = ("layer_idx", "layer_id", "layer_number", *COUNT_FIELDS)
 # The type of the next layer (glm5_next), and what only training uses (big_bird's seed).
 FOLLOWS_THE_CONFIG = ("next_skip_topk", "seed")
+HALF = (torch.float16, torch.bfloat16)
 TIES = ("_tied_weights_keys", "all_tied_weights_keys")
 
 
@@ -31,6 +32,56 @@ def share_copy(model: Any) -> Any:
     """A copy of the module tree that shares every tensor."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def trainable_copy(model: Any, layers: Iterable[nn.Module]) -> Any:
+    """A copy whose layers have float32 weights of their own, to be trained; the rest is frozen.
+
+    The rest is shared with `model`, and frozen there too. Of a model in half precision all is
+    copied in float32, since float32 layers want float32 states.
+    """
+    trained = {id(weight) for layer in layers for weight in layer.parameters()}
+    half = any(weight.dtype in HALF for weight in model.parameters())
+    student = share_copy(model)
+    copies: dict[int, nn.Parameter] = {}  # by the weight; some belong to several modules
+    for module in student.modules():
+        for name, weight in module._parameters.items():
+            if weight is None:
+                continue
+            trains = id(weight) in trained
+            if not trains and not half:
+                weight.requires_grad_(False)
+                continue
+            if id(weight) not in copies:
+                exact = torch.promote_types(weight.dtype, torch.float32)
+                own = weight.detach().to(exact, copy=True)
+                copies[id(weight)] = nn.Parameter(own, requires_grad=trains)
+            module._parameters[name] = copies[id(weight)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.dtype in HALF:
+                module._buffers[name] = buffer.float()
+    return student
+
+
+def with_trained(model: Any, student: Any) -> Any:
+    """A copy of `model` with what was trained in its `trainable_copy`, of the types it had."""
+    trained = {
+        name: weight
+        for name, weight in student.named_parameters(remove_duplicate=False)
+        if weight.requires_grad
+    }
+    healed = share_copy(model)
+    copies: dict[int, nn.Parameter] = {}
+    for path, module in healed.named_modules():
+        for name, weight in module._parameters.items():
+            new = trained.get(f"{path}.{name}")
+            if weight is None or new is None:
+                continue
+            if id(new) not in copies:
+                typed = new.detach().to(weight.dtype)
+                copies[id(new)] = nn.Parameter(typed, requires_grad=False)
+            module._parameters[name] = copies[id(new)]
+    return healed
 
 
 def remove_layers(

@@ -319,10 +319,10 @@ class BasePruner(ABC):
             layers: 0-based indices to remove.
             output_dir: folder to write; it appears complete or not at all.
             model_id: name of the original model, for the record.
-            heal: ``none``; ``linear`` (closed form, no training); ``lora`` (training on top); or a
-                `Healing`, which limits tokens and time too.
+            heal: ``none``; ``linear`` (closed form, no training); ``lora`` or ``full`` (training
+                on top); or a `Healing`, which limits tokens and time too.
             heal_data: items to heal with, other than those the layers were chosen on.
-            lora: how to train, for ``lora``.
+            lora: how to train, for ``lora`` and ``full``.
             overwrite: replace an output folder that is not empty.
             plan: how the layers were chosen, for the record in ``pruning_plan.json``.
 
@@ -405,7 +405,7 @@ class BasePruner(ABC):
 
         data = fingerprint(heal_data) if heal_data else ""
         how = Healing.of(method)
-        settings = lora.identity() if lora and how.method == "lora" else ""
+        settings = lora.identity() if lora and how.trains else ""
         removed = ",".join(map(str, sorted(layers)))
         return self._healed.get(
             (model_fingerprint(self.model), removed, how.identity(), data, settings), make

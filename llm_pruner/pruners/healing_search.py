@@ -49,8 +49,8 @@ class Repairs:
     Attributes:
         items: what to heal with; other items than the layers are chosen on.
         every: cuts between two healings.
-        heal: ``linear`` or ``lora``, or a `Healing` with limits, which hold for each healing.
-        lora: how to train, for ``lora``.
+        heal: ``linear``, ``lora`` or ``full``, or a `Healing` with limits, for each healing.
+        lora: how to train, for ``lora`` and ``full``.
 
     Raises:
         InvalidPlanError: `every` is not a number of cuts, or `heal` is unknown.

@@ -9,15 +9,22 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import items
+import zoo
+from conftest import items, tiny_llama
 
 from llm_pruner.atomic_output import clear_checkpoints
-from llm_pruner.errors import InvalidPlanError, MissingDependencyError, NonFiniteError, OutputError
+from llm_pruner.errors import (
+    InvalidPlanError,
+    MissingDependencyError,
+    NonFiniteError,
+    OutputError,
+    UnsupportedModelError,
+)
 from llm_pruner.evaluation import likelihood, token_measures
 from llm_pruner.evaluation.likelihood import batch_nll
 from llm_pruner.healing import lora
 from llm_pruner.healing.job import HealingJob
-from llm_pruner.healing.lora import DistillationTrainer, Divergence, heal_lora
+from llm_pruner.healing.lora import DistillationTrainer, heal_full, heal_lora
 from llm_pruner.healing.lora_settings import LoraSettings, default_rate
 from llm_pruner.model.layer_stack import LayerStack
 
@@ -29,9 +36,9 @@ def job_for(model, tokenizer, **settings):
     return HealingJob.of(LayerStack(model), REMOVED, tokenizer, items(60), how)
 
 
-def trained(model, tokenizer, **settings):
+def trained(model, tokenizer, healer=heal_lora, **settings):
     job = job_for(model, tokenizer, **settings)
-    return heal_lora(job, job.stack.remove(REMOVED))
+    return healer(job, job.stack.remove(REMOVED))
 
 
 def gained(model, tokenizer, healed):
@@ -45,8 +52,9 @@ def gained(model, tokenizer, healed):
     [{}, {"target": "text"}, {"hidden_weight": 0.5}, {"accumulate": 2}, {"precision": "bf16"}],
     ids=str,
 )
-def test_every_kind_of_training_lowers_the_loss(llama, tokenizer, settings):
-    healed, outcome = trained(llama, tokenizer, **settings)
+@pytest.mark.parametrize("healer", [heal_lora, heal_full])
+def test_every_kind_of_training_lowers_the_loss(llama, tokenizer, settings, healer):
+    healed, outcome = trained(llama, tokenizer, healer, **settings)
     assert gained(llama, tokenizer, healed) > 0
     assert outcome["best_step"] <= outcome["steps"] <= 40
 
@@ -65,7 +73,7 @@ def test_the_divergence_in_pieces_is_the_plain_formula(chunk, dtype, near, monke
     p, q = wanted[real].double().softmax(-1), plain[real].softmax(-1)
     expected = (p * (p / q).log()).sum(-1).mean()
     (2 * expected).backward()
-    loss = Divergence.apply(logits, wanted, real)
+    loss = token_measures.Divergence.apply(logits, wanted, real)
     (2 * loss).backward()
     assert loss.item() == pytest.approx(expected.item(), rel=near)
     assert logits.grad.dtype == dtype
@@ -126,14 +134,50 @@ def test_the_state_with_the_lowest_loss_is_returned(llama, tokenizer, monkeypatc
     assert outcome["best_step"] == 2 * (1 + losses.index(min(losses)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_weights_of_the_layers_are_trained_and_no_others(tokenizer, dtype):
+    model = tiny_llama(tie_word_embeddings=True).to(dtype)
+    job = job_for(model, tokenizer, steps=5)
+    pruned = job.stack.remove(REMOVED)
+    healed, _ = heal_full(job, pruned)
+    before = dict(pruned.named_parameters())
+    for name, weight in healed.named_parameters():
+        assert weight.dtype == dtype
+        if ".layers." in name:
+            assert not torch.equal(weight, before[name]), name
+        else:
+            assert weight is before[name], name
+    assert healed.lm_head.weight is healed.model.embed_tokens.weight
+
+
+def test_a_weight_that_several_modules_share_stays_one(tokenizer):
+    model = zoo.build("zamba2").eval()
+    job = HealingJob.of(LayerStack(model), [3], tokenizer, items(60), LoraSettings(steps=2))
+    pruned = job.stack.remove([3])
+    healed, _ = heal_full(job, pruned)
+    assert healed.state_dict().keys() == pruned.state_dict().keys()
+    assert len(list(healed.parameters())) == len(list(pruned.parameters()))
+
+
+def test_quantised_weights_are_not_trained(llama, tokenizer):
+    pruned = job_for(llama, tokenizer).stack.remove(REMOVED)
+    layer = pruned.model.layers[0].mlp
+    layer.up_proj.weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), False)
+    with pytest.raises(UnsupportedModelError, match=r"quantised \(torch.uint8\): use heal='lora'"):
+        heal_full(job_for(llama, tokenizer), pruned)
+
+
 class Killed(BaseException):
     """Nothing catches it."""
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("healer", [heal_lora, heal_full])
 @pytest.mark.parametrize("call", [1, 13, 37])
-def test_a_killed_training_resumes_and_ends_alike(llama, tokenizer, monkeypatch, tmp_path, call):
-    want, _ = trained(llama, tokenizer)
+def test_a_killed_training_resumes_and_ends_alike(
+    llama, tokenizer, monkeypatch, tmp_path, call, healer
+):
+    want, _ = trained(llama, tokenizer, healer)
     compute, calls = DistillationTrainer.compute_loss, []
 
     def killed(self, *args, **kwargs):
@@ -144,12 +188,12 @@ def test_a_killed_training_resumes_and_ends_alike(llama, tokenizer, monkeypatch,
 
     monkeypatch.setattr(DistillationTrainer, "compute_loss", killed)
     with pytest.raises(Killed):
-        trained(llama, tokenizer, checkpoints=tmp_path / "healing")
+        trained(llama, tokenizer, healer, checkpoints=tmp_path / "healing")
     for path in (tmp_path / "healing").glob("checkpoint-*"):
         cut_short = path.with_name("checkpoint-999")
         cut_short.mkdir(exist_ok=True)
         (cut_short / "trainer_state.json").write_text('{"global_step": 99')
-    got, outcome = trained(llama, tokenizer, checkpoints=tmp_path / "healing")
+    got, outcome = trained(llama, tokenizer, healer, checkpoints=tmp_path / "healing")
     assert calls[call] == (call - 1) // 2 * 2, "resumed from the last checkpoint"
     assert outcome["steps"] == 40
     for name, tensor in want.state_dict().items():
