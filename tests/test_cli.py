@@ -222,16 +222,16 @@ def test_questions_bring_similarity_and_tasks(run, tmp_path):
     assert (tmp_path / "out" / "figures" / "holistic_benchmark.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("heal", ["linear", "lora"])
+@pytest.mark.parametrize("heal", ["linear", "lora", "full"])
 def test_healing(run, saved, heal):
     words = ("--layers", "3,4", "--heal", heal, "--heal-data", saved / "more.jsonl")
     words = (*words, "--heal-tokens", "500", "--heal-time", "1h")
-    code, out, _ = run(*words, *(("--heal-steps", "4") if heal == "lora" else ()))
+    code, out, _ = run(*words, *(("--heal-steps", "4") if heal != "linear" else ()))
     assert code == 0
     lines = out[out.index("Healing, held-out loss: ") :].splitlines()
     assert re.fullmatch(r"Healing, held-out loss: [\d.]+ full, [\d.]+ cut", lines[0])
     verdict = r"[\d.]+(, -?\d+% of the loss returned)? \((kept|no better, rolled back)\)"
-    stages = ["linear", "lora"][: 1 + (heal == "lora")]
+    stages = ["linear"] if heal == "linear" else ["linear", heal]
     for stage, line in zip(stages, lines[1:], strict=False):
         assert re.fullmatch(f"  {stage}: {verdict}", line)
     assert lines[1 + len(stages)].startswith("Without healing: perplexity")
