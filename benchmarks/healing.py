@@ -6,8 +6,8 @@
 
 Prints a Markdown table. Layers are chosen by `smart` and as `pruneme`'s block, each on the same
 items; weights are healed on others; perplexity is that of a third set. "Returned" is the part of
-the loss (nats per token) caused by the cut that a healer takes back. `lora` trains on top of what
-`linear` left. Memory is the peak resident size while healing, above what was resident before.
+the loss (nats per token) caused by the cut that a healer takes back. `lora` and `full` each train on
+top of what `linear` left. Memory is the peak resident size while healing, above what was resident before.
 """
 
 from __future__ import annotations
@@ -57,20 +57,22 @@ def main() -> None:
     print(f"({tokens:,} tokens to train on), {len(data.held_out)} held out; full model's ", end="")
     print(f"perplexity {math.exp(full):.3f}.\n")
     print("| chosen by | removed (0-based) | cut | + linear | returned | time | memory ", end="")
-    print("| + lora | returned | time | memory |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
-    back: dict[str, list[float]] = {"linear": [], "lora": []}
+    print("| + lora | returned | time | memory | + full | returned | time | memory |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    back: dict[str, list[float]] = {"linear": [], "lora": [], "full": []}
     for name in args.chosen_by:
         pruner = get_strategy(name)(model, tokenizer)
         for share in args.shares:
             count = round(share * pruner.num_layers)
             removed = pruner.plan(data.scoring, n_layers=count).remove
             job = replace(whole, stack=pruner.layers, removed=removed)
-            healed = pruner.layers.remove(removed)
-            cut = mean_nll(healed, tokenizer, data.held_out)
+            pruned = pruner.layers.remove(removed)
+            cut = mean_nll(pruned, tokenizer, data.held_out)
             cells = [name, ", ".join(map(str, removed)), f"{math.exp(cut):.3f}"]
             for method in back:
-                healed, seconds, memory = watched(HEALERS[method], job, healed)
+                healed, seconds, memory = watched(HEALERS[method], job, pruned)
+                if method == "linear":  # the others begin with what it has left
+                    pruned = healed
                 loss = mean_nll(healed, tokenizer, data.held_out)
                 back[method].append((cut - loss) / (cut - full))
                 cells += [f"{math.exp(loss):.3f}", f"{back[method][-1]:.0%}"]
