@@ -6,8 +6,9 @@
 
 Prints a Markdown table. Layers are chosen by `smart` and as `pruneme`'s block, each on the same
 items; weights are healed on others; perplexity is that of a third set. "Returned" is the part of
-the loss (nats per token) caused by the cut that a healer takes back. `lora` and `full` each train on
-top of what `linear` left. Memory is the peak resident size while healing, above what was resident before.
+the loss (nats per token) caused by the cut that a healer takes back. `lora` and `full` each train
+on top of what `linear` left. Memory is the peak resident size while healing, above what was
+resident before.
 """
 
 from __future__ import annotations

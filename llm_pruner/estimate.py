@@ -134,6 +134,9 @@ def estimate(
     disk = round((sum(files) or count_bytes(pruner.model)) * (1 - gone))
     vocabulary = getattr(pruner.model.config.get_text_config(), "vocab_size", 0)
     logits = 3 * 4 * vocabulary * pruner.batch_size * pruner.max_length  # of two models, and a copy
+    if how.method == "full":  # float32: the weights, their gradients, the optimiser's two states
+        trained = sum(one.numel() for layer in pruner.layers for one in layer.parameters())
+        bytes_on_top = max(bytes_on_top, 4 * 4 * round(trained * (1 - count / pruner.num_layers)))
     memory = _resident() + bytes_on_top + logits
     return Estimate(stages, memory, disk)
 

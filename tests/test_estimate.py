@@ -81,6 +81,14 @@ def test_healing_is_counted_by_its_tokens_its_steps_and_its_time(tokenizer):
     assert limited["healing (lora), at most"].tokens <= 200
 
 
+def test_training_all_weights_takes_four_times_their_memory(tokenizer):
+    pruner = get_strategy("bi")(tiny_llama(), tokenizer)
+    data = DataSplit(TEXTS, items(60), [])
+    memory = [estimate(pruner, data, Budget(n_layers=2), heal).memory for heal in ("lora", "full")]
+    layer = sum(one.numel() * 4 for one in pruner.layers[0].parameters())
+    assert memory[1] - memory[0] >= 4 * 6 * layer
+
+
 def test_an_impossible_amount_is_refused(tokenizer):
     pruner = get_strategy("bi")(tiny_llama(), tokenizer)
     with pytest.raises(InvalidPlanError, match="n_layers=99"):
