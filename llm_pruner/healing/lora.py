@@ -37,7 +37,13 @@ from transformers.utils import logging as transformers_logging
 from ..atomic_output import KEY_FILE, own_checkpoints, write_atomically
 from ..data.tokens import IGNORED, TokenSequence, pad_sequences
 from ..distributed import lost_process_errors, on_first
-from ..errors import InvalidPlanError, MissingDependencyError, NonFiniteError, UnsupportedModelError
+from ..errors import (
+    InvalidPlanError,
+    MissingDependencyError,
+    NonFiniteError,
+    OutputError,
+    UnsupportedModelError,
+)
 from ..evaluation.likelihood import batch_nll
 from ..evaluation.token_measures import Divergence
 from ..model.forward import evaluating
@@ -50,6 +56,7 @@ from .lora_settings import STEP_RUNS, default_rate, default_steps, full_rate
 
 RATES = {"lora": default_rate, "full": full_rate}
 TRAINED_FILE = "trained.safetensors"  # in a training checkpoint
+KEPT = 2  # training checkpoints: the last and the best
 CHECKS = 20  # times at most that a training measures the validation loss and writes a checkpoint
 
 
@@ -128,6 +135,7 @@ def _trained(
             with arguments.main_process_first():
                 key = f"{job.key}:{method}:{settings.identity()}"
                 resumed = _claim(Path(arguments.output_dir), key)
+                _refuse_small_disk(Path(arguments.output_dir), student)
             trainer = DistillationTrainer(job, student, arguments)
             with lost_process_errors():
                 trainer.train(resume_from_checkpoint=resumed)
@@ -369,7 +377,7 @@ def _arguments(
         eval_strategy="steps",
         eval_steps=every,
         save_steps=every,
-        save_total_limit=2,
+        save_total_limit=KEPT,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -444,6 +452,19 @@ def _claim(folder: Path, key: str) -> str | None:
     if last:
         logger.info("Resuming from %s", last)
     return last
+
+
+def _refuse_small_disk(folder: Path, student: Any) -> None:
+    """Raise OutputError if training checkpoints may not fit; old ones will have been replaced."""
+    trained = sum(one.nbytes for one in student.parameters() if one.requires_grad)
+    need = (KEPT + 1) * 3 * trained  # with the optimiser's two states
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if need > (free := shutil.disk_usage(folder).free + there):
+        raise OutputError(
+            f"The training's checkpoints need up to {need:,} bytes, and {free:,} are free on the "
+            f"disk of {str(folder)!r}: make room, or choose another place (--output, or "
+            "LoraSettings(checkpoints=...); else TMPDIR)."
+        )
 
 
 @contextmanager

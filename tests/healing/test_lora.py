@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
 import sys
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -165,6 +167,13 @@ def test_quantised_weights_are_not_trained(llama, tokenizer):
     layer.up_proj.weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), False)
     with pytest.raises(UnsupportedModelError, match=r"quantised \(torch.uint8\): use heal='lora'"):
         heal_full(job_for(llama, tokenizer), pruned)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_training(llama, tokenizer, monkeypatch):
+    place = namedtuple("place", "total used free")(10**6, 10**6 - 1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: place)
+    with pytest.raises(OutputError, match=r"need up to [\d,]+ bytes, and 1,\d\d\d are free"):
+        trained(llama, tokenizer, heal_full)
 
 
 class Killed(BaseException):
