@@ -150,7 +150,9 @@ class Divergence(torch.autograd.Function):
     ) -> torch.Tensor:
         """The divergence; its gradient is kept."""
         exact = torch.promote_types(logits.dtype, torch.float32)
-        gradient = torch.zeros_like(logits)
+        # float16 would lose small slopes before they are scaled.
+        kind = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+        gradient = torch.zeros_like(logits, dtype=kind)
         flat, targets, slopes = (each.flatten(0, 1) for each in (logits, wanted, gradient))
         rows = real.to(logits.device).flatten().nonzero().squeeze(1)
         total = torch.zeros((), dtype=exact, device=logits.device)
@@ -158,7 +160,7 @@ class Divergence(torch.autograd.Function):
             output, target = (one[part].to(exact).log_softmax(-1) for one in (flat, targets))
             shares = target.exp()
             total += (shares * (target - output)).sum()
-            slopes[part] = ((output.exp() - shares) / len(rows)).to(logits.dtype)
+            slopes[part] = ((output.exp() - shares) / len(rows)).to(kind)
         ctx.save_for_backward(gradient)
         return total / len(rows)
 
@@ -166,4 +168,4 @@ class Divergence(torch.autograd.Function):
     def backward(ctx: Any, *slope: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """The gradient by the logits."""
         (gradient,) = ctx.saved_tensors
-        return gradient * slope[0].to(gradient.dtype), None, None
+        return gradient * slope[0].to(gradient.dtype), None, None  # autograd casts float32 to half

@@ -87,7 +87,7 @@ def heal_lora(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
         raise MissingDependencyError(
             "heal='lora' needs peft: pip install 'llm_pruner[heal]'."
         ) from error
-    return _trained(job, pruned, "lora", _with_adapters, _merged)
+    return _train(job, pruned, "lora", _with_adapters, _merged)
 
 
 def heal_full(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
@@ -107,10 +107,10 @@ def heal_full(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
         UnsupportedModelError: the weights are quantised.
         OutputError: the folder for training checkpoints holds something else.
     """
-    return _trained(job, pruned, "full", _with_own_weights, partial(with_trained, pruned))
+    return _train(job, pruned, "full", _with_own_weights, partial(with_trained, pruned))
 
 
-def _trained(
+def _train(
     job: HealingJob,
     pruned: Any,
     method: str,
@@ -362,7 +362,7 @@ def _arguments(
     weight = next(student.parameters())
     precision = settings.precision
     if precision == "auto":
-        half = weight.dtype in (torch.float16, torch.bfloat16)
+        half = next(job.stack.model.parameters()).dtype in (torch.float16, torch.bfloat16)
         old_gpu = weight.device.type == "cuda" and not torch.cuda.is_bf16_supported()
         mixed = half or (weight.device.type == "cpu" and _mixes_on_cpu(student))
         precision = ("fp16" if old_gpu else "bf16") if mixed else "no"

@@ -84,6 +84,14 @@ def test_the_divergence_in_pieces_is_the_plain_formula(chunk, dtype, near, monke
     assert worst <= near * plain.grad.abs().max()
 
 
+def test_slopes_too_small_for_float16_are_scaled_before_they_are_rounded():
+    torch.manual_seed(0)
+    logits, wanted = torch.randn(2, 200, 1000).half().requires_grad_(), torch.randn(2, 200, 1000)
+    loss = token_measures.Divergence.apply(logits, wanted, torch.ones(2, 200).bool())
+    (2**16 * loss).backward()
+    assert (logits.grad == 0).float().mean() < 1e-3
+
+
 def test_the_loss_is_the_divergence_from_the_full_model(llama, tokenizer, monkeypatch):
     """The first step's loss, before anything is learned, computed independently."""
     losses, batches = [], []
