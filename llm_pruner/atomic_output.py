@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,6 +58,47 @@ def own_checkpoints(folder: Path) -> list[Path]:
         )
     checkpoints = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]))
+
+
+def claim_checkpoints(folder: Path, key: str, need: int) -> str | None:
+    """Reserve a folder for a training; return the training checkpoint it resumes from, if any.
+
+    Checkpoints of another training and incomplete ones are deleted: ``trainer_state.json`` is
+    written last, so a checkpoint is complete when that file is.
+
+    Args:
+        folder: empty or used for this before, or to be made.
+        key: tells the training from others.
+        need: bytes that its checkpoints will take at the most.
+
+    Raises:
+        OutputError: the folder holds something else, or its disk has less room.
+    """
+    key_file = folder / KEY_FILE
+    checkpoints = own_checkpoints(folder)
+    same = key_file.exists() and key_file.read_text(encoding="utf-8") == key
+    last = None
+    for path in checkpoints:
+        complete = False
+        with suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            complete = True
+        if same and complete:
+            last = path
+        else:
+            shutil.rmtree(path)
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if need > (free := shutil.disk_usage(disk).free + there):
+        raise OutputError(
+            f"The training's checkpoints need up to {need:,} bytes, and {free:,} are free on the "
+            f"disk of {str(folder)!r}: make room, or choose another place (--output, or "
+            "LoraSettings(checkpoints=...); else TMPDIR)."
+        )
+    write_atomically(key_file, key)
+    if last:
+        logger.info("Resuming from %s", last)
+    return str(last) if last else None
 
 
 def clear_checkpoints(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.items import EvalItem, fingerprint
 from ..data.sampling import split_items
 from ..data.tokens import Batch, TokenSequence, encode_sequences, pad_sequences
+from ..distributed import on_first
 from ..errors import InvalidDataError, InvalidPlanError
 from ..model.forward import position_limit
 from ..model.layer_stack import LayerStack
@@ -26,6 +27,7 @@ TRAIN, VALIDATION = 0.6, 0.5  # fractions: of all items to train on; of the rest
 MIN_ITEMS = 20  # fewer cannot be divided into three meaningful parts
 MAX_LENGTH = 512  # tokens of a sequence
 BATCH_SIZE = 8
+WARMUP = 1 / 20  # of a training
 ENOUGH = (
     8192  # tokens to validate on, and to hold out; where there are more, the rest is trained on
 )
@@ -197,6 +199,28 @@ class HealingJob:
     def layers_of(self, model: Any) -> LayerStack:
         """The layers of a pruned model, found where the original has its own."""
         return LayerStack(model, self.stack.paths[0])
+
+
+class Pace:
+    """How much of a training is done: by its steps, or by the clock where that is more."""
+
+    def __init__(self, job: HealingJob, steps: int) -> None:
+        self._steps, self._seconds, self._begun = steps, job.seconds_left, time.monotonic()
+
+    def share(self, step: int) -> float:
+        """0 to 1; the same in every process."""
+        done = step / self._steps
+        if self._seconds < math.inf:
+            spent = (time.monotonic() - self._begun) / max(self._seconds, 1e-9)
+            done = on_first(lambda: max(done, spent))
+        return min(1.0, done)
+
+    def rate(self, step: int) -> float:
+        """The learning rate, relative to its peak: a rise over a twentieth, then half a cosine."""
+        done = self.share(step)
+        if done < WARMUP:
+            return done / WARMUP
+        return 0.5 * (1 + math.cos(math.pi * (done - WARMUP) / (1 - WARMUP)))
 
 
 def _at_most(rows: list[TokenSequence], tokens: int | None) -> list[TokenSequence]:

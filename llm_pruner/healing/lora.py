@@ -5,16 +5,14 @@ Import this module only where it is used: `transformers.Trainer` is slow to load
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import random
-import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -34,14 +33,13 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from ..atomic_output import KEY_FILE, own_checkpoints, write_atomically
+from ..atomic_output import claim_checkpoints
 from ..data.tokens import IGNORED, TokenSequence, pad_sequences
 from ..distributed import lost_process_errors, on_first
 from ..errors import (
     InvalidPlanError,
     MissingDependencyError,
     NonFiniteError,
-    OutputError,
     UnsupportedModelError,
 )
 from ..evaluation.likelihood import batch_nll
@@ -49,9 +47,9 @@ from ..evaluation.token_measures import Divergence
 from ..model.forward import evaluating
 from ..model.layer_stack import LayerStack
 from ..model.removal import share_copy, trainable_copy, with_trained
-from ..progress import duration, progress
+from ..progress import Progress, duration
 from ..utils import logger
-from .job import HealingJob
+from .job import HealingJob, Pace
 from .lora_settings import STEP_RUNS, default_rate, default_steps, full_rate
 
 RATES = {"lora": default_rate, "full": full_rate}
@@ -122,8 +120,6 @@ def _train(
 
     settings = job.lora
     steps = settings.steps or default_steps(len(job.train), settings.batch_size)
-    if job.deadline < math.inf:  # a training that is planned shorter learns faster
-        steps = min(steps, on_first(lambda: _affordable_steps(job, pruned)))
     trainable = [parameter.requires_grad for parameter in pruned.parameters()]
     keep = settings.checkpoints is not None
     output = nullcontext(str(settings.checkpoints)) if keep else tempfile.TemporaryDirectory()
@@ -134,9 +130,10 @@ def _train(
             arguments.output_dir = str(broadcast_object_list([folder])[0])  # the first process's
             with arguments.main_process_first():
                 key = f"{job.key}:{method}:{settings.identity()}"
-                resumed = _claim(Path(arguments.output_dir), key)
-                _refuse_small_disk(Path(arguments.output_dir), student)
-            trainer = DistillationTrainer(job, student, arguments)
+                trained = sum(one.nbytes for one in student.parameters() if one.requires_grad)
+                need = (KEPT + 1) * 3 * trained  # with the optimiser's two states
+                resumed = claim_checkpoints(Path(arguments.output_dir), key, need)
+            trainer = DistillationTrainer(job, student, arguments, method)
             with lost_process_errors():
                 trainer.train(resume_from_checkpoint=resumed)
                 trainer.accelerator.wait_for_everyone()  # the best state is in the folder
@@ -186,9 +183,16 @@ def _with_own_weights(job: HealingJob, pruned: Any) -> Any:
 class DistillationTrainer(Trainer):
     """Trains on the distance from the full model; evaluates the validation loss."""
 
-    def __init__(self, job: HealingJob, student: Any, arguments: TrainingArguments) -> None:
+    def __init__(
+        self, job: HealingJob, student: Any, arguments: TrainingArguments, method: str
+    ) -> None:
         data: dict[str, Any] = {"train_dataset": job.train, "eval_dataset": job.validation}
-        callbacks = [EarlyStoppingCallback(job.lora.patience), _Progress(), _Deadline(job)]
+        self._pace = Pace(job, arguments.max_steps)
+        callbacks = [
+            EarlyStoppingCallback(job.lora.patience),
+            _Progress(self._pace, method),
+            _Deadline(job),
+        ]
         super().__init__(student, arguments, self._collate, callbacks=callbacks, **data)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # our loss is a mean already
@@ -227,6 +231,12 @@ class DistillationTrainer(Trainer):
         if not torch.isfinite(loss):
             raise self._not_finite(f"loss became {loss.item()}")
         return loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """A training that has a time limit learns as one planned for that time, see `Pace`."""
+        own: Any = optimizer or self.optimizer
+        self.lr_scheduler = LambdaLR(own, self._pace.rate)
+        return self.lr_scheduler
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One pass forwards and backwards; notes when the first one began, and at which step."""
@@ -270,6 +280,7 @@ class DistillationTrainer(Trainer):
         state, metrics = self.state, {"eval_loss": loss}
         done, rest = state.global_step - self._first, state.max_steps - state.global_step
         left = (time.monotonic() - self._start) / max(1, done) * rest
+        left = min(left, self._job.seconds_left)
         note = f"; {duration(left)} left" if done > 0 and rest else ""
         where = f"Step {state.global_step} of {state.max_steps}"
         logger.info("%s: validation loss %.4f%s", where, loss, note)
@@ -300,13 +311,22 @@ def _distance(state: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor) -> 
 class _Progress(TrainerCallback):
     """Our progress bar instead of the trainer's."""
 
+    def __init__(self, pace: Pace, method: str) -> None:
+        self._pace, self._method = pace, method
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        steps = range(state.global_step, state.max_steps)
-        self._bar: Iterator[int] = iter(progress(steps, "Healing (lora)"))
-        next(self._bar, None)
+        self._bar = self._shown(self._pace.share(state.global_step))
+        next(self._bar)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        next(self._bar, None)
+        self._bar.send(self._pace.share(state.global_step))
+
+    def _shown(self, done: float) -> Generator[None, float, None]:
+        with Progress(f"Healing ({self._method})", 1 - done, counts=False) as bar:
+            while True:
+                more = yield
+                bar.advance(more - done)
+                done = more
 
 
 class _Deadline(TrainerCallback):
@@ -341,24 +361,24 @@ def _between_checks(job: HealingJob, steps: int) -> int:
     return max(1, steps // CHECKS, min(steps, round(check / step)))
 
 
-def _affordable_steps(job: HealingJob, pruned: Any) -> int:
-    """Steps that the time suffices for, judged by a pass over one batch; one at least.
-
-    A fifth of the time is for checks, and the machine may slow down.
-    """
+def _likely_steps(job: HealingJob, pruned: Any) -> int:
+    """Steps that the time suffices for, judged by a pass over one batch; one at least."""
     batch_size = job.lora.batch_size
     (batch,) = pad_sequences(job.tokenizer, job.train[:batch_size], batch_size)
     with evaluating(pruned):
         start = time.monotonic()
         pruned(**batch.to(job.stack.device).inputs(), use_cache=False)
         step = STEP_RUNS * (time.monotonic() - start) * job.lora.accumulate
-    return max(1, int(0.75 * job.seconds_left / step))
+    return max(1, int(job.seconds_left / step))
 
 
 def _arguments(
     student: Any, steps: int, job: HealingJob, folder: str, method: str
 ) -> TrainingArguments:
-    settings, every = job.lora, _between_checks(job, steps)
+    settings, likely = job.lora, steps
+    if job.deadline < math.inf:
+        likely = min(steps, on_first(lambda: _likely_steps(job, student)))
+    every = _between_checks(job, likely)
     weight = next(student.parameters())
     precision = settings.precision
     if precision == "auto":
@@ -371,9 +391,7 @@ def _arguments(
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.learning_rate or RATES[method](student.config, steps),
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 20),
+        learning_rate=settings.learning_rate or RATES[method](student.config, likely),
         eval_strategy="steps",
         eval_steps=every,
         save_steps=every,
@@ -424,47 +442,6 @@ def _merged(student: Any) -> Any:
             for name, weight in base.named_parameters(recurse=False):
                 setattr(base, name, nn.Parameter(weight.detach().clone(), requires_grad=False))
     return student.merge_and_unload(safe_merge=True)
-
-
-def _claim(folder: Path, key: str) -> str | None:
-    """Reserve a folder for this training; return the training checkpoint it resumes from, if any.
-
-    Checkpoints of another training and incomplete ones are deleted: ``trainer_state.json`` is
-    written last, so a checkpoint is complete when that file is.
-
-    Raises:
-        OutputError: the folder holds something else.
-    """
-    key_file = folder / KEY_FILE
-    checkpoints = own_checkpoints(folder)
-    same = key_file.exists() and key_file.read_text(encoding="utf-8") == key
-    last = None
-    for path in checkpoints:
-        complete = False
-        with suppress(OSError, ValueError):
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            complete = True
-        if same and complete:
-            last = str(path)
-        else:
-            shutil.rmtree(path)
-    write_atomically(key_file, key)
-    if last:
-        logger.info("Resuming from %s", last)
-    return last
-
-
-def _refuse_small_disk(folder: Path, student: Any) -> None:
-    """Raise OutputError if training checkpoints may not fit; old ones will have been replaced."""
-    trained = sum(one.nbytes for one in student.parameters() if one.requires_grad)
-    need = (KEPT + 1) * 3 * trained  # with the optimiser's two states
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if need > (free := shutil.disk_usage(folder).free + there):
-        raise OutputError(
-            f"The training's checkpoints need up to {need:,} bytes, and {free:,} are free on the "
-            f"disk of {str(folder)!r}: make room, or choose another place (--output, or "
-            "LoraSettings(checkpoints=...); else TMPDIR)."
-        )
 
 
 @contextmanager

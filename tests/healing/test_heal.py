@@ -26,7 +26,7 @@ from llm_pruner.evaluation.likelihood import batch_nll
 from llm_pruner.healing import heal, linear, lora
 from llm_pruner.healing import job as job_module
 from llm_pruner.healing.heal import HEALERS, RUN_BEFORE, heal_model
-from llm_pruner.healing.job import Healing, HealingJob
+from llm_pruner.healing.job import Healing, HealingJob, Pace
 from llm_pruner.healing.lora_settings import LoraSettings
 from llm_pruner.model.layer_stack import LayerStack
 from llm_pruner.pruners.measured import AblationPruner
@@ -327,3 +327,27 @@ def test_the_log_names_the_parts_and_the_time_left(llama, tokenizer, method, cap
     assert all(
         re.fullmatch(r"Step \d of 6: validation loss [\d.]+(; \d+ s left)?", s) for s in steps
     )
+
+
+def test_a_training_with_a_time_limit_learns_as_one_planned_for_that_time(monkeypatch):
+    """The rate rises and falls by steps, or by the clock where that is further on."""
+    clock = [0.0]
+    monkeypatch.setattr(heal.time, "monotonic", lambda: clock[0])
+
+    class Limited:
+        seconds_left = 100.0
+
+    class Free:
+        seconds_left = float("inf")
+
+    free, limited = Pace(Free, 1000), Pace(Limited, 1000)
+    rates = [free.rate(step) for step in (0, 25, 50, 525, 1000)]
+    assert rates == pytest.approx([0, 0.5, 1, 0.5, 0])
+    clock[0] = 2.5
+    assert limited.rate(1) == pytest.approx(0.5)
+    clock[0] = 52.5
+    assert limited.rate(200) == pytest.approx(0.5)
+    assert limited.rate(1000) == pytest.approx(0)
+    clock[0] = 100.0
+    assert limited.share(10) == 1
+    assert free.share(10) == 0.01
