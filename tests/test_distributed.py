@@ -166,14 +166,15 @@ def test_the_whole_command_does_what_one_process_does(two, saved, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_trained_adapters_are_the_same_in_all_processes(two, saved, tmp_path):
-    training = ["--layers", "3,5", "--heal", "lora", "--heal-steps", "40", "--output", "out"]
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_is_trained_is_the_same_in_all_processes(two, saved, tmp_path, method):
+    training = ["--layers", "3,5", "--heal", method, "--heal-steps", "40", "--output", "out"]
     done = two("command", *words(saved, *training))
     assert done.code == 0, done.err
     first, second = done.found
     assert first["model"] == second["model"]
     stages = first["report"]["heal"]["stages"]
-    assert [stage["method"] for stage in stages] == ["linear", "lora"]
+    assert [stage["method"] for stage in stages] == ["linear", method]
     assert stages[1]["kept"]
     assert stages[1]["loss"] < stages[0]["loss"]
     assert (tmp_path / "out" / "pruning_report.json").exists()
