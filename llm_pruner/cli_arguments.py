@@ -199,8 +199,8 @@ def _add_output(group: Any) -> None:
         default="none",
         choices=["none", "linear", "lora", "full"],
         help="restore quality by adjusting weights: linear in closed form; on top of that, lora by "
-        "training adapters, or full by training all weights of the layers, which gains more in "
-        "the same time and takes more memory (default: none)",
+        "training adapters, or full by training all weights of the layers, which learns faster "
+        "and takes more memory (default: none)",
     )
     add(
         "--heal-data",

@@ -92,8 +92,8 @@ def heal_full(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
     """Train all weights of the pruned model's layers to match the full model.
 
     As `heal_lora`, without adapters: the student has weights of its own, in float32, and a step
-    changes all of them. It learns more in the same time, and takes more memory: besides the layers
-    in float32 as much again for their gradients and twice as much for the optimiser. Embeddings and
+    changes all of them. It learns faster, and takes more memory: besides the layers in float32 as
+    much again for their gradients and twice as much for the optimiser. Embeddings and
     head stay as they are.
 
     Returns:
