@@ -35,7 +35,7 @@ ROOMS = {
     "pruners": "config engines storage model offload data evaluation search healing checkpoint",
     "workflow": "storage model data evaluation healing visualization report checkpoint pruners",
     "estimate": "storage model data evaluation search healing pruners",
-    "cli_request": "pruners",
+    "cli_request": "healing pruners",
     "cli_arguments": "engines pruners cli_request",
     "cli_checks": "storage search pruners cli_request",
     "cli_jobs": "config storage model offload data search healing visualization report checkpoint "

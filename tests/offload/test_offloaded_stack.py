@@ -110,7 +110,7 @@ def scored(cls: type, model: torch.nn.Module, tokenizer: object) -> dict[int, fl
     pruner = cls(model, tokenizer, protect=(0, 0), batch_size=2)
     try:
         return dict(pruner.compute_layer_scores(texts()))
-    except (UnsupportedModelError, RuntimeError, LookupError) as error:  # which both have to raise
+    except UnsupportedModelError as error:  # which both have to raise
         return f"{type(error).__name__} {str(error).split(':')[0]}"
 
 
@@ -118,6 +118,8 @@ def assert_equal(folder: str) -> None:
     whole, offloaded, tokenizer = pair(folder)
     for cls in STRATEGIES:
         assert scored(cls, offloaded, tokenizer) == scored(cls, whole, tokenizer), cls.__name__
+    if isinstance(scored(PruneMePruner, whole, tokenizer), str):  # refused: not states by token
+        return
     found, wanted = (
         list(PruneMePruner(model, tokenizer, batch_size=2).hidden_states(texts()))
         for model in (offloaded, whole)
