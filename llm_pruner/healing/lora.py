@@ -12,7 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def _train(
                 need = (KEPT + 1) * 3 * trained  # with the optimiser's two states
                 resumed = claim_checkpoints(Path(arguments.output_dir), key, need)
             trainer = DistillationTrainer(job, student, arguments, method)
-            with lost_process_errors():
+            with lost_process_errors(), closing(trainer.progress):
                 trainer.train(resume_from_checkpoint=resumed)
                 trainer.accelerator.wait_for_everyone()  # the best state is in the folder
             healed = result_of(student)
@@ -188,11 +188,8 @@ class DistillationTrainer(Trainer):
     ) -> None:
         data: dict[str, Any] = {"train_dataset": job.train, "eval_dataset": job.validation}
         self._pace = Pace(job, arguments.max_steps)
-        callbacks = [
-            EarlyStoppingCallback(job.lora.patience),
-            _Progress(self._pace, method),
-            _Deadline(job),
-        ]
+        self.progress = _Progress(self._pace, method)
+        callbacks = [EarlyStoppingCallback(job.lora.patience), self.progress, _Deadline(job)]
         super().__init__(student, arguments, self._collate, callbacks=callbacks, **data)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # our loss is a mean already
@@ -313,13 +310,20 @@ class _Progress(TrainerCallback):
 
     def __init__(self, pace: Pace, method: str) -> None:
         self._pace, self._method = pace, method
+        self._bar: Generator[None, float, None] | None = None
+
+    def close(self) -> None:
+        """End the bar, whatever has become of the training."""
+        if self._bar is not None:
+            self._bar.close()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar = self._shown(self._pace.share(state.global_step))
         next(self._bar)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar.send(self._pace.share(state.global_step))
+        if self._bar is not None:
+            self._bar.send(self._pace.share(state.global_step))
 
     def _shown(self, done: float) -> Generator[None, float, None]:
         with Progress(f"Healing ({self._method})", 1 - done, counts=False) as bar:

@@ -14,6 +14,7 @@ import torch
 import zoo
 from conftest import items, tiny_llama
 
+from llm_pruner import progress
 from llm_pruner.atomic_output import clear_checkpoints
 from llm_pruner.errors import (
     InvalidPlanError,
@@ -206,6 +207,7 @@ def test_a_killed_training_resumes_and_ends_alike(
     monkeypatch.setattr(DistillationTrainer, "compute_loss", killed)
     with pytest.raises(Killed):
         trained(llama, tokenizer, healer, checkpoints=tmp_path / "healing")
+    assert not progress._jobs, "a training that ended badly is no stage of what comes after"
     for path in (tmp_path / "healing").glob("checkpoint-*"):
         cut_short = path.with_name("checkpoint-999")
         cut_short.mkdir(exist_ok=True)
