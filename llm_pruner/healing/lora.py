@@ -11,7 +11,7 @@ import random
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,8 @@ def heal_lora(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
         NonFiniteError: the loss became NaN or infinite.
         InvalidPlanError: the model is on a device that the trainer does not use.
         UnsupportedModelError: peft cannot adapt the architecture.
-        OutputError: the folder for training checkpoints holds something else.
+        OutputError: the folder for training checkpoints holds something else, or its disk has too
+            little room.
     """
     try:
         import peft  # noqa: F401
@@ -93,8 +94,8 @@ def heal_full(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
 
     As `heal_lora`, without adapters: the student has weights of its own, in float32, and a step
     changes all of them. It learns faster, and takes more memory: besides the layers in float32 as
-    much again for their gradients and twice as much for the optimiser. Embeddings and
-    head stay as they are.
+    much again for their gradients and twice as much for the optimiser. Embeddings and head stay as
+    they are.
 
     Returns:
         The healed model, its weights of the types they had, and ``steps`` done and ``best_step``.
@@ -103,7 +104,8 @@ def heal_full(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
         NonFiniteError: the loss became NaN or infinite.
         InvalidPlanError: the model is on a device that the trainer does not use.
         UnsupportedModelError: the weights are quantised.
-        OutputError: the folder for training checkpoints holds something else.
+        OutputError: the folder for training checkpoints holds something else, or its disk has too
+            little room.
     """
     return _train(job, pruned, "full", _with_own_weights, partial(with_trained, pruned))
 
@@ -309,28 +311,20 @@ class _Progress(TrainerCallback):
     """Our progress bar instead of the trainer's."""
 
     def __init__(self, pace: Pace, method: str) -> None:
-        self._pace, self._method = pace, method
-        self._bar: Generator[None, float, None] | None = None
+        self._pace, self._method, self._open = pace, method, ExitStack()
 
     def close(self) -> None:
         """End the bar, whatever has become of the training."""
-        if self._bar is not None:
-            self._bar.close()
+        self._open.close()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar = self._shown(self._pace.share(state.global_step))
-        next(self._bar)
+        self._done = self._pace.share(state.global_step)
+        bar = Progress(f"Healing ({self._method})", 1 - self._done, counts=False)
+        self._bar = self._open.enter_context(bar)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.send(self._pace.share(state.global_step))
-
-    def _shown(self, done: float) -> Generator[None, float, None]:
-        with Progress(f"Healing ({self._method})", 1 - done, counts=False) as bar:
-            while True:
-                more = yield
-                bar.advance(more - done)
-                done = more
+        before, self._done = self._done, self._pace.share(state.global_step)
+        self._bar.advance(self._done - before)
 
 
 class _Deadline(TrainerCallback):
