@@ -21,7 +21,7 @@ _idle: list[_Renderer] = []  # threads that wait for work; taken and given back 
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any
 ) -> str:
     """The text that the tokenizer's chat template makes of `messages`.
 

@@ -73,8 +73,17 @@ def _add_input(group: Any) -> None:
     add(
         "--eval-dataset",
         metavar="D",
-        help="a local .jsonl/.json/.csv/.txt file or folder, a dataset name or hub id "
-        "(default: the demo's own with --model demo, else six benchmarks of the hub)",
+        help="what to choose layers on: chats, instructions, questions or running text, in a file "
+        "(.jsonl .json .csv .tsv .parquet .arrow .txt .md, also .gz .zst), a folder, a dataset's "
+        "name or hub id; several with shares, a.jsonl=2,b.txt (default: the demo's own with "
+        "--model demo, else six benchmarks of the hub)",
+    )
+    add(
+        "--fields",
+        type=_fields,
+        metavar="F=NAME,F=NAME",
+        help="which field of the data is which, e.g. prompt=question,reference=answer or "
+        "text=body, where its names do not say it",
     )
     add(
         "--n-samples",
@@ -291,6 +300,13 @@ def _random_seed(text: str) -> int:
     return number
 
 
+def _names_of_fields(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(field.strip() and name.strip() for field, _, name in pairs):
+        raise ValueError
+    return {field.strip(): name.strip() for field, _, name in pairs}
+
+
 def _engine_names(text: str) -> tuple[str, ...]:
     return check_engines(part.strip() for part in text.split(","))
 
@@ -319,6 +335,7 @@ _count = _value("a whole number of at least 1", _at_least_one)
 _seed = _value(f"a whole number from 0 to {2**32 - 1}", _random_seed)
 _numbers = _value("whole numbers separated by commas, e.g. 3,7,11", _integers)
 _names = _engine_names
+_fields = _value("fields and their names, e.g. prompt=question,reference=answer", _names_of_fields)
 _pair = _value("two whole numbers, A,B", _two_integers)
 _length = _value("a whole number of at least 2", _at_least_two)
 _seconds = _value("a time, e.g. 90s, 10m, 1h30m", parse_seconds)

@@ -231,6 +231,7 @@ def _load_data(request: Request, given: PruningPlan | None) -> DataSplit:
         source,
         n_samples,
         passage=CHARACTERS * request.max_length,
+        fields=request.fields,
         heal_source=None if request.heal_data == OWN_WORDS else request.heal_data,
         healing=request.heal != "none",
         taken=given.data.get("prompts", ()) if given else (),

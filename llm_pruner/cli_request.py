@@ -36,6 +36,7 @@ class Request:
     trust_remote_code: bool
     layers_path: str | None
     eval_dataset: str | None
+    fields: dict[str, str] | None
     n_samples: int | None
     n_tokens: int | None
     max_length: int
@@ -92,6 +93,7 @@ class Request:
         no_healing = "without --heal linear, lora or full"
         given = "--layers" if self.layers is not None else "--plan"
         is_given = self.layers is not None or self.plan is not None
+        no_data = self.eval_dataset is None and self.heal_data is None
         sweeps, tolerance = self.sweep is not None, self.budget.tolerance
         others: list[tuple[str, Any]] = [
             ("--eval-dataset", self.eval_dataset),
@@ -102,6 +104,7 @@ class Request:
             ("--dry-run", self.dry_run or None),
         ]
         for name, value, has_none, reason in (
+            ("--fields", self.fields, no_data, "without --eval-dataset"),
             ("--heal-data", self.heal_data, self.heal == "none", no_healing),
             ("--heal-every", self.heal_every, self.heal == "none", no_healing),
             ("--heal-tokens", self.heal_tokens, self.heal == "none", no_healing),

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .chat_template import render_chat
 from .distributed import launched, local_rank
@@ -84,8 +84,8 @@ def format_prompt(q: str) -> str:
     return q if q.endswith("Answer:") else f"Question: {q}\nAnswer:"
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The text a model should be given for `prompt`.
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | dict[str, Any]) -> str:
+    """The text a model should be given for `prompt`, a question or a conversation.
 
     That is the tokenizer's own chat template where there is one (with the opening of the
     assistant's turn), and `format_prompt` otherwise.
@@ -93,10 +93,49 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     Raises:
         LoadError: the chat template cannot be used.
     """
+    return render_turns(tokenizer, *turns_of(prompt), answering=True)
+
+
+def turns_of(prompt: str | dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    """The turns of a prompt, of which a text is one of the user's, and its tools if any."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}], None
+    return prompt["messages"], prompt.get("tools")
+
+
+def render_turns(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: list[dict[str, Any]],
+    tools: list[Any] | None = None,
+    *,
+    answering: bool = False,
+) -> str:
+    """A conversation as a model reads it, by its chat template or as questions and answers.
+
+    Args:
+        answering: with the opening of the assistant's next turn.
+
+    Raises:
+        LoadError: the chat template cannot be used.
+        InvalidDataError: there is none, and the conversation has tools.
+    """
     if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}]
-        return render_chat(tokenizer, messages, add_generation_prompt=True)
-    return format_prompt(prompt)
+        options = {"tools": tools} if tools else {}
+        return render_chat(tokenizer, turns, add_generation_prompt=answering, **options)
+    if tools or any(turn["role"] == "tool" or turn.get("tool_calls") for turn in turns):
+        raise InvalidDataError(
+            "A conversation has tools, and the tokenizer no chat template to write them with: "
+            "leave such conversations out, or give the tokenizer its template."
+        )
+    text = ""
+    for turn in turns:
+        content = turn["content"].strip()
+        if turn["role"] == "assistant":
+            text += f" {content}\n\n" if text else f"{content}\n\n"
+            continue
+        text += "" if text.endswith("\n\n") or not text else "\n\n"
+        text += format_prompt(content) if turn["role"] == "user" else f"{content}\n\n"
+    return text
 
 
 def clean_output(text: str) -> str:

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 from .atomic_output import check_output
 from .checkpoint.gguf import stored_bytes
 from .checkpoint.save import check_saveable, new_checkpoint
-from .data.items import EvalItem, check_items, fingerprint, prompt_keys, refuse_overlap
+from .data.items import (
+    EvalItem,
+    check_items,
+    fingerprint,
+    prompt_keys,
+    prompt_text,
+    refuse_overlap,
+)
 from .distributed import on_first
 from .evaluation.cost_comparison import compare_cost, machine
 from .evaluation.likelihood import perplexity
@@ -221,7 +228,12 @@ def _answers_to_show(
     """A few questions with both answers, first those whose right answer has changed."""
     questions = [item for item in items if isinstance(item, dict)]
     rows = [
-        {"prompt": item["prompt"], "reference": item["reference"], "before": old, "after": new}
+        {
+            "prompt": prompt_text(item["prompt"]),
+            "reference": item["reference"],
+            "before": old,
+            "after": new,
+        }
         for item, old, new in zip(questions, before, after, strict=True)
     ]
     rows.sort(key=lambda row: (row["before"] != row["reference"], row["before"] == row["after"]))

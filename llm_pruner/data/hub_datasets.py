@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidDataError, LoadError
 from ..hub import failures, upload
-from ..utils import explain_load_failure, logger
-from .row_formats import DATASETS, find_benchmarks, to_item
+from ..utils import explain_load_failure
+from .row_formats import DATASETS, find_benchmarks
+from .tables import SPLITS, items_of_rows
 
 if TYPE_CHECKING:
     from .items import EvalItem
-
-MAX_BAD_ROWS = 100  # a source whose rows all fail is given up after so many
 
 
 def _hub_failures() -> tuple[type[Exception], ...]:
@@ -34,7 +32,6 @@ def _download(repo_id: str, subset: str | None, split: str | None) -> dict[str, 
     """The rows of each split, in the order in which splits are tried."""
     import datasets
 
-    order = ("test", "validation", "train")
     try:
         if split:
             return {split: datasets.load_dataset(repo_id, subset, split=split)}
@@ -42,12 +39,17 @@ def _download(repo_id: str, subset: str | None, split: str | None) -> dict[str, 
     except _hub_failures() as error:
         hint = " Choose one with subset=." if "config" in str(error).lower() else ""
         raise LoadError(explain_load_failure("dataset", repo_id, error) + hint) from error
-    names = sorted(splits, key=lambda name: order.index(name) if name in order else len(order))
+    names = sorted(splits, key=lambda name: SPLITS.index(name) if name in SPLITS else len(SPLITS))
     return {name: splits[name] for name in names}
 
 
 def read_hub_dataset(
-    repo_id: str, subset: str | None, split: str | None, k: int | None = None, seed: int = 0
+    repo_id: str,
+    subset: str | None,
+    split: str | None,
+    k: int | None = None,
+    seed: int = 0,
+    fields: Mapping[str, str] | None = None,
 ) -> list[EvalItem]:
     """Items of the first split that has usable rows: all in order, or `k` drawn by `seed`."""
     known = find_benchmarks(repo_id, subset)
@@ -60,31 +62,10 @@ def read_hub_dataset(
     reasons = []
     for tried, rows in _download(repo_id, subset, split).items():
         try:
-            return _normalize_rows(rows, name, k, seed)
+            return items_of_rows(rows, name, k, seed, fields)
         except InvalidDataError as error:
             reasons.append(f"split {tried!r}: {error}")
     raise LoadError(f"Dataset {repo_id!r} has no usable split. " + " ".join(reasons))
-
-
-def _normalize_rows(rows: Any, name: str, k: int | None, seed: int) -> list[EvalItem]:
-    """Items of the usable rows; how many were passed over, and why, goes to the log."""
-    order: Sequence[int] = range(len(rows))
-    if k is not None:
-        order = random.Random(seed).sample(order, len(order))
-    items: list[EvalItem] = []
-    bad: list[str] = []
-    for index in order:
-        if len(items) == k or (not items and len(bad) == MAX_BAD_ROWS):
-            break
-        try:
-            items.append(to_item(rows[index], name))
-        except InvalidDataError as error:
-            bad.append(f"row {index}: {error}")
-    if not items:
-        raise InvalidDataError(bad[0] if bad else "it has no rows.")
-    if bad:
-        logger.warning("%s: passed over %d unusable rows; the first is %s", name, len(bad), bad[0])
-    return items
 
 
 def load_dataset_from_hub(

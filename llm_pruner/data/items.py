@@ -1,16 +1,27 @@
-"""Evaluation items: what they are, whether they are valid, and their fingerprints."""
+"""Evaluation items: what they are, whether they are valid, and their fingerprints.
+
+An item is running text, a string, or a question, a dict with `prompt` and `reference`. The prompt
+is a text, or a conversation: ``{"messages": [...]}``, dicts with `role` and `content` as chat
+templates take them, up to the turn that the reference is; with `tools` where it has any.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 from ..errors import InvalidDataError
 from ..utils import shown
 
-EvalItem = dict[str, Any] | str
+Item = dict[str, Any]
+EvalItem = Item | str
+Prompt = dict[str, Any] | str
+MAX_DIGITS = 1000  # of a number
+NOTHING: tuple[object, ...] = (None, "", [])  # what stands where a row has no value
 
 
 class Text(str):
@@ -79,9 +90,10 @@ def _check_dict(where: str, item: dict[str, Any]) -> None:
         if field not in item:
             raise InvalidDataError(
                 f"{where} has no {field!r} (its fields: {sorted(item)!r:.300}): every item needs "
-                "'prompt' and 'reference'; normalize_item() converts the rows of known datasets."
+                "'prompt' and 'reference'. load_eval_dataset(n, rows) reads rows of other layouts."
             )
-        check_text(f"{where}[{field!r}]", item[field])
+    check_prompt(f"{where}['prompt']", item["prompt"])
+    check_text(f"{where}['reference']", item["reference"])
     task, aliases = item.get("task"), item.get("aliases")
     if not isinstance(task, str | int | float | None):
         raise InvalidDataError(f"{where}['task'] must be a string: {shown(task)}.")
@@ -105,6 +117,22 @@ def check_text(where: str, value: object) -> None:
         raise InvalidDataError(f"{where} is not valid Unicode text: {error}.") from None
 
 
+def check_prompt(where: str, value: object) -> None:
+    """Raise InvalidDataError, which says `where`, if `value` is no text and no conversation."""
+    if not isinstance(value, dict):
+        check_text(where, value)
+        return
+    messages = value.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise InvalidDataError(f"{where}['messages'] must be a list of turns: {shown(messages)}.")
+    for index, message in enumerate(messages):
+        place = f"{where}['messages'][{index}]"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise InvalidDataError(f"{place} must be a dict with 'role': {shown(message)}.")
+        if message.get("content") or not message.get("tool_calls"):
+            check_text(f"{place}['content']", message.get("content"))
+
+
 def fingerprint(eval_data: Sequence[EvalItem]) -> str:
     """Short hash of the items, to tell two data sets apart in a plan or a journal.
 
@@ -119,9 +147,17 @@ def fingerprint(eval_data: Sequence[EvalItem]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as it is shown: its text, or the turns of a conversation, a line each."""
+    if isinstance(prompt, str):
+        return prompt
+    turns = prompt["messages"]
+    return "\n".join(f"{turn['role']}: {turn.get('content') or ''}".strip() for turn in turns)
+
+
 def prompt_of(item: EvalItem) -> str:
     """An item's prompt or text, with single spaces."""
-    return " ".join((item if isinstance(item, str) else item["prompt"]).split())
+    return " ".join((item if isinstance(item, str) else prompt_text(item["prompt"])).split())
 
 
 def prompt_keys(eval_data: Sequence[EvalItem]) -> list[str]:
@@ -146,3 +182,55 @@ def refuse_overlap(
             f"{len(shared)} of the {len(items)} items {purpose} (the first is item {shared[0]}) "
             f"are among those {other}: use other items, or the result flatters."
         )
+
+
+def plain(value: object) -> str | None:
+    """Text as it is, a number as text; None for everything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return str(int(value)) if abs(int(value)) < 10**MAX_DIGITS else None
+    return str(value) if isinstance(value, float) and math.isfinite(value) else None
+
+
+def text_of(value: object, field: str) -> str:
+    """`value` as stripped text; numbers become text."""
+    text = plain(value)
+    if text is None:
+        raise InvalidDataError(f"{field} is a {type(value).__name__}, not text: {shown(value)}.")
+    if not text.strip():
+        raise InvalidDataError(f"{field} is empty: remove or fill it.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidDataError(f"{field} is not valid Unicode text: {error}.") from None
+    return text.strip()
+
+
+def bare_question(value: object, context: object = "") -> str:
+    """The question without its ``Question:`` and ``Answer:`` labels, after its passage if any."""
+    text = text_of(value, "the question")
+    if text.count("Question:") <= 1:  # more than one: a few-shot prompt, left as it is
+        text = text.removeprefix("Question:").removesuffix("\nAnswer:").strip()
+    passage = text_of(context, "the context") if context and context != value else ""
+    return f"{passage}\n{text}" if passage else text_of(text, "the question")
+
+
+def accepted(answers: Iterable[object]) -> list[str]:
+    """The distinct answers, in order, without blank ones."""
+    given = (answer for answer in answers if not (isinstance(answer, str) and not answer.strip()))
+    texts = [text_of(answer, "an answer") for answer in given]
+    return list(dict.fromkeys(texts))
+
+
+def qa_item(prompt: object, reference: object, aliases: object = None) -> Item:
+    """An item of a question and its answer; `aliases`, if any, are accepted as well."""
+    item: Item = {
+        "prompt": bare_question(prompt),
+        "reference": text_of(reference, "the reference"),
+    }
+    if aliases not in NOTHING:
+        if not isinstance(aliases, list):
+            raise InvalidDataError(f"aliases must be a list of texts: {shown(aliases)}.")
+        item["aliases"] = accepted([item["reference"], *aliases])
+    return item

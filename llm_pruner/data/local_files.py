@@ -1,4 +1,4 @@
-"""Items from local .jsonl, .json, .csv and .txt files; errors name the file and line."""
+"""Items from local files, compressed or not, and folders; errors name the file and line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +15,14 @@ from ..errors import InvalidDataError, LoadError
 from ..json_files import parse_json
 from ..utils import regular_file, shown, user_path
 from .row_formats import clash, to_item
+from .tables import SAVED, items_of_rows, read_table
 
 if TYPE_CHECKING:
     from .items import EvalItem
 
 
 MAX_BYTES = 4_000_000_000  # of one file, which is read as a whole
+PART = 1 << 24  # bytes that are decompressed at a time
 
 
 def _broken(path: Path, line: int, reason: object) -> InvalidDataError:
@@ -53,8 +56,8 @@ def _read_json(path: Path, text: str) -> Iterator[tuple[str, object]]:
     yield from ((f": row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _read_csv(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+def _read_csv(path: Path, text: str, delimiter: str = ",") -> Iterator[tuple[str, object]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     try:
         if twice := clash(reader.fieldnames or ()):
             raise _broken(path, reader.line_num, f"{twice} name the same column: rename one.")
@@ -76,42 +79,103 @@ def _cell(value: str) -> object:
         return value  # text that starts with a bracket
 
 
+def _read_tsv(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    return _read_csv(path, text, "\t")
+
+
 def _read_txt(path: Path, text: str) -> Iterator[tuple[str, object]]:
     if text.strip():
         yield "", text
 
 
-READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".txt": _read_txt}
+READERS = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".txt": _read_txt,
+    ".md": _read_txt,
+}
+TABLES = (".parquet", ".arrow")
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # as pyarrow calls them
+TYPES = f"{', '.join([*READERS, *TABLES])}; texts also as {', '.join(COMPRESSED)}"
+CARDS = ("readme.md", "license.md", "license.txt")  # beside the data of a folder
 
 
-def read_local(path: Path) -> list[EvalItem]:
-    """All items of a file, or of all files of a folder, by name.
+def is_data_name(path: Path) -> bool:
+    """Whether a file with such a name is one of data."""
+    return _type_of(path) in READERS or path.suffix.lower() in TABLES
+
+
+def name_of(path: Path) -> str:
+    """A file's name without its endings."""
+    return Path(path.stem).stem if path.suffix.lower() in COMPRESSED else path.stem
+
+
+def read_local(
+    path: Path,
+    k: int | None = None,
+    seed: int = 0,
+    fields: Mapping[str, str] | None = None,
+) -> list[EvalItem]:
+    """Items of a file, or of all files of a folder, by name; of tables `k` drawn rows each.
+
+    A folder may be one of ``save_to_disk``. Its cards and licences are no data, and the folders
+    inside count only if it has no other data.
 
     Raises:
         LoadError: there is nothing that can be read.
         InvalidDataError: a file holds what cannot be used; the message says where.
     """
+    reading = partial(_read_file, k=k, seed=seed, fields=fields)
     if not os.path.isdir(path):
-        return _read_file(path)
+        return reading(path)
     try:
         inside = sorted(path.iterdir())
+        names = {file.name for file in inside}
+        if names.intersection(SAVED):
+            return _rows_of(path, path.name, k, seed, fields)
+        files = _data_files(inside) or _data_files(sorted(path.rglob("*")))
     except OSError as error:
         raise LoadError(f"Cannot read {path}: {error.strerror or error}.") from error
-    files = [file for file in inside if file.suffix.lower() in READERS and not os.path.isdir(file)]
     if not files:
-        raise LoadError(f"No data in {path}: it has no file of type {', '.join(READERS)}.")
-    return [item for file in files for item in _read_file(user_path(file))]
+        raise LoadError(f"No data in {path}: it has no file of type {TYPES}.")
+    return [item for file in files for item in reading(user_path(file))]
 
 
-def _read_file(path: Path) -> list[EvalItem]:
-    reader = READERS.get(regular_file(path).suffix.lower())
+def _data_files(paths: Iterable[Path]) -> list[Path]:
+    """Those that are files of data; hidden ones and cards are not."""
+    return [
+        path
+        for path in paths
+        if is_data_name(path)
+        and path.name.lower() not in CARDS
+        and not any(part.startswith(".") for part in path.parts[-2:])
+        and not os.path.isdir(path)
+    ]
+
+
+def _type_of(path: Path) -> str:
+    """The ending that says what is in a file, without that of its compression."""
+    packed = path.suffix.lower() in COMPRESSED
+    return (Path(path.stem) if packed else path).suffix.lower()
+
+
+def _read_file(
+    path: Path, k: int | None, seed: int, fields: Mapping[str, str] | None
+) -> list[EvalItem]:
+    name = os.fsencode(name_of(path)).decode("utf-8", "replace")  # it may be in another encoding
+    if regular_file(path).suffix.lower() in TABLES:
+        _check_size(path)
+        return _rows_of(path, name, k, seed, fields)
+    reader = READERS.get(_type_of(path))
     if reader is None:
-        raise InvalidDataError(f"Cannot read {path}: file types are {', '.join(READERS)}.")
-    name = os.fsencode(path.stem).decode("utf-8", "replace")  # it may be in another encoding
+        raise InvalidDataError(f"Cannot read {path}: file types are {TYPES}.")
     items = []
     for where, row in reader(path, _text_of(path)):
         try:
-            items.append(to_item(row, name))
+            items.append(to_item(row, name, fields))
         except InvalidDataError as error:
             raise InvalidDataError(f"{path}{where}: {error}") from None
     if not items:
@@ -119,13 +183,50 @@ def _read_file(path: Path) -> list[EvalItem]:
     return items
 
 
+def _rows_of(
+    path: Path, name: str, k: int | None, seed: int, fields: Mapping[str, str] | None
+) -> list[EvalItem]:
+    try:
+        return items_of_rows(read_table(path), name, k, seed, fields)
+    except InvalidDataError as error:
+        raise InvalidDataError(f"{path}: {error}") from None
+
+
+def _check_size(path: Path) -> None:
+    if (size := path.stat().st_size) > MAX_BYTES:
+        reason = f"it has {size:,} bytes, more than {MAX_BYTES:,}: give a part of it."
+        raise InvalidDataError(f"Cannot read {path}: {reason}")
+
+
+def _bytes_of(path: Path) -> bytes:
+    """What is in a file, decompressed if its name says that it is compressed."""
+    _check_size(path)
+    packing = COMPRESSED.get(path.suffix.lower())
+    if packing is None:
+        return path.read_bytes()
+    import pyarrow
+
+    parts, size = [], 0
+    try:
+        with pyarrow.input_stream(str(path), compression=packing) as stream:
+            while part := stream.read(PART):
+                parts.append(part)
+                size += len(part)
+                if size > MAX_BYTES:
+                    reason = f"more than {MAX_BYTES:,} bytes are packed in it: give a part of it."
+                    raise InvalidDataError(f"Cannot read {path}: {reason}")
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InvalidDataError(
+            f"Cannot read {path}: not {packing}, or cut off ({reason})."
+        ) from None
+    return b"".join(parts)
+
+
 def _text_of(path: Path) -> str:
     """The text of a file in UTF-8."""
     try:
-        if (size := path.stat().st_size) > MAX_BYTES:
-            reason = f"it has {size:,} bytes, more than {MAX_BYTES:,}: give a part of it."
-            raise InvalidDataError(f"Cannot read {path}: {reason}")
-        raw = path.read_bytes()
+        raw = _bytes_of(path)
     except OSError as error:
         raise LoadError(f"Cannot read {path}: {error.strerror or error}.") from error
     try:

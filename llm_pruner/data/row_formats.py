@@ -11,24 +11,18 @@ A new benchmark is one row of `DATASETS`, plus one small function if its layout 
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral
+from itertools import takewhile
+from operator import eq
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import InvalidDataError
 from ..utils import shown
-
-if TYPE_CHECKING:
-    from .items import EvalItem
-
-
-Item = dict[str, Any]
-MAX_DIGITS = 1000  # of a number
-NOTHING: tuple[object, ...] = (None, "", [])  # what stands where a row has no value
+from .conversations import from_chosen, from_messages, from_prompt
+from .items import NOTHING, EvalItem, Item, accepted, bare_question, plain, qa_item, text_of
 
 
 def digest(*parts: object) -> bytes:
@@ -36,47 +30,9 @@ def digest(*parts: object) -> bytes:
     return hashlib.sha256(repr(parts).encode()).digest()
 
 
-def _plain(value: object) -> str | None:
-    """Text as it is, a number as text; None for everything else."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return str(int(value)) if abs(int(value)) < 10**MAX_DIGITS else None
-    return str(value) if isinstance(value, float) and math.isfinite(value) else None
-
-
-def _text(value: object, field: str) -> str:
-    """`value` as stripped text; numbers become text."""
-    text = _plain(value)
-    if text is None:
-        raise InvalidDataError(f"{field} is a {type(value).__name__}, not text: {shown(value)}.")
-    if not text.strip():
-        raise InvalidDataError(f"{field} is empty: remove or fill it.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidDataError(f"{field} is not valid Unicode text: {error}.") from None
-    return text.strip()
-
-
-def _bare_question(value: object, context: object = "") -> str:
-    """The question without its ``Question:`` and ``Answer:`` labels, after its passage if any."""
-    text = _text(value, "the question")
-    if text.count("Question:") <= 1:  # more than one: a few-shot prompt, left as it is
-        text = text.removeprefix("Question:").removesuffix("\nAnswer:").strip()
-    passage = _text(context, "the context") if context and context != value else ""
-    return f"{passage}\n{text}" if passage else _text(text, "the question")
-
-
-def _accepted(answers: Iterable[object]) -> list[str]:
-    """The distinct answers, in order, without blank ones."""
-    given = (answer for answer in answers if not (isinstance(answer, str) and not answer.strip()))
-    texts = [_text(answer, "an answer") for answer in given]
-    return list(dict.fromkeys(texts))
-
-
-def _qa(prompt: object, reference: object, choices: object = None, aliases: object = None) -> Item:
-    item: Item = {"prompt": _bare_question(prompt), "reference": _text(reference, "the reference")}
+def _given(prompt: object, reference: object, choices: object = None, **rest: object) -> Item:
+    """An item as this package has it."""
+    item = from_prompt(prompt, reference, **rest)
     if choices not in NOTHING:
         item["choices"] = _choice_texts(choices)[0]
         if item["reference"] not in item["choices"]:
@@ -84,31 +40,29 @@ def _qa(prompt: object, reference: object, choices: object = None, aliases: obje
                 f"reference {item['reference']!r:.80} is not one of the choices: "
                 f"{item['choices']!r:.200}."
             )
-    if aliases not in NOTHING:
-        if not isinstance(aliases, list):
-            raise InvalidDataError(f"aliases must be a list of texts: {shown(aliases)}.")
-        item["aliases"] = _accepted([item["reference"], *aliases])
     return item
 
 
 def _choice_texts(choices: object) -> tuple[list[str], list[str]]:
-    """Texts and labels of the choices, which are a list or ``{text, label}``."""
+    """Texts and labels of the choices: a list, ``{text, label}``, or texts by their labels."""
     table: dict[str, Any] = choices if isinstance(choices, dict) else {"text": choices}
+    if "text" not in table:
+        table = {"text": list(table.values()), "label": list(table)}
     texts, labels = table.get("text"), table.get("label") or []
     if not isinstance(texts, list) or not isinstance(labels, list) or len(texts) < 2:
         raise InvalidDataError(f"choices must be two or more texts: {shown(choices)}.")
     if labels and len(labels) != len(texts):
         raise InvalidDataError(f"{len(texts)} choices with {len(labels)} labels: {shown(choices)}.")
-    return [_text(text, "a choice") for text in texts], [
-        _text(label, "a label") for label in labels
+    return [text_of(text, "a choice") for text in texts], [
+        text_of(label, "a label") for label in labels
     ]
 
 
 def _choice(question: object, choices: object, gold: object, context: object = "") -> Item:
     texts, labels = _choice_texts(choices)
-    plain = _plain(gold)
-    key = "" if plain is None else plain.strip()
-    if plain is not None and key in ("", "-1"):
+    given = plain(gold)
+    key = "" if given is None else given.strip()
+    if given is not None and key in ("", "-1"):
         raise InvalidDataError(f"the row has no answer (label {gold!r}): use a split with labels.")
     found = {text for text, label in zip(texts, labels, strict=False) if label == key}
     if not found and key:  # a number from 0, a letter, or the text itself
@@ -125,14 +79,14 @@ def _choice(question: object, choices: object, gold: object, context: object = "
             f"answer {shown(gold)} names {len(found)} of the choices {texts!r:.200}: it must be "
             "one label, one position counted from 0, one letter or the text of one choice."
         )
-    prompt = _bare_question(question, context)
+    prompt = bare_question(question, context)
     return {"prompt": prompt, "reference": found.pop(), "choices": texts}
 
 
 def _shuffle(question: object, answer: object, *others: object) -> Item:
     """An item whose choices are in an order that depends on the texts alone."""
-    prompt, reference = _bare_question(question), _text(answer, "the answer")
-    texts = _accepted([answer, *others])
+    prompt, reference = bare_question(question), text_of(answer, "the answer")
+    texts = accepted([answer, *others])
     choices = sorted(texts, key=lambda text: digest(prompt, text))
     return {"prompt": prompt, "reference": reference, "choices": _choice_texts(choices)[0]}
 
@@ -154,47 +108,97 @@ def _truthfulqa(question: object, targets: object) -> Item:
 
 
 def _truthfulqa_gen(question: object, best: object, correct: object) -> Item:
-    return _qa(question, best, aliases=correct.split(";") if isinstance(correct, str) else correct)
+    aliases = correct.split(";") if isinstance(correct, str) else correct
+    return qa_item(question, best, aliases)
 
 
 def _hellaswag(context: object, endings: object, label: object, **parts: object) -> Item:
     if not isinstance(endings, list):
         raise InvalidDataError(f"endings must be a list of texts: {shown(endings)}.")
     if parts.get("ctx_a") and parts.get("ctx_b"):  # `ctx` joins them without a capital
-        second = _text(parts["ctx_b"], "ctx_b")
-        context = f"{_text(parts['ctx_a'], 'ctx_a')} {second[0].upper()}{second[1:]}"
+        second = text_of(parts["ctx_b"], "ctx_b")
+        context = f"{text_of(parts['ctx_a'], 'ctx_a')} {second[0].upper()}{second[1:]}"
     if parts.get("activity_label"):
-        label_text = _text(parts["activity_label"], "activity_label")
-        context = f"{label_text}: {_text(context, 'ctx')}"
+        label_text = text_of(parts["activity_label"], "activity_label")
+        context = f"{label_text}: {text_of(context, 'ctx')}"
     return _choice(_untagged(context), [_untagged(ending) for ending in endings], label)
 
 
 def _untagged(value: object) -> str:
     """Text without the ``[header]``, ``[title]``, ``[step]`` marks of WikiHow."""
-    text = re.sub(r"(?<=[^\s.!?])\s+\[title\]", ".", _text(value, "the context or an ending"))
+    text = re.sub(r"(?<=[^\s.!?])\s+\[title\]", ".", text_of(value, "the context or an ending"))
     return " ".join(re.sub(r"\[(header|title|step|substeps)\]", "", text).split())
 
 
 def _gsm8k(question: object, answer: object) -> Item:
-    number = re.search(r"####\s*\$?(-?[0-9.,]*[0-9])", _text(answer, "the answer"))
+    number = re.search(r"####\s*\$?(-?[0-9.,]*[0-9])", text_of(answer, "the answer"))
     if number is None:
         raise InvalidDataError(f"no number after '####' in the answer: {answer!r:.80}.")
-    return {"prompt": _bare_question(question), "reference": number[1].replace(",", "")}
+    return {"prompt": bare_question(question), "reference": number[1].replace(",", "")}
 
 
 def _open(question: object, answer: object, aliases: object = None, context: object = "") -> Item:
-    """An answer as text, a list of accepted texts, TriviaQA's ``{value, aliases}`` or GSM8K's."""
+    """An answer as text, a list of accepted texts, TriviaQA's or SQuAD's object, or GSM8K's."""
     if isinstance(answer, str) and "\n####" in answer:
         return _gsm8k(question, answer)
     if isinstance(answer, dict):
-        accepted: dict[str, Any] = answer
-        answer, aliases = accepted.get("value"), accepted.get("aliases")
-    elif isinstance(answer, list) and answer:
-        answers: list[Any] = answer
+        known: dict[str, Any] = answer
+        answer, aliases = known.get("value", known.get("text")), known.get("aliases")
+    if isinstance(answer, list):
+        answers: list[Any] = answer or ["<unk>"]
         answer, aliases = answers[0], answers[1:]
     if answer == "<unk>":
-        raise InvalidDataError("the row has no answer (value '<unk>'): use a split with labels.")
-    return _qa(_bare_question(question, context), answer, aliases=aliases)
+        raise InvalidDataError("the row has no answer (or '<unk>'): use a split with labels.")
+    return qa_item(bare_question(question, context), answer, aliases)
+
+
+def _yes_no(question: object, passage: object, answer: object) -> Item:
+    if not isinstance(answer, bool):
+        return _open(question, answer, context=passage)
+    return _choice(question, ["no", "yes"], int(answer), passage)
+
+
+def _social(context: object, question: object, *answers: object) -> Item:
+    *choices, label = answers
+    number = plain(label)
+    if number not in ("1", "2", "3"):
+        raise InvalidDataError(f"label {shown(label)} must be 1, 2 or 3: use a split with labels.")
+    return _choice(question, choices, int(number) - 1, context)
+
+
+def _letters(question: object, *values: object) -> Item:
+    *choices, answer = values
+    return _choice(question, choices, answer)
+
+
+def _two(question: object, first: object, second: object, label: object) -> Item:
+    return _choice(question, [first, second], label)
+
+
+def _blank(sentence: object, first: object, second: object, answer: object) -> Item:
+    """A sentence with a blank for one of two words: each choice is all that follows with it."""
+    before, blank, after = text_of(sentence, "the sentence").partition("_")
+    if not blank:
+        raise InvalidDataError(f"the sentence has no '_' for the options: {shown(sentence)}.")
+    words = [text_of(option, "an option") for option in (first, second)]
+    return _continued(before, [f"{word}{after}" for word in words], plain(answer) == "2", answer)
+
+
+def _blank_filled(contexts: object, continuation: object, gold: object) -> Item:
+    """The same, where each option has been put in the sentence up to it."""
+    if not isinstance(contexts, list) or len(contexts) != 2:
+        raise InvalidDataError(f"context_options must be two texts: {shown(contexts)}.")
+    first, second = (text_of(context, "a context").split() for context in contexts)
+    same = len(list(takewhile(bool, map(eq, first, second))))
+    tail = text_of(continuation, "the continuation")
+    choices = [" ".join([*words[same:], tail]) for words in (first, second)]
+    return _continued(" ".join(first[:same]), choices, gold == 1, gold)
+
+
+def _continued(before: str, choices: list[str], second: bool, gold: object) -> Item:
+    if plain(gold) not in ("0", "1", "2"):
+        raise InvalidDataError(f"the row has no answer ({shown(gold)}): use a split with labels.")
+    return _choice(before, choices, int(second))
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,7 @@ class Layout:
     """Fields a row must have (``a|b``: one of them), and the function that makes an item of them.
 
     Field names are compared in lower case, with ``_`` for spaces. `convert` takes the values in
-    the order of `fields`, and those of `optional` that are present by name.
+    the order of `fields`, and those of `optional` that are present by (first) name.
     """
 
     convert: Callable[..., Item]
@@ -211,24 +215,60 @@ class Layout:
 
     def values(self, row: Mapping[str, Any]) -> list[Any] | None:
         """The values of the required fields; None if one is missing."""
-        names = [next((n for n in f.split("|") if n in row), None) for f in self.fields]
+        names = [self._met(field, row) for field in self.fields]
         return None if None in names else [row[name] for name in names if name]
 
+    def options(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of the others that are present."""
+        met = {field.split("|")[0]: self._met(field, row) for field in self.optional}
+        return {field: row[name] for field, name in met.items() if name}
 
-ITEM = Layout(_qa, ("prompt", "reference"), ("choices", "aliases"))
+    def missing(self, row: Mapping[str, Any]) -> list[str]:
+        """The fields that a row lacks, by the first of their names."""
+        return [field.split("|")[0] for field in self.fields if self._met(field, row) is None]
+
+    @staticmethod
+    def _met(field: str, row: Mapping[str, Any]) -> str | None:
+        return next((name for name in field.split("|") if name in row), None)
+
+    def __str__(self) -> str:
+        return ", ".join(self.fields)
+
+
+QUESTION, ANSWER = "question|question_stem|query|prompt", "answerkey|gold|answer|label"
+ASKED = "prompt|question|query|input|inputs|problem"
+SAID = "completion|chosen|response|output|answer|target|targets|solution"
+CHAT = ("system|system_prompt", "tools", "history")
+ITEM = Layout(_given, ("prompt", "reference"), ("choices", "aliases"))
 SCIQ = Layout(_shuffle, ("question", "correct_answer", "distractor1", "distractor2", "distractor3"))
 TRUTHFULQA = Layout(_truthfulqa, ("question", "mc1_targets"))
 TRUTHFULQA_GEN = Layout(_truthfulqa_gen, ("question", "best_answer", "correct_answers"))
 HELLASWAG = Layout(_hellaswag, ("ctx", "endings", "label"), ("activity_label", "ctx_a", "ctx_b"))
-CHOICE = Layout(
-    _choice,
-    ("question|question_stem|query", "choices", "answerkey|gold|answer|label"),
-    ("context",),
-)
+CHOICE = Layout(_choice, (QUESTION, "choices|options", ANSWER), ("context|article|passage",))
 GSM8K = Layout(_gsm8k, ("question", "answer"))
-OPEN = Layout(_open, ("question|context", "answer"), ("aliases", "context"))
-CONTINUATION = Layout(_qa, ("context", "continuation"))
-LAYOUTS = (ITEM, SCIQ, TRUTHFULQA, TRUTHFULQA_GEN, HELLASWAG, CHOICE, OPEN, CONTINUATION)
+OPEN = Layout(_open, ("question|context", "answer|answers"), ("aliases", "context|passage"))
+LAYOUTS = (
+    ITEM,
+    Layout(from_messages, ("messages|conversations|conversation",), CHAT),
+    SCIQ,
+    TRUTHFULQA,
+    TRUTHFULQA_GEN,
+    HELLASWAG,
+    Layout(_yes_no, ("question", "passage", "answer")),
+    Layout(_two, ("goal", "sol1", "sol2", "label")),
+    Layout(_social, ("context", "question", "answera", "answerb", "answerc", "label")),
+    Layout(_blank, ("sentence", "option1", "option2", "answer")),
+    Layout(_blank_filled, ("context_options", "continuation", "gold")),
+    CHOICE,
+    Layout(_letters, ("question", "a", "b", "c", "d", "answer")),
+    Layout(from_prompt, ("instruction", SAID), ("input", "context", *CHAT)),
+    Layout(from_prompt, ("question", "answer|answers", "system")),
+    OPEN,
+    Layout(qa_item, ("context", "continuation")),
+    Layout(from_prompt, (ASKED, SAID), ("context", *CHAT)),
+    Layout(from_chosen, ("chosen",), CHAT[:2]),
+)
+TEXT = "text|content|document"
 
 
 @dataclass(frozen=True)
@@ -282,7 +322,9 @@ def clash(names: Iterable[object]) -> str:
     return " and ".join(f"{name!r:.80}" for name in twice)
 
 
-def normalize_item(item: Mapping[str, Any] | str, dataset_name: str) -> EvalItem:
+def normalize_item(
+    item: Mapping[str, Any] | str, dataset_name: str, fields: Mapping[str, str] | None = None
+) -> EvalItem:
     """One row of any known layout as an item.
 
     Args:
@@ -290,40 +332,55 @@ def normalize_item(item: Mapping[str, Any] | str, dataset_name: str) -> EvalItem
             `text`, is running text and becomes a string.
         dataset_name: a short name of `DATASETS`, a hub id, or any other name, for which the
             fields alone decide. It becomes the item's task unless the row names one.
+        fields: which field is which, such as ``{"prompt": "q", "reference": "a"}``, where the
+            row's own names do not say it.
 
     Raises:
         InvalidDataError: no known layout has these fields, or a value cannot be used.
     """
     try:
-        return to_item(item, dataset_name)
+        return to_item(item, dataset_name, fields)
     except InvalidDataError as error:
         raise InvalidDataError(f"{dataset_name}: {error}") from None
 
 
-def to_item(item: object, dataset_name: str) -> EvalItem:
+def to_item(item: object, dataset_name: str, fields: Mapping[str, str] | None = None) -> EvalItem:
     """`normalize_item` without the dataset's name in its errors."""
     if isinstance(item, str):
-        return _text(item, "the text")
+        return text_of(item, "the text")
     if not isinstance(item, Mapping):
         raise InvalidDataError(f"a row must be an object or a text: {shown(item)}.")
     given = {k: v for k, v in item.items() if v is not None}
     if twice := clash(given):
         raise InvalidDataError(f"{twice} name the same field: leave one of them out.")
     row = {field_name(k): v for k, v in given.items()}
+    task = row.get("task")
+    if fields and all(field_name(source) in row for source in fields.values()):
+        row = {field_name(field): row[field_name(source)] for field, source in fields.items()}
     known = [name for name in find_benchmarks(dataset_name) if DATASETS[name].layout.values(row)]
-    task = known[0] if len(known) == 1 else dataset_name.split("/")[-1]
-    if row.get("task") not in NOTHING:
-        _text(row["task"], "the task")
-        task = str(row["task"])
+    if task in NOTHING:
+        task = known[0] if len(known) == 1 else dataset_name.split("/")[-1]
+    else:
+        text_of(task, "the task")
     for layout in [DATASETS[name].layout for name in known[:1]] or LAYOUTS:
         values = layout.values(row)
         if values is not None:
-            options = {name: row[name] for name in layout.optional if name in row}
-            return {"task": task, **layout.convert(*values, **options)}
-    if "text" in row:
-        return _text(row["text"], "text")
-    accepted = "; ".join(", ".join(layout.fields) for layout in LAYOUTS)
-    raise InvalidDataError(
-        f"fields with a value: {sorted(row)!r:.500}. No known layout has these. Accepted (a|b: "
-        f"one of them): {accepted}; text. Rename the fields to 'prompt' and 'reference'."
+            return {"task": str(task), **layout.convert(*values, **layout.options(row))}
+    if (text := next((row[name] for name in TEXT.split("|") if name in row), None)) is not None:
+        return text_of(text, "text")
+    raise InvalidDataError(_unknown(row, fields))
+
+
+def _unknown(row: Mapping[str, Any], fields: Mapping[str, str] | None) -> str:
+    """Which fields a row has, which layout comes nearest, and how to say what they are."""
+    nearest = min(LAYOUTS, key=lambda one: len(one.missing(row)) / len(one.fields))
+    lacks = nearest.missing(row)
+    near = f"; the nearest is {nearest}, of which {lacks[0]} is missing" if len(lacks) == 1 else ""
+    texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
+    pairs = zip(("prompt", "reference"), [*texts, "FIELD", "FIELD"], strict=False)
+    example = ",".join(f"{field}={name}" for field, name in pairs)
+    asked = f" --fields names {', '.join(fields.values())}, not all of them here." if fields else ""
+    return (
+        f"fields with a value: {sorted(row)!r:.500}. No known layout has these{near}.{asked} Say "
+        f"which is which with --fields (fields=): --fields {example}, or --fields text=FIELD."
     )

@@ -5,31 +5,40 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidDataError, LoadError, UnknownNameError
 from ..utils import DEMO_DIR, DEMO_MODEL, logger, user_path
 from .hub_datasets import read_hub_dataset
 from .items import EvalItem, check_items, kind_of, of_kind, prompt_keys, prompt_of
-from .local_files import READERS, read_local
-from .passages import PASSAGE, passages
+from .local_files import is_data_name, name_of, read_local
 from .row_formats import DATASETS, DEFAULT_SOURCES, digest, find_benchmarks
+from .tables import items_of_object
 from .tokens import encode_sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Source = str | os.PathLike[str] | Iterable[Any]  # a name of a source, or rows themselves
 DEMO_FILES = {
     "demo": "calibration.jsonl",
     "demo-eval": "evaluation.jsonl",
     "demo-heal": "healing.jsonl",
 }
+
+PASSAGE = 2000  # characters: about 512 tokens of English
+# Where a passage may end, the best place first: a paragraph, a line, a sentence, a word.
+ENDS = (r"\n[ \t]*\n\s*", r"\n\s*", r"(?<=[.!?\u3002\uff01\uff1f])[\"'\u201d\u2019)\]]*\s+", r"\s+")
+NOT_BLANK = re.compile(r"\S")
+MARKED = re.compile(r"#{1,6}\s.*|=.*=")  # a heading in Markdown, or as wikis write it
+LONGEST_HEADING = 80  # characters
 
 
 def _check_count(name: str, n: object) -> None:
@@ -37,18 +46,39 @@ def _check_count(name: str, n: object) -> None:
         raise InvalidDataError(f"{name}={n!r} must be an integer of at least 1.")
 
 
-def _sample(
-    source: str, subset: str | None, split: str | None, k: int, seed: int, passage: int = PASSAGE
-) -> list[EvalItem]:
-    """At most `k` items of a benchmark, a local path or a hub id, tried in this order."""
-    if not find_benchmarks(source):
-        demo = source in DEMO_FILES
-        path = DEMO_DIR / DEMO_FILES[source] if demo else user_path(source)
-        if demo or os.path.exists(path) or path.suffix.lower() in READERS:
-            return _draw(_cut(read_local(path), passage), k, seed)
-        if "/" not in source:
-            raise UnknownNameError.of("dataset", source, [*DATASETS, *DEMO_FILES])
-    return _draw(_cut(read_hub_dataset(source, subset, split, k, seed), passage), k, seed)
+@dataclass(frozen=True)
+class _Reading:
+    """How a source is read.
+
+    Attributes:
+        seed: of what is drawn.
+        passage: characters that an item of running text has at most.
+        fields: which field of a row is which, where its own names do not say it.
+    """
+
+    seed: int = 0
+    passage: int = PASSAGE
+    fields: Mapping[str, str] | None = None
+
+    def draw(
+        self, source: object, k: int, subset: str | None = None, split: str | None = None
+    ) -> list[EvalItem]:
+        """At most `k` items of a benchmark, a local path or a hub id, tried in this order."""
+        if not isinstance(source, str | os.PathLike):
+            items = items_of_object(source, k, self.seed, self.fields)
+        else:
+            items = self._named(str(source), k, subset, split)
+        return _draw(_cut(items, self.passage), k, self.seed)
+
+    def _named(self, source: str, k: int, subset: str | None, split: str | None) -> list[EvalItem]:
+        if not find_benchmarks(source):
+            demo = source in DEMO_FILES
+            path = DEMO_DIR / DEMO_FILES[source] if demo else user_path(source)
+            if demo or os.path.exists(path) or is_data_name(path):
+                return read_local(path, k, self.seed, self.fields)
+            if "/" not in source:
+                raise UnknownNameError.of("dataset", source, [*DATASETS, *DEMO_FILES])
+        return read_hub_dataset(source, subset, split, k, self.seed, self.fields)
 
 
 def _cut(items: Sequence[EvalItem], passage: int) -> list[EvalItem]:
@@ -59,6 +89,48 @@ def _cut(items: Sequence[EvalItem], passage: int) -> list[EvalItem]:
     for item in items:
         found += passages(item, passage) if isinstance(item, str) else [item]
     return found
+
+
+def passages(text: str, size: int = PASSAGE) -> list[str]:
+    """A text in passages of at most `size` characters, in its order.
+
+    A passage ends with a paragraph if one ends in its second half, else with a line, a sentence, a
+    word, or in the middle of one. It does not end with a heading, which opens the next one.
+
+    Returns:
+        All of the text but the white space between passages; none of them is blank. A last one of
+        less than a tenth of `size` is left out unless it is the only one.
+    """
+    found: list[str] = []
+    end = 0
+    while next_word := NOT_BLANK.search(text, end):
+        begin = next_word.start()
+        end = begin + _length(text[begin : begin + size + 1], size)
+        found.append(text[begin:end].strip())
+    if len(found) > 1 and len(found[-1]) < size / 10:
+        found.pop()
+    return found
+
+
+def _length(text: str, size: int) -> int:
+    """How many characters of `text` make one passage."""
+    if len(text) <= size:
+        return len(text)
+    for pattern in ENDS:
+        ends = [m.start() for m in re.finditer(pattern, text) if size // 2 <= m.start() <= size]
+        for end in reversed(ends):
+            last = re.split(ENDS[0], text[:end].rstrip())[-1]
+            if not is_heading(last) or pattern != ENDS[0]:
+                return end
+    return size
+
+
+def is_heading(paragraph: str) -> bool:
+    """Whether a paragraph is a single line that only names what follows."""
+    line = paragraph.strip()
+    if "\n" in line or len(line) > LONGEST_HEADING:
+        return False
+    return MARKED.fullmatch(line) is not None or line[-1:].isalnum()
 
 
 def _draw(items: list[EvalItem], k: int, seed: int) -> list[EvalItem]:
@@ -79,7 +151,7 @@ def safe_sample(
     """
     _check_count("k", k)
     try:
-        return _sample(dataset_name, subset, split, k, seed)
+        return _Reading(seed).draw(dataset_name, k, subset, split)
     except (LoadError, InvalidDataError, UnknownNameError) as error:
         logger.warning("No items from %s: %s", dataset_name, error)
         return []
@@ -87,38 +159,44 @@ def safe_sample(
 
 def load_eval_dataset(
     n: int,
-    source: str | None = None,
+    source: Source | None = None,
     *,
     seed: int = 0,
     up_to: bool = False,
     passage: int = PASSAGE,
+    fields: Mapping[str, str] | None = None,
 ) -> list[EvalItem]:
     """`n` evaluation items, drawn by `seed`; fewer, with a warning, if the source has fewer.
 
     Args:
         source: None for an even mixture of `DEFAULT_SOURCES`, in which the others make up for one
             that fails; or ``demo``, ``demo-eval`` or ``demo-heal`` (items of this package), a
-            short name of `DATASETS`, a file (.jsonl, .json, .csv, .txt), a folder of such files,
+            short name of `DATASETS`, a file (.jsonl, .json, .csv, .tsv, .txt, .md, .parquet,
+            .arrow; texts also as .gz, .bz2, .zst), a folder of such files or of ``save_to_disk``,
             or a hub id. Write ``./sciq`` for a folder with the name of a benchmark. Several of
             them, separated by commas, give as many items each, or in proportion to shares,
-            ``a.jsonl=2,b.txt``; each is a kind of data (`kind_of`).
+            ``a.jsonl=2,b.txt``; each is a kind of data (`kind_of`). Or rows themselves, see
+            `items_of_object`: a list, a generator, a ``Dataset``, a ``DataFrame``.
         up_to: `n` is an upper limit: no warning if there are fewer.
         passage: characters that an item of running text has at most, see `passages`; fewer where
             there would be less than 16 of them.
+        fields: which field is which, ``{"prompt": "q", "reference": "a"}``, in rows that have
+            these fields and whose layout is not known.
 
     Raises:
-        InvalidDataError: `n` or `passage` below 1, or a file with unusable content.
+        InvalidDataError: `n` or `passage` below 1, or a source with unusable content.
         LoadError: the source, or every source of the mixture, cannot be loaded.
         UnknownNameError: no such source.
     """
     _check_count("n", n)
     _check_count("passage", passage)
+    reading = _Reading(seed, passage, fields)
     if source is None:
         items = _mixture(n, seed)
-    elif len(shares := _sources(str(source))) > 1:
-        items = _of_kinds(shares, n, seed, passage)
+    elif isinstance(source, str) and len(shares := _sources(source)) > 1:
+        items = _of_kinds(shares, n, reading)
     else:
-        items = _sample(str(source), None, None, n, seed, passage)
+        items = reading.draw(source, n)
     if len(items) < n and not up_to:
         logger.warning("%d items requested, only %d available: using these.", n, len(items))
     return items
@@ -145,21 +223,21 @@ def _sources(source: str) -> dict[str, float]:
     return shares
 
 
-def _of_kinds(shares: Mapping[str, float], n: int, seed: int, passage: int) -> list[EvalItem]:
+def _of_kinds(shares: Mapping[str, float], n: int, reading: _Reading) -> list[EvalItem]:
     """`n` items of several sources by their shares, each with the name of its source."""
     total = math.fsum(shares.values())
     kinds = _kind_names(list(shares))
     pools = []
     for (name, share), kind in zip(shares.items(), kinds, strict=True):
         count = max(1, round(n * share / total))
-        items = _sample(name, None, None, count, seed, passage)
+        items = reading.draw(name, count)
         pools.append([of_kind(item, kind) for item in items])
     return [item for pool in pools for item in pool]
 
 
 def _kind_names(sources: Sequence[str]) -> list[str]:
     """Short names of sources: those of files without folder and ending, where they differ."""
-    stems = [Path(name).stem or name for name in sources]
+    stems = [name_of(Path(name)) or name for name in sources]
     return stems if len(set(stems)) == len(stems) else list(sources)
 
 
@@ -167,7 +245,7 @@ def _mixture(n: int, seed: int) -> list[EvalItem]:
     pools, reasons = [], []
     for name in DEFAULT_SOURCES:
         try:
-            pools.append(_sample(name, None, None, n, seed))
+            pools.append(_Reading(seed).draw(name, n))
         except (LoadError, InvalidDataError) as error:
             reasons.append(f"{name}: {error}")
     if not pools:
@@ -256,14 +334,15 @@ class DataSplit:
 
 
 def load_data(
-    source: str | None,
+    source: Source | None,
     n_samples: int = 80,
     *,
-    heal_source: str | None = None,
+    heal_source: Source | None = None,
     healing: bool = False,
     taken: Collection[str] = (),
     seed: int = 0,
     passage: int = PASSAGE,
+    fields: Mapping[str, str] | None = None,
 ) -> DataSplit:
     """Load `n_samples` items to score on and as many held out; more to heal with if asked.
 
@@ -275,16 +354,16 @@ def load_data(
         healing: whether to load healing items.
         taken: `prompt_keys` of items to leave out everywhere, such as those a plan is based on.
         seed: of the sampling.
-        passage: characters that an item of running text has at most, see `passages`.
+        passage, fields: see `load_eval_dataset`.
 
     Raises:
         LoadError, InvalidDataError: the source cannot be read or holds too few items.
     """
     _check_count("n_samples", n_samples)
-    draw = partial(load_eval_dataset, seed=seed, passage=passage)
+    draw = partial(load_eval_dataset, seed=seed, passage=passage, fields=fields)
     pool = draw(n_samples * (2 + HEAL_ITEMS), source, up_to=True)
     pool = _others(pool, taken)
-    if source == DEMO_MODEL:
+    if isinstance(source, str) and source == DEMO_MODEL:
         heal_source = "demo-heal" if heal_source is None else heal_source
         held_out = draw(n_samples, "demo-eval")
     else:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 from operator import eq
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..chat_template import render_chat
 from ..errors import InvalidDataError
-from ..utils import render_prompt
-from .items import EvalItem, check_items
+from ..utils import logger, render_prompt, render_turns, turns_of
+from .items import EvalItem, Prompt, check_items
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,15 +75,16 @@ def encode_sequences(
     """Tokenize items into sequences, in the order of the data.
 
     A dict becomes the rendered prompt followed by its reference, and only the reference is
-    scored. A prompt that is too long loses its beginning. A string is running text: every token
-    but the first is scored, and a text longer than `max_length` is cut into windows, each opened
-    by the tokenizer's BOS token where it uses one.
+    scored; of a conversation, what the assistant said before as well. What is too long loses its
+    beginning. A string is running text: every token but the first is scored, and a text longer
+    than `max_length` is cut into windows, each opened by the tokenizer's BOS token where it uses
+    one. How many items are too long is logged once.
 
     Args:
         tokenizer: it is not changed.
         max_length: longest sequence, in tokens.
-        closed: with a chat template, whether the end of the assistant's turn is scored too: where
-            an answer ends is part of the answer.
+        closed: whether the assistant's turns are scored as wholes: what it said before too, and,
+            with a chat template, where a turn ends.
         stride: tokens from the start of one window of running text to the next; a later window
             scores only the tokens that the windows before it have not. If None, or not less than
             a window, windows do not overlap.
@@ -92,14 +93,18 @@ def encode_sequences(
         InvalidDataError: the items cannot be used, or leave no token to score.
     """
     sequences: list[TokenSequence] = []
+    in_windows = cut = 0
     for index, item in enumerate(check_items(eval_data)):
         if isinstance(item, str):
             parts = _windows(tokenizer, item, max_length, stride)
+            in_windows += len(parts) > 1
         else:
-            parts = [encode_pair(tokenizer, item["prompt"], item["reference"], closed=closed)]
-        for ids, context in parts:
-            labels = [IGNORED] * context + ids[context:]
+            parts = _answers(tokenizer, item, closed)
+            cut += any(len(ids) > max_length for ids, _ in parts)
+        for ids, labels in parts:
             sequences.append(TokenSequence(index, ids[-max_length:], labels[-max_length:]))
+    if in_windows or cut:
+        _note_long(len(eval_data), max_length, in_windows, cut)
     sequences = [one for one in sequences if any(label != IGNORED for label in one.labels[1:])]
     if not sequences:
         raise InvalidDataError(
@@ -132,7 +137,7 @@ def encode_batches(
     return pad_sequences(tokenizer, sequences, batch_size)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_length: int) -> list[int]:
     """Token ids of a rendered prompt for a model to continue.
 
     A prompt longer than `max_length` tokens loses its beginning. An end token that some
@@ -153,7 +158,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: i
 
 
 def encode_pair(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str, *, closed: bool = True
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, continuation: str, *, closed: bool = True
 ) -> tuple[list[int], int]:
     """Token ids of a rendered prompt with its continuation, and how many belong to the prompt.
 
@@ -161,18 +166,72 @@ def encode_pair(
     may differ from those of the parts. With a chat template the continuation is the assistant's
     turn; `closed` says whether the end of the turn belongs to it.
     """
+    text, full = _rendered(tokenizer, prompt, continuation, closed)
+    whole = _encode(tokenizer, full)
+    return whole, min(_shared(tokenizer, text, whole), len(whole) - 1)
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, continuation: str, closed: bool
+) -> tuple[str, str]:
+    """The text of a prompt, and that of the prompt with its continuation."""
     text = render_prompt(tokenizer, prompt)
     seam = "" if text[-1:].isspace() else " "
-    full = text + seam + continuation
     if closed and getattr(tokenizer, "chat_template", None):
-        turns = [("user", prompt), ("assistant", continuation)]
-        messages = [{"role": role, "content": content} for role, content in turns]
-        rendered = render_chat(tokenizer, messages).rstrip()
+        turns, tools = turns_of(prompt)
+        answer = {"role": "assistant", "content": continuation}
+        rendered = render_turns(tokenizer, [*turns, answer], tools).rstrip()
         if rendered.startswith(text):  # some templates write past turns differently
-            full = rendered
-    alone, whole = _encode(tokenizer, text), _encode(tokenizer, full)
-    n_prompt = len(list(takewhile(bool, map(eq, alone, whole))))  # equal at the beginning
-    return whole, min(n_prompt, len(whole) - 1)
+            return text, rendered
+    return text, text + seam + continuation
+
+
+def _answers(
+    tokenizer: PreTrainedTokenizerBase, item: Mapping[str, Any], closed: bool
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels of an item, and of each earlier turn that is written otherwise there.
+
+    Templates that write past turns without what the assistant thought are the usual reason: then
+    that turn is read as it was when the assistant had just said it.
+    """
+    prompt, reference = item["prompt"], item["reference"]
+    text, full = _rendered(tokenizer, prompt, reference, closed)
+    whole = _encode(tokenizer, full)
+    start = min(_shared(tokenizer, text, whole), len(whole) - 1)
+    labels = [IGNORED] * start + whole[start:]
+    others: list[tuple[list[int], list[int]]] = []
+    turns, tools = turns_of(prompt)
+    for index in _said_before(turns) if closed else ():
+        before = render_turns(tokenizer, turns[:index], tools, answering=True)
+        after = render_turns(tokenizer, turns[: index + 1], tools).rstrip()
+        if after.startswith(before) and full.startswith(after):
+            first, last = (_shared(tokenizer, part, whole) for part in (before, after))
+            labels[first:last] = whole[first:last]
+        elif content := turns[index].get("content"):
+            earlier = {"messages": turns[:index], **({"tools": tools} if tools else {})}
+            ids, context = encode_pair(tokenizer, earlier, content)
+            others.append((ids, [IGNORED] * context + ids[context:]))
+    return [*others, (whole, labels)]
+
+
+def _said_before(turns: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The assistant's turns that answer something."""
+    roles = [turn["role"] for turn in turns]
+    answered = roles.index("user") if "user" in roles else len(roles)
+    return [index for index, role in enumerate(roles) if role == "assistant" and index > answered]
+
+
+def _shared(tokenizer: PreTrainedTokenizerBase, text: str, whole: Sequence[int]) -> int:
+    """How many tokens of `whole` are those of the text it begins with."""
+    return len(list(takewhile(bool, map(eq, _encode(tokenizer, text), whole))))
+
+
+@lru_cache
+def _note_long(n_items: int, max_length: int, in_windows: int, cut: int) -> None:
+    """Say once what becomes of items that are too long."""
+    parts = [f"{in_windows} texts are read in windows"] if in_windows else []
+    parts += [f"{cut} questions or conversations lose their beginning"] if cut else []
+    logger.info("Of %d items, in %d tokens: %s", n_items, max_length, ", ".join(parts))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -183,8 +242,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _windows(
     tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, stride: int | None
-) -> list[tuple[list[int], int]]:
-    """The windows of a text, and how many tokens of each are context only."""
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels of the windows of a text."""
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     bos = [ids.pop(0)] if ids and ids[0] == tokenizer.bos_token_id else []
     size = max_length - len(bos)
@@ -192,7 +251,8 @@ def _windows(
     last = max(0, len(ids) - size)  # a window that begins later scores nothing new
     starts = range(0, last + step if ids else 0, step)
     overlap = len(bos) + size - step
-    return [(bos + ids[a : a + size], overlap if a and step < size else 0) for a in starts]
+    windows = [(bos + ids[a : a + size], overlap if a and step < size else 0) for a in starts]
+    return [(window, [IGNORED] * context + window[context:]) for window, context in windows]
 
 
 def pad_left(sequences: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

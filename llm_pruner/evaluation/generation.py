@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data.items import EvalItem, check_items, check_text
+from ..data.items import EvalItem, Prompt, check_items, check_prompt
 from ..data.tokens import encode_prompt, pad_left
 from ..errors import InvalidDataError, NonFiniteError
 from ..model.forward import HINT, check_ids, evaluating, input_device, position_limit
@@ -65,14 +65,14 @@ class ModelEvaluator:
         self.tokenizer, self.embedder = tokenizer, embedder
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
 
-    def generate(self, prompts: Sequence[str]) -> list[str]:
+    def generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """The model's answer to each raw prompt: new text only, up to its end, cleaned.
 
-        Prompts are rendered by `utils.render_prompt`; one that is too long for the model loses
-        its beginning.
+        Prompts, texts or conversations, are rendered by `utils.render_prompt`; one that is too
+        long for the model loses its beginning.
 
         Raises:
-            InvalidDataError: `prompts` is no list of strings.
+            InvalidDataError: `prompts` is no list of prompts.
             NonFiniteError: the model's logits are NaN.
         """
         if isinstance(prompts, str):
@@ -82,7 +82,7 @@ class ModelEvaluator:
                 f"prompts is a {type(prompts).__name__}, not a list of strings: {shown(prompts)}"
             )
         for index, prompt in enumerate(prompts):
-            check_text(f"prompts[{index}]", prompt)
+            check_prompt(f"prompts[{index}]", prompt)
         room = position_limit(self.model) - self.max_new_tokens
         encoded = [encode_prompt(self.tokenizer, prompt, room) for prompt in prompts]
         longest_first = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))

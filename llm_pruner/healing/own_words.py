@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data.items import EvalItem, check_items
+from ..data.items import EvalItem, check_items, prompt_of
 from ..data.tokens import encode_prompt
 from ..distributed import on_first
 from ..errors import InvalidDataError
@@ -132,10 +132,12 @@ def _write(
                 item = items[place]
                 head = [] if isinstance(item, dict) else openings[place]
                 text = str(tokenizer.decode([*head, *new[:stop]], skip_special_tokens=True)).strip()
-                prompt = item["prompt"] if isinstance(item, dict) else ""
-                if text and (prompt, text) not in before:
-                    before.add((prompt, text))
-                    found[place] = {"prompt": prompt, "reference": text} if prompt else text
+                asked = prompt_of(item) if isinstance(item, dict) else ""
+                if text and (asked, text) not in before:
+                    before.add((asked, text))
+                    found[place] = text
+                    if isinstance(item, dict):
+                        found[place] = {"prompt": item["prompt"], "reference": text}
             done, now = min(first + batch_size, len(order)), time.monotonic()
             if minutes is not None and now - start > 60 * minutes and len(found) >= MIN_ITEMS:
                 logger.info("Time is up: %d of %d healing items are written.", done, len(order))
