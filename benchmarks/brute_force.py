@@ -19,7 +19,7 @@ from statistics import median
 from common import loaded, model_options
 
 from llm_pruner import SmartPruner, get_strategy, perplexity
-from llm_pruner.pruners.budget import Budget
+from llm_pruner.goals.budget import Budget
 from llm_pruner.search.prefix_sharing import LayerSet
 
 ONE_SHOT = ("ablation", "avss", "bi", "pruneme")

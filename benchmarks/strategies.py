@@ -16,7 +16,7 @@ from typing import Any
 from common import loaded, model_options
 
 from llm_pruner import get_strategy
-from llm_pruner.pruners.budget import Budget
+from llm_pruner.goals.budget import Budget
 from llm_pruner.pruners.measured import MeasuredPruner
 from llm_pruner.pruners.registry import BUILTIN
 from llm_pruner.workflow import measure_quality

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from . import __version__
@@ -15,9 +16,10 @@ from .cli_request import Request
 from .distributed import TIMEOUT
 from .engines.verdict import ENGINES, check_engines
 from .errors import InvalidPlanError
+from .goals.budget import MEASURES, SPEEDS, Budget, Drop
 from .output_rules import as_path
-from .pruners.budget import Budget
 from .pruners.registry import BUILTIN
+from .results import CONTEXT
 from .streams import say
 from .utils import parse_bytes, parse_seconds
 
@@ -126,8 +128,54 @@ def _add_choice(group: Any) -> None:
         metavar="S",
         help=f"{', '.join(BUILTIN)}, a plug-in's name, or FILE.py:CLASS (default: smart)",
     )
-    add("--ratio", type=float, help="share of all layers to remove, e.g. 0.25")
+    add(
+        "--ratio",
+        type=_ratio,
+        metavar="R",
+        help="share of all layers to remove, e.g. 0.25 or 25%%, rounded down",
+    )
+    add(
+        "--ratio-of",
+        default="layers",
+        choices=MEASURES,
+        help="what the ratio is of; of params and bytes at least so much goes (default: layers)",
+    )
     add("--n-layers", type=_count, metavar="K", help="exactly K layers")
+    add("--target-size", type=_size, metavar="SIZE", help="weights of at most so much, e.g. 400MB")
+    add("--target-params", type=_number, metavar="N", help="at most so many parameters, e.g. 100M")
+    add(
+        "--target-speedup",
+        type=_speedup,
+        metavar="X",
+        help="so many times the tokens per second on this machine, --batch-size at a time, e.g. "
+        "1.3 (decoding) or prefill=1.3",
+    )
+    add(
+        "--target-memory",
+        type=_size,
+        metavar="SIZE",
+        help="weights and the cache of --context tokens in at most so much, e.g. 6GiB",
+    )
+    add(
+        "--context",
+        type=_count,
+        default=CONTEXT,
+        metavar="N",
+        help=f"tokens of the sequence that --target-memory counts (default: {CONTEXT})",
+    )
+    add(
+        "--max-drop",
+        type=_drops,
+        metavar="NAME=X,..",
+        help="by how much perplexity, a task of the data or their mean may become worse, in points "
+        "or percent: arc_easy=0.02,perplexity=10%%; checked on half of the items; alone, as many "
+        "layers go as it allows",
+    )
+    add(
+        "--confident",
+        action="store_true",
+        help="--max-drop holds at the upper end of the 95 %% interval of each drop",
+    )
     add(
         "--threshold",
         type=float,
@@ -300,6 +348,29 @@ def _random_seed(text: str) -> int:
     return number
 
 
+def _share(text: str) -> float:
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+
+
+def _large_number(text: str) -> int:
+    units = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+    digits = text.rstrip("kmbtKMBT")
+    if (number := round(float(digits) * units[text[len(digits) :].lower()])) < 1:
+        raise ValueError
+    return number
+
+
+def _faster(text: str) -> tuple[str, float]:
+    what, equals, factor = text.rpartition("=")
+    if equals and what not in SPEEDS:
+        raise ValueError
+    return what or SPEEDS[0], float(factor)
+
+
+def _names_and_drops(text: str) -> dict[str, str]:
+    return {name: str(Drop.of(drop)) for name, drop in _names_of_fields(text).items()}
+
+
 def _names_of_fields(text: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(field.strip() and name.strip() for field, _, name in pairs):
@@ -335,6 +406,10 @@ _count = _value("a whole number of at least 1", _at_least_one)
 _seed = _value(f"a whole number from 0 to {2**32 - 1}", _random_seed)
 _numbers = _value("whole numbers separated by commas, e.g. 3,7,11", _integers)
 _names = _engine_names
+_ratio = _value("a share, e.g. 0.25 or 25%", _share)
+_number = _value("a number, e.g. 100M, 1.1B", _large_number)
+_speedup = _value("a factor, e.g. 1.3, decode=1.3 or prefill=1.3", _faster)
+_drops = _value("figures and drops, e.g. arc_easy=0.02,perplexity=10%", _names_and_drops)
 _fields = _value("fields and their names, e.g. prompt=question,reference=answer", _names_of_fields)
 _pair = _value("two whole numbers, A,B", _two_integers)
 _length = _value("a whole number of at least 2", _at_least_two)
@@ -352,12 +427,10 @@ def parse_request(words: Sequence[str]) -> Request:
         SystemExit: after ``--help`` and ``--version``.
     """
     values = vars(build_parser().parse_args(words))
-    budget = Budget(
-        ratio=values.pop("ratio"),
-        n_layers=values.pop("n_layers"),
-        threshold=values.pop("threshold"),
-        tolerance=values.pop("tolerance"),
-    )
+    faster = values.pop("target_speedup")
+    what, factor = faster or (SPEEDS[0], None)
+    amounts = {one.name: values.pop(one.name) for one in fields(Budget) if one.name in values}
+    budget = Budget(**amounts, target_speedup=factor, speedup_of=what)
     values["output"] = _output_path(values["output"])
     values["option"] = dict(values["option"])
     values["serve_with"] = tuple(dict.fromkeys(values["serve_with"]))

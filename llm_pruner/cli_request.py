@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import InvalidPlanError
+from .goals.budget import AMOUNTS, Budget
 from .healing.lora_settings import TRAININGS
-from .pruners.budget import Budget
 
 OWN_WORDS = "self"  # --heal-data: what the model itself writes
 
@@ -82,9 +82,7 @@ class Request:
             "--sweep": self.sweep,
             "--fix-gguf": self.fix_gguf,
         }
-        for name, amount in self.budget.given.items():
-            if name != "tolerance":
-                named[f"--{name.replace('_', '-')}"] = amount
+        named |= {_option(name): getattr(self.budget, name) for name in AMOUNTS}
         _exclusive(named)
         _exclusive({"--heal-every": self.heal_every, "--sweep": self.sweep})
         _exclusive(
@@ -93,8 +91,10 @@ class Request:
         no_healing = "without --heal linear, lora or full"
         given = "--layers" if self.layers is not None else "--plan"
         is_given = self.layers is not None or self.plan is not None
+        of_what, context, sure = map(self.budget.given.get, ("ratio_of", "context", "confident"))
         no_data = self.eval_dataset is None and self.heal_data is None
         sweeps, tolerance = self.sweep is not None, self.budget.tolerance
+        goals = [(_option(name), value) for name, value in self.budget.goals.items()]
         others: list[tuple[str, Any]] = [
             ("--eval-dataset", self.eval_dataset),
             ("--export-yaml", self.export_yaml),
@@ -118,10 +118,15 @@ class Request:
             ("--push-to-hub", self.push_to_hub, self.dry_run, "with --dry-run"),
             ("--push-to-hub", self.push_to_hub, sweeps, "with --sweep"),
             ("--drop-mtp", self.drop_mtp or None, sweeps, "with --sweep"),
+            *((name, value, is_given, f"with {given}") for name, value in goals),
+            *((name, value, sweeps, "with --sweep") for name, value in goals),
             *(
                 (name, value, self.fix_gguf is not None, "with --fix-gguf")
-                for name, value in others
+                for name, value in [*goals, *others]
             ),
+            ("--ratio-of", of_what, self.budget.ratio is None, "without --ratio"),
+            ("--context", context, self.budget.target_memory is None, "without --target-memory"),
+            ("--confident", sure, self.budget.max_drop is None, "without --max-drop"),
         ):
             if value is not None and has_none:
                 raise InvalidPlanError(f"{name} has no effect {reason}: leave it out.")
@@ -175,6 +180,11 @@ class Request:
     def beside(self, ending: str) -> Path:
         """A file beside the output folder, named after it."""
         return Path(f"{self.output}.{ending}")
+
+
+def _option(name: str) -> str:
+    """An option of the command, by the name of what it gives."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _exclusive(options: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from .data.items import EvalItem, prompt_of
 from .data.sampling import DataSplit
 from .evaluation.generation import ModelEvaluator
+from .goals.budget import Budget
 from .healing.heal import RUN_BEFORE, SHARE_BEFORE
 from .healing.job import Heal, Healing, HealingJob
 from .healing.linear import RUNS
@@ -21,7 +22,6 @@ from .healing.lora_settings import STEP_RUNS, TRAININGS, LoraSettings, default_s
 from .model.layer_stack import LayerStack
 from .progress import duration
 from .pruners.base import BasePruner
-from .pruners.budget import Budget
 from .search.removal_quality import RemovalQuality
 from .search.rough import reduced
 from .storage.origin import gguf_of
@@ -104,6 +104,7 @@ def estimate(
         InvalidPlanError: an impossible amount.
         InvalidDataError: too few items to heal with.
     """
+    budget = pruner.with_count(budget)
     quality = pruner.comparing(data.scoring, budget)
     count = budget.count(pruner.removable) or max(1, len(pruner.candidates) // 4)
     exact, rough = pruner.expected_passes(quality, count)

@@ -102,6 +102,9 @@ class LayerScores(dict[int, float]):
     of_data = from_dict
 
 
+CONTEXT = 4096  # tokens of a sequence whose cache a limit on memory counts, unless others
+
+
 @dataclass(frozen=True)
 class PruningPlan(JsonFile):
     """Which layers of which model to remove, and why.

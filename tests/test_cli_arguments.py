@@ -16,7 +16,7 @@ from llm_pruner.errors import (
     OutputError,
     UnknownNameError,
 )
-from llm_pruner.pruners.budget import Budget
+from llm_pruner.goals.budget import Budget
 
 
 def parsed(words: str, model: str = "nobody/no-such-model"):

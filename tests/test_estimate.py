@@ -12,8 +12,8 @@ from llm_pruner.cli import main
 from llm_pruner.data.sampling import DataSplit
 from llm_pruner.errors import InvalidPlanError, MissingDependencyError
 from llm_pruner.estimate import estimate
+from llm_pruner.goals.budget import Budget
 from llm_pruner.healing.job import HealingJob
-from llm_pruner.pruners.budget import Budget
 from llm_pruner.utils import parse_seconds, resolve_model_id
 
 TEXTS = [f"w{n} w{n + 1} w{n + 2} w{n + 3}" for n in range(24)]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llm_pruner import BlockInfluencePruner, check_manifest, load_model
 from llm_pruner.cli import main
 from llm_pruner.errors import InvalidPlanError, LoadError, UnsupportedModelError
-from llm_pruner.pruners.budget import serving_of
+from llm_pruner.goals.budget import serving_of
 from llm_pruner.results import PruningPlan, PruningReport
 
 pytestmark = pytest.mark.slow

@@ -32,11 +32,13 @@ ROOMS = {
     "visualization": "model data evaluation",
     "report": "storage visualization",
     "checkpoint": "config engines storage model report",
-    "pruners": "config engines storage model offload data evaluation search healing checkpoint",
+    "goals": "config engines storage model data evaluation search report checkpoint",
+    "pruners": "config engines storage model offload data evaluation search healing checkpoint "
+    "goals",
     "workflow": "storage model data evaluation healing visualization report checkpoint pruners",
-    "estimate": "storage model data evaluation search healing pruners",
-    "cli_request": "healing pruners",
-    "cli_arguments": "engines pruners cli_request",
+    "estimate": "storage model data evaluation search healing goals pruners",
+    "cli_request": "goals healing",
+    "cli_arguments": "engines goals pruners cli_request",
     "cli_checks": "storage search pruners cli_request",
     "cli_jobs": "config storage model offload data search healing visualization report checkpoint "
     "pruners workflow estimate cli_request",

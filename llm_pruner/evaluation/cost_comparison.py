@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ENOUGH = 6  # paired runs whose range holds the median difference with at least 95 %
 CACHE_TOKENS = 16
+TIMED_TOKENS = 32  # of a prompt, and of its continuation
 
 
 def compare_cost(
@@ -33,8 +34,8 @@ def compare_cost(
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch: int = 8,
-    prompt_tokens: int = 32,
-    new_tokens: int = 32,
+    prompt_tokens: int = TIMED_TOKENS,
+    new_tokens: int = TIMED_TOKENS,
     repeats: int = ENOUGH,
     layers_path: str | None = None,
     stored: tuple[int, int] | None = None,
@@ -72,19 +73,48 @@ def compare_cost(
             f"new_tokens={new_tokens} (the models have {room} positions) must be at least 2: the "
             "time between new tokens is measured."
         )
-    text = "Once upon a time there was a small town."
-    prompt = (list(tokenizer(text)["input_ids"]) * prompt_tokens)[:prompt_tokens]
+    prompt = _prompt(tokenizer, prompt_tokens)
     comparisons = _sizes(models, prompt[0], layers_path, stored)
     if stored is not None:
         return comparisons
     for size in dict.fromkeys((1, batch)):
-        runs: list[list[dict[str, float]]] = [[], []]
-        for _ in range(repeats + 1):
-            for model, of_model in zip(models, runs, strict=True):
-                of_model.append(_run(model, [prompt] * size, new_tokens))
+        runs = _runs(models, [prompt] * size, new_tokens, repeats)
         note = f"batch {size}, {prompt_tokens} prompt and {new_tokens} new tokens"
-        comparisons += _timed([of_model[1:] for of_model in runs], size, note)
+        comparisons += _timed(runs, size, note)
     return comparisons
+
+
+def speeds(
+    models: Sequence[Any], tokenizer: PreTrainedTokenizerBase, batch: int, what: str
+) -> list[float]:
+    """Tokens per second of each model, the median of runs in turns, timed as `compare_cost` does.
+
+    Args:
+        models: causal language models.
+        tokenizer: their tokenizer.
+        batch: sequences generated together.
+        what: ``decode`` or ``prefill``.
+    """
+    room = min(map(position_limit, models))
+    tokens = min(TIMED_TOKENS, room // 2)
+    runs = _runs(models, [_prompt(tokenizer, tokens)] * batch, min(tokens, room - tokens), ENOUGH)
+    return [statistics.median(run[what] for run in of_model) for of_model in runs]
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> list[int]:
+    text = "Once upon a time there was a small town."
+    return (list(tokenizer(text)["input_ids"]) * n_tokens)[:n_tokens]
+
+
+def _runs(
+    models: Sequence[Any], prompts: Sequence[list[int]], new_tokens: int, repeats: int
+) -> list[list[dict[str, float]]]:
+    """Timed generations of each model, in turns, after one that is not counted."""
+    runs: list[list[dict[str, float]]] = [[] for _ in models]
+    for _ in range(repeats + 1):
+        for model, of_model in zip(models, runs, strict=True):
+            of_model.append(_run(model, prompts, new_tokens))
+    return [of_model[1:] for of_model in runs]
 
 
 def _sizes(

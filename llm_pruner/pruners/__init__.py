@@ -1,6 +1,6 @@
 """The strategies: which decoder layers a model can do without.
 
-Imports the ground, config, engines, storage, model, offload, data, evaluation, search, healing, checkpoint.
+Imports the ground, config, engines, storage, model, offload, data, evaluation, search, healing, checkpoint, goals.
 """  # noqa: E501
 
 from ..lazy_names import lazy_names

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from ..data.items import EvalItem, fingerprint, prompt_keys, refuse_overlap
 from ..engines.layer_sets import Fits
 from ..errors import InvalidPlanError, UnsupportedModelError
+from ..goals.budget import Budget
 from ..healing.job import Healing
 from ..model.layer_stack import LayerStack
 from ..results import LayerScores, check_layers
@@ -23,7 +24,6 @@ from ..search.removal_quality import RemovalQuality
 from ..search.rough import reduced
 from ..utils import logger
 from .base import BasePruner
-from .budget import Budget
 from .healing_search import Repairs, search_in_rounds
 from .registry import register_strategy
 from .residual_stream import neighbours
@@ -261,11 +261,11 @@ class SmartPruner(MeasuredPruner):
         return self.optimize_selection(candidates, eval_data, tolerance)
 
     def _score_and_choose(
-        self, eval_data: Sequence[EvalItem], budget: Budget
+        self, eval_data: Sequence[EvalItem], budget: Budget, scores: LayerScores | None = None
     ) -> tuple[LayerScores | None, list[int]]:
         """Scores are computed only where a threshold needs them: the search does without."""
         if budget.threshold is not None:
-            return super()._score_and_choose(eval_data, budget)
+            return super()._score_and_choose(eval_data, budget, scores)
         return None, self.choose_layers({}, eval_data, budget)
 
     def _search(

@@ -11,10 +11,10 @@ import torch
 
 from ..data.items import EvalItem
 from ..errors import InvalidPlanError
+from ..goals.budget import Budget
 from ..results import LayerScores
 from ..stats import AngularDistances, CosineSimilarities, last_real_token, merged, real_tokens
 from .base import BasePruner
-from .budget import Budget
 from .registry import register_strategy
 
 if TYPE_CHECKING:

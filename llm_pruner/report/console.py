@@ -27,7 +27,7 @@ def plan_text(plan: PruningPlan) -> str:
     lines.append(_headline("Would remove", plan))
     if plan.held_out:
         lines.append(f"Its cost: {held_out_text(plan.held_out)}")
-    lines += filter(None, [summary.engines_text(plan)])
+    lines += filter(None, [summary.goals_text(plan), summary.engines_text(plan)])
     return "\n".join(lines) + "\n"
 
 
@@ -162,6 +162,7 @@ def _footnote(report: PruningReport) -> str:
         healing.append(f"Without healing: perplexity {quality['perplexity']:,.3f}{mean}.")
     checked = report.protocol.get("checkpoint", "reloaded and verified")
     lines = [
+        *filter(None, [summary.goals_text(report.plan, report.comparisons)]),
         _cost(report.plan, " (not healed)" if healing else ""),
         *healing,
         f"Quality on {summary.evaluated_on(report)}.",

@@ -253,6 +253,8 @@ def _cost(plan: PruningPlan, report: PruningReport | None) -> str:
         kinds = {inert(kind): one for kind, one in held.get("kinds", {}).items()}
         cost = summary.held_out_text({**held, "unit": inert(held["unit"]), "kinds": kinds})
         lines.append(f"The cut alone: {cost}.\n")
+    if goals := summary.goals_text(plan, report.comparisons if report else ()):
+        lines.append(f"{inert(goals)}\n")
     if report is not None and report.comparisons:
         lines += ["| | before | after | change (95 % interval) | |", "|---|---:|---:|---:|---|"]
         entries = chain.from_iterable(summary.by_group(report.comparisons).values())

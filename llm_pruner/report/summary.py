@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ..results import Comparison, PruningPlan, PruningReport
+from ..results import CONTEXT, Comparison, PruningPlan, PruningReport
 
 MINUS = "\u2212"
 GROUPS = {  # of comparisons, in the order of every report, with their titles
@@ -40,6 +40,61 @@ def engines_text(plan: PruningPlan) -> str:
     wrong = any(part.startswith("wrong") for part in parts)
     hint = " --serve-with looks for sets that are right." if wrong else ""
     return f"Serving: {'; '.join(parts)}.{hint}" if parts else ""
+
+
+SPEEDUP, CACHED = "target_speedup", "target_memory"
+PARAMETERS = ("target_params", "ratio_of_params")
+
+
+def figure(goal: str, value: float) -> str:
+    """What a goal is about, with its unit: ``391.2 MB of weights``."""
+    if goal == SPEEDUP:
+        return f"{value:.2f} times the speed"
+    if goal in PARAMETERS:
+        return f"{value / 1e6:,.1f} M parameters"
+    return f"{value / 1e6:,.1f} MB of {'weights and cache' if goal == CACHED else 'weights'}"
+
+
+def goals_text(plan: PruningPlan, comparisons: Iterable[Comparison] = ()) -> str:
+    """What was asked of the pruned model, and what it is, in one line; empty without goals.
+
+    `comparisons` tell what was measured; otherwise what was predicted is said.
+    """
+    rows = {entry.name: entry for entry in comparisons}
+    parts = []
+    for one in plan.options.get("goals", ()):
+        goal, asked, predicted = one["goal"], one["asked"], one["predicted"]
+        if goal.startswith("max_drop "):
+            drop = f"{predicted:+.1%}" if asked.endswith("%") else f"{predicted:+.3f}"
+            name = goal.removeprefix("max_drop ")
+            parts.append(f"{name} worse by at most {asked}: {drop} on the items that checked it")
+            continue
+        found = _measured(plan, goal, rows)
+        is_now = f"{figure(goal, predicted)} predicted"
+        if found is not None:
+            is_now = figure(goal, found)
+            is_now += f", {predicted:.2f} predicted" if goal == SPEEDUP else ""
+        limit = "at least" if goal == SPEEDUP else "at most"
+        parts.append(f"{limit} {figure(goal, asked)}: {is_now}")
+    return f"Asked for: {'; '.join(parts)}." if parts else ""
+
+
+def _measured(plan: PruningPlan, goal: str, rows: Mapping[str, Comparison]) -> float | None:
+    """The figure of a goal, from what was compared; None if it was not."""
+    if goal == SPEEDUP:
+        what = plan.options.get("speedup_of", "decode")
+        timed = [entry for name, entry in rows.items() if name.startswith(f"{what}, batch ")]
+        return timed[-1].after / timed[-1].before if timed else None
+    if goal in PARAMETERS:
+        return rows["parameters"].after if "parameters" in rows else None
+    if "weights" not in rows:
+        return None
+    weights = 1e6 * rows["weights"].after
+    if goal != CACHED:
+        return weights
+    cache = rows.get("cache per token")
+    context = int(plan.options.get("context", CONTEXT))
+    return weights + (cache.after * context if cache else 0.0)
 
 
 def held_out_text(held_out: Mapping[str, Any]) -> str:

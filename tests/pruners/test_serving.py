@@ -10,7 +10,7 @@ from conftest import items, word_tokenizer
 
 from llm_pruner.engines.serving import Serving
 from llm_pruner.errors import InvalidPlanError, UnknownNameError
-from llm_pruner.pruners.budget import Budget, Removable
+from llm_pruner.goals.budget import Budget, Removable
 from llm_pruner.pruners.registry import BUILTIN, get_strategy
 
 DEPTH = 12

@@ -12,7 +12,7 @@ from oracles import BOTH, DEPTH, MIXED, close, layers_of, random_llama, slow_str
 from torch import nn
 
 from llm_pruner.errors import InvalidPlanError
-from llm_pruner.pruners.budget import Budget
+from llm_pruner.goals.budget import Budget
 from llm_pruner.pruners.similarity import BlockInfluencePruner, PruneMePruner
 from llm_pruner.results import LayerScores
 

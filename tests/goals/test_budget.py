@@ -7,7 +7,7 @@ import math
 import pytest
 
 from llm_pruner.errors import InvalidPlanError
-from llm_pruner.pruners.budget import Budget, Removable
+from llm_pruner.goals.budget import Budget, Removable
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -12,10 +12,12 @@ from ..checkpoint.gguf import GgufModel, read_gguf_model, refuse_other_engines
 from ..engines.layer_sets import LayerSets
 from ..engines.serving import Serving
 from ..engines.verdict import check_engines, verdicts
-from ..errors import InvalidPlanError, LoadError
+from ..errors import InvalidPlanError, LoadError, UnknownNameError
+from ..results import CONTEXT
 from ..storage.origin import gguf_of
 
 DEFAULT_PROTECT = (2, 2)
+AMOUNTS = ("ratio", "n_layers", "threshold")
 
 
 @dataclass(frozen=True)
@@ -145,14 +147,68 @@ class Removable:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How much to remove: at most one amount, and a limit on the loss.
+class Drop:
+    """How much worse a figure may become.
 
     Attributes:
-        ratio: share of all layers, in (0, 1), rounded down to whole layers.
+        amount: points of the figure, or a share of it.
+        relative: whether it is a share.
+    """
+
+    amount: float
+    relative: bool = False
+
+    @classmethod
+    def of(cls, value: str | float | Drop) -> Drop:
+        """What ``0.02`` (points) or ``"10%"`` (a share) means.
+
+        Raises:
+            InvalidPlanError: it means neither.
+        """
+        if isinstance(value, Drop):
+            return value
+        text = str(value).strip()
+        share = text.endswith("%")
+        try:
+            amount = float(text.removesuffix("%")) / (100 if share else 1)
+        except ValueError:
+            amount = math.nan
+        if not 0 <= amount < math.inf:
+            raise InvalidPlanError(
+                f"max_drop={value!r} must be a number from 0, in points (0.02) or as a share (10%)."
+            )
+        return cls(amount, share)
+
+    def __str__(self) -> str:
+        return f"{self.amount:.4g}" if not self.relative else f"{100 * self.amount:.4g}%"
+
+
+MEASURES = ("layers", "params", "bytes")  # what a ratio can be of
+SPEEDS = ("decode", "prefill")
+TARGETS = ("target_size", "target_params", "target_speedup", "target_memory")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to remove: an amount, goals that need one, and limits on the loss.
+
+    Attributes:
+        ratio: share of all layers, in (0, 1), rounded down to whole layers; of parameters or bytes
+            (`ratio_of`) at least this share goes.
         n_layers: exact number of layers.
         threshold: every layer whose score is beyond it.
         tolerance: largest relative loss of quality in total; 0.015 is 1.5 %.
+        ratio_of: ``layers``, ``params`` or ``bytes``.
+        target_size: most bytes of the weights, as they are stored.
+        target_params: most parameters.
+        target_speedup: how many times as fast, in tokens a second, on this machine.
+        speedup_of: what is to be faster, ``decode`` or ``prefill``.
+        target_memory: most bytes of the weights and of the cache for `context` tokens.
+        context: tokens of one sequence.
+        max_drop: by how much figures may become worse, see `Drop`: ``perplexity``, a task of the
+            data, or ``mean`` of its tasks. With an amount or goals it is a condition; alone, as
+            many layers go as it allows.
+        confident: whether the upper end of the 95 % interval of a drop has to hold.
 
     Raises:
         InvalidPlanError: an amount that is impossible for any model, or two amounts.
@@ -162,11 +218,25 @@ class Budget:
     n_layers: int | None = None
     threshold: float | None = None
     tolerance: float | None = None
+    ratio_of: str = "layers"
+    target_size: int | None = None
+    target_params: int | None = None
+    target_speedup: float | None = None
+    speedup_of: str = "decode"
+    target_memory: int | None = None
+    context: int = CONTEXT
+    max_drop: Mapping[str, Drop | str | float] | None = None
+    confident: bool = False
 
     def __post_init__(self) -> None:
-        amounts = [name for name in self.given if name != "tolerance"]
+        amounts = [name for name in AMOUNTS if getattr(self, name) is not None]
         if len(amounts) > 1:
             raise InvalidPlanError(f"{' and '.join(amounts)} exclude each other: give one.")
+        if self.goals and self.threshold is not None:
+            raise InvalidPlanError(
+                f"threshold and {', '.join(self.goals)} exclude each other: goals set the number "
+                "of layers."
+            )
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise InvalidPlanError(f"ratio={self.ratio} must lie between 0 and 1, e.g. 0.25.")
         if self.n_layers is not None and (type(self.n_layers) is not int or self.n_layers < 1):
@@ -177,11 +247,52 @@ class Budget:
             raise InvalidPlanError(
                 f"tolerance={self.tolerance} must be a number from 0, e.g. 0.015."
             )
+        for name, known in (("ratio_of", MEASURES), ("speedup_of", SPEEDS)):
+            if getattr(self, name) not in known:
+                raise UnknownNameError.of(name, getattr(self, name), known)
+        for name in ("target_size", "target_params", "target_memory", "context"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise InvalidPlanError(f"{name}={value!r} must be a whole number from 1.")
+        if self.target_speedup is not None and not 1 < self.target_speedup < math.inf:
+            raise InvalidPlanError(
+                f"target_speedup={self.target_speedup} must be a number above 1, e.g. 1.3."
+            )
+        if self.max_drop is not None:
+            if not isinstance(self.max_drop, Mapping) or not self.max_drop:
+                raise InvalidPlanError(
+                    f"max_drop={self.max_drop!r} must be a dict, e.g. {{'perplexity': '10%'}}."
+                )
+            limits = {name: Drop.of(value) for name, value in self.max_drop.items()}
+            object.__setattr__(self, "max_drop", limits)
 
     @property
-    def given(self) -> dict[str, float]:
-        """What was asked for, by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+    def goals(self) -> dict[str, Any]:
+        """What the pruned model has to be, and by how much it may be worse, by name."""
+        found = {name: getattr(self, name) for name in (*TARGETS, "max_drop")}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def targets(self) -> dict[str, float]:
+        """Goals that need a number of layers, by name; a ratio of parameters or bytes is one."""
+        found = {name: value for name, value in self.goals.items() if name != "max_drop"}
+        if self.ratio is not None and self.ratio_of != "layers":
+            found[f"ratio_of_{self.ratio_of}"] = self.ratio
+        return found
+
+    @property
+    def limits(self) -> dict[str, Drop]:
+        """By how much figures may become worse."""
+        return {name: Drop.of(value) for name, value in (self.max_drop or {}).items()}
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What was asked for, by name, as JSON has it."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = {f.name: values[f.name] for f in fields(self) if values[f.name] != f.default}
+        if self.max_drop is not None:
+            given["max_drop"] = {name: str(drop) for name, drop in self.limits.items()}
+        return given
 
     def count(self, removable: Removable) -> int | None:
         """The number of layers this asks for; None if the scores or a limit decide.
@@ -192,7 +303,7 @@ class Budget:
         sizes = removable.sets.sizes
         if not sizes:
             raise InvalidPlanError(f"No layer can be removed: {removable}.")
-        if self.ratio is not None:
+        if self.ratio is not None and self.ratio_of == "layers":
             count = int(self.ratio * removable.num_layers + 1e-9)
             if count not in sizes:
                 raise InvalidPlanError(f"ratio={self.ratio:.4g} means {count} layers: {removable}.")

@@ -1,0 +1,164 @@
+"""By how much quality may drop: measured on items that did not choose the layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data.items import EvalItem
+from ..errors import InvalidPlanError
+from ..evaluation.likelihood import perplexity
+from ..evaluation.tasks import HolisticEvaluator, item_kinds, task_of
+from ..model.layer_stack import LayerStack
+from ..search.removal_quality import RemovalQuality
+from ..stats import paired_interval
+from ..utils import logger
+from .budget import Drop
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PERPLEXITY, MEAN = "perplexity", "mean"
+
+
+class Drops:
+    """By how much figures become worse without layers.
+
+    Args:
+        stack: the layers of the full model.
+        tokenizer: its tokenizer.
+        items: what the figures are of.
+        limits: the drops that are allowed, by name: ``perplexity``, tasks of the items, ``mean``
+            of the tasks.
+        confident: whether the upper end of a drop's 95 % interval has to be within the limit.
+        batch_size, max_length: as of a pruner.
+
+    Raises:
+        InvalidPlanError: a name that is none of the figures of these items.
+        InvalidDataError: items that cannot be scored.
+    """
+
+    def __init__(
+        self,
+        stack: LayerStack,
+        tokenizer: PreTrainedTokenizerBase,
+        items: Sequence[EvalItem],
+        limits: Mapping[str, Drop],
+        *,
+        confident: bool,
+        batch_size: int,
+        max_length: int,
+    ) -> None:
+        stack.require_weights("holding a drop")
+        self.stack, self.tokenizer, self.limits = stack, tokenizer, limits
+        self.confident, self.batch_size = confident, batch_size
+        questions = [item for item in items if isinstance(item, dict)]
+        tasks = sorted({task_of(item) for item in questions})
+        known = [PERPLEXITY, *([*tasks, MEAN] if tasks else [])]
+        if unknown := [name for name in limits if name not in known]:
+            raise InvalidPlanError(
+                f"max_drop names {unknown[0]!r}, of which this data says nothing: it has "
+                f"{', '.join(known)}."
+            )
+        wanted = tasks if MEAN in limits else [name for name in limits if name in tasks]
+        self.questions = [item for item in questions if task_of(item) in wanted]
+        if self.questions:
+            item_kinds(self.questions)
+        how: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
+        self._quality = RemovalQuality(stack, tokenizer, items, **how)
+        self._perplexity = (
+            perplexity(stack.model, tokenizer, items, **how) if PERPLEXITY in limits else 0.0
+        )
+        self._full = self._scores(stack.model)
+        self._known: dict[tuple[int, ...], dict[str, dict[str, float]]] = {}
+
+    def _scores(self, model: Any) -> dict[str, list[float]]:
+        if not self.questions:
+            return {}
+        evaluator = HolisticEvaluator(model, self.tokenizer, batch_size=self.batch_size)
+        evaluator.run_benchmark(self.questions)
+        return evaluator.item_scores
+
+    def of(self, removed: Iterable[int]) -> dict[str, dict[str, float]]:
+        """The drops without layers: of each figure `drop` and `high`, in the limit's terms."""
+        layers = tuple(sorted(removed))
+        if layers not in self._known:
+            found = {PERPLEXITY: self._of_perplexity(layers)} if PERPLEXITY in self.limits else {}
+            found |= self._of_tasks(layers) if self.questions else {}
+            self._known[layers] = found
+            said = (
+                f"{name} {self.text(name, one['drop'])} (at most {self.text(name, one['high'])})"
+                for name, one in found.items()
+            )
+            logger.info("Without %d layers the drop is: %s", len(layers), ", ".join(said))
+        return self._known[layers]
+
+    def _of_perplexity(self, layers: tuple[int, ...]) -> dict[str, float]:
+        cost = self._quality.cost(layers)  # relative change of likelihood per token
+        drop, high = (1 / (1 + cost[end]) - 1 for end in ("change", "low"))
+        scale = 1.0 if self.limits[PERPLEXITY].relative else self._perplexity
+        return {"drop": drop * scale, "high": high * scale}
+
+    def _of_tasks(self, layers: tuple[int, ...]) -> dict[str, dict[str, float]]:
+        after = self._scores(self.stack.remove(layers))
+        found = {
+            name: self._points(name, {name: self._full[name]}, {name: after[name]})
+            for name in self.limits
+            if name in after
+        }
+        return found | (
+            {MEAN: self._points(MEAN, self._full, after)} if MEAN in self.limits else {}
+        )
+
+    def _points(
+        self, name: str, full: Mapping[str, list[float]], after: Mapping[str, list[float]]
+    ) -> dict[str, float]:
+        """The drop of the mean over tasks, of the items of each."""
+        before, left, shares = (
+            torch.tensor([one for each in side for one in each], dtype=torch.float64)
+            for side in (
+                full.values(),
+                after.values(),
+                [[1 / len(each)] * len(each) for each in full.values()],
+            )
+        )
+        before, left = shares * before, shares * left
+        mean = float(before.sum() / shares.sum())
+        drop = mean - float(left.sum() / shares.sum())
+        low, _ = paired_interval(before, left, shares)
+        high = math.inf if low is None else -low
+        if not self.limits[name].relative:
+            return {"drop": drop, "high": high}
+        return {"drop": drop / mean if mean else 0.0, "high": high / mean if mean else 0.0}
+
+    def text(self, name: str, value: float) -> str:
+        """A drop as its limit is written."""
+        return f"{value:+.1%}" if self.limits[name].relative else f"{value:+.3f}"
+
+    def holds(self, removed: Iterable[int]) -> bool:
+        """Whether every drop without these layers is within its limit."""
+        end = "high" if self.confident else "drop"
+        return all(one[end] <= self.limits[name].amount for name, one in self.of(removed).items())
+
+    def said(self, removed: Iterable[int]) -> str:
+        """The drops beside what is allowed, in words."""
+        end = "high" if self.confident else "drop"
+        return ", ".join(
+            f"{name} is worse by {self.text(name, one[end])} (allowed: {self.limits[name]})"
+            for name, one in self.of(removed).items()
+        )
+
+    def forecast(self, removed: Iterable[int]) -> list[dict[str, Any]]:
+        """Each limit and the drop that was measured, for the record."""
+        return [
+            {
+                "goal": f"max_drop {name}",
+                "asked": str(self.limits[name]),
+                "predicted": one["drop"],
+                "high": one["high"],
+            }
+            for name, one in sorted(self.of(removed).items())
+        ]
