@@ -23,7 +23,7 @@ from llm_pruner.data.tokens import Batch
 from llm_pruner.evaluation.likelihood import encode_for
 from llm_pruner.evaluation.token_measures import PreparedBatch
 from llm_pruner.model.layer_stack import LayerStack
-from llm_pruner.search.prefix_sharing import LayerSet
+from llm_pruner.search.passes import LayerSet
 
 
 def first_order(stack: LayerStack, removed: LayerSet, batches: Sequence[Batch]) -> dict[int, float]:

@@ -20,7 +20,7 @@ from common import loaded, model_options
 
 from llm_pruner import SmartPruner, get_strategy, perplexity
 from llm_pruner.goals.budget import Budget
-from llm_pruner.search.prefix_sharing import LayerSet
+from llm_pruner.search.passes import LayerSet
 
 ONE_SHOT = ("ablation", "avss", "bi", "pruneme")
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from llm_pruner import InvalidPlanError, get_strategy, load_data, load_eval_dataset, load_model
+from llm_pruner import get_strategy, load_data, load_eval_dataset, load_model
 from llm_pruner.data.sampling import split_items
+from llm_pruner.errors import InvalidPlanError
 from llm_pruner.evaluation.cost_comparison import cache_bytes, speeds
 from llm_pruner.goals.budget import Budget
 from llm_pruner.goals.drops import Drops

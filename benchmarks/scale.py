@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llm_pruner.progress import duration
-from llm_pruner.search.prefix_sharing import SOFTMAX, TokenCost
+from llm_pruner.search.passes import SOFTMAX, TokenCost
 
 TOKENS = 32_768  # to choose on
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of the data, in growing subsets

@@ -31,7 +31,7 @@ from demo_corpus import training_samples
 
 from llm_pruner import LayerStack, SmartPruner, load_model
 from llm_pruner.search.layer_search import search_layers
-from llm_pruner.search.prefix_sharing import LayerSet
+from llm_pruner.search.passes import LayerSet
 from llm_pruner.search.removal_quality import RemovalQuality
 
 PROTECT = (2, 2)

@@ -41,6 +41,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "pruners.avss": "AVSSPruner",
         "pruners.registry": "get_strategy register_strategy",
         "pruners.healing_search": "Repairs",
+        "search.objectives": "register_objective",
+        "goals.budget": "Budget",
         "workflow": "carry_out",
     },
 )

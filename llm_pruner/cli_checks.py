@@ -10,7 +10,9 @@ from .cli_request import OWN_WORDS, Request
 from .distributed import on_first
 from .errors import MissingDependencyError, OutputError, UnsupportedModelError
 from .hub import check_upload
-from .output_rules import check_file, is_curve, is_plan, is_recipe
+from .output_rules import check_file as check_output_file
+from .output_rules import is_curve, is_plan, is_recipe
+from .plugins import check_file
 from .pruners.registry import check_strategy_name
 from .search.journal import Journal
 from .storage.gguf_models import find_gguf
@@ -32,6 +34,8 @@ def check_request(request: Request) -> None:
             "use -O, or neither."
         )
     check_strategy_name(request.strategy)
+    for name in request.own_objectives:
+        check_file(name, "objective")
     if request.output.endswith(".gguf"):
         raise OutputError(
             f"--output {request.output} must be a folder, into which a pruned GGUF is written with "
@@ -54,9 +58,9 @@ def check_request(request: Request) -> None:
 
 def _check_files(request: Request) -> None:
     """Refuse outputs that cannot be written, or that would replace what they may not."""
-    strategy = request.strategy.rpartition(":")[0]
+    code = [name.rpartition(":")[0] for name in (request.strategy, *request.own_objectives)]
     heal_data = None if request.heal_data == OWN_WORDS else request.heal_data
-    sources = [request.plan, request.eval_dataset, heal_data, request.fix_gguf, strategy]
+    sources = [request.plan, request.eval_dataset, heal_data, request.fix_gguf, *code]
     reads = [resolve_model_id(request.model), *filter(None, sources)]
     if user_path(request.model).resolve() == user_path(request.output).resolve():
         raise OutputError(f"--output {request.output} is the model itself: choose another folder.")
@@ -69,9 +73,9 @@ def _check_files(request: Request) -> None:
     if request.trains:
         own_checkpoints(request.beside("healing"))
     if request.chooses:
-        check_file(request.beside("partial_plan.json"), is_plan, reads=reads)
+        check_output_file(request.beside("partial_plan.json"), is_plan, reads=reads)
     if request.sweep is not None:
         for ending in ("curve.json", "curve.png"):
-            check_file(request.beside(ending), is_curve, reads=reads)
+            check_output_file(request.beside(ending), is_curve, reads=reads)
     if request.export_yaml is not None:
-        check_file(request.export_yaml, is_recipe, reads=reads)
+        check_output_file(request.export_yaml, is_recipe, reads=reads)

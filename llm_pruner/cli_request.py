@@ -151,6 +151,12 @@ class Request:
                 )
 
     @property
+    def own_objectives(self) -> list[str]:
+        """The objectives that are in files of the user's, ``FILE.py:NAME``."""
+        names = (part.partition("=")[0].strip() for part in (self.objective or "").split(","))
+        return [name for name in names if ":" in name]
+
+    @property
     def chooses(self) -> bool:
         """Whether layers are to be chosen, by scores or a search."""
         return self.layers is None and self.plan is None and self.fix_gguf is None

@@ -22,8 +22,8 @@ from .healing.lora_settings import STEP_RUNS, TRAININGS, LoraSettings, default_s
 from .model.layer_stack import LayerStack
 from .progress import duration
 from .pruners.base import BasePruner
+from .search.passes import reduced
 from .search.removal_quality import RemovalQuality
-from .search.rough import reduced
 from .storage.origin import gguf_of
 from .utils import count_bytes, format_bytes
 

@@ -331,7 +331,7 @@ def test_a_mistake_is_told_without_the_usage(run):
     ("rows", "message"),
     [
         ([], "is empty"),
-        ([{"question_text": "a"}], "Rename the fields to 'prompt' and 'reference'"),
+        ([{"question_text": "a"}], "Say which is which with --fields"),
         ([{"prompt": "a", "reference": ""}], "reference is empty"),
     ],
 )

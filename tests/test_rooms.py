@@ -15,7 +15,7 @@ import llm_pruner
 PACKAGE = Path(llm_pruner.__file__).parent
 # Files at the top that every room may use; each may import those before it.
 GROUND = (
-    "lazy_names errors streams distributed chat_template utils output_rules atomic_output "
+    "lazy_names errors plugins streams distributed chat_template utils output_rules atomic_output "
     "progress json_files results stats hub"
 ).split()
 # What a room may import besides the ground. Nothing below a line imports anything above it.

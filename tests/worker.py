@@ -34,6 +34,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("ablation", {}),
     ("ablation", {"objective": "nll=0.5,kl=0.5"}),
     ("smart", {}),
+    ("ablation", {"objective": f"{Path(__file__).with_name('own_objectives.py')}:likelihood"}),
 ]  # fmt: skip
 
 

@@ -113,7 +113,8 @@ def choose_within(
         if size is None:
             first = list(choose(sizes[0]))
             raise InvalidPlanError(
-                f"No layer can go within max_drop: without {first} {drops.said(first)}. Allow more."
+                f"No layer can go within max_drop: without {first} {drops.said(first)}. Allow "
+                "more, or give more items (--n-samples), which tell smaller drops."
             )
         return list(choose(size))
     least = 1 if goals is None else goals.count()

@@ -19,9 +19,8 @@ from ..results import LayerScores, check_layers
 from ..search.layer_search import depth_curve, search_layers, single_removals
 from ..search.mixture import OverKinds, kinds_apart
 from ..search.objectives import ObjectiveLike, parse_objective
-from ..search.prefix_sharing import LayerSet
+from ..search.passes import LayerSet, reduced
 from ..search.removal_quality import RemovalQuality
-from ..search.rough import reduced
 from ..utils import logger
 from .base import BasePruner
 from .healing_search import Repairs, search_in_rounds

@@ -5,15 +5,13 @@ Names can be listed and checked before torch is imported.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
+import importlib
 import inspect
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
 from ..errors import InvalidPlanError, LoadError, UnknownNameError
+from ..plugins import check_file, load_plugin, plugins, run_file
 
 if TYPE_CHECKING:
     from .base import BasePruner
@@ -66,7 +64,7 @@ def register_strategy(name: str) -> Callable[[S], S]:
 
 def strategy_names() -> list[str]:
     """Every name `get_strategy` knows: built-in, registered, and from installed plug-ins."""
-    return sorted({*BUILTIN, *_registered, *_plugins()})
+    return sorted({*BUILTIN, *_registered, *plugins(ENTRY_POINTS)})
 
 
 def get_strategy(name: str) -> type[BasePruner]:
@@ -84,7 +82,7 @@ def get_strategy(name: str) -> type[BasePruner]:
         return _from_file(name)
     if name in BUILTIN:
         importlib.import_module(f"{__package__}.{BUILTIN[name]}")
-    elif name not in _registered and name in _plugins():
+    elif name not in _registered and name in plugins(ENTRY_POINTS):
         return _load_plugin(name)
     if name not in _registered:
         raise UnknownNameError.of("strategy", name, strategy_names())
@@ -94,15 +92,9 @@ def get_strategy(name: str) -> type[BasePruner]:
 def check_strategy_name(name: str) -> None:
     """Raise as `get_strategy` would for a name it cannot know, without importing anything."""
     if ":" in name:
-        path = Path(name.rpartition(":")[0])
-        if not path.is_file():
-            raise LoadError(f"Strategy file {str(path)!r} does not exist (from {name!r}).")
+        check_file(name, "strategy")
     elif name not in strategy_names():
         raise UnknownNameError.of("strategy", name, strategy_names())
-
-
-def _plugins() -> dict[str, importlib.metadata.EntryPoint]:
-    return {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
 
 
 def _full_name(cls: type) -> str:
@@ -118,40 +110,23 @@ def _is_strategy(found: object) -> TypeGuard[type[BasePruner]]:
 
 
 def _load_plugin(name: str) -> type[BasePruner]:
-    try:
-        found = _plugins()[name].load()
-    except Exception as error:
-        raise LoadError(
-            f"Plug-in strategy {name!r} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+    found = load_plugin(ENTRY_POINTS, name, "strategy")
     if not _is_strategy(found):
         raise LoadError(f"Plug-in strategy {name!r} is {found!r}, not a subclass of BasePruner.")
     return register_strategy(name)(found)
 
 
 def _from_file(name: str) -> type[BasePruner]:
-    check_strategy_name(name)
-    path, _, wanted = name.rpartition(":")
-    # A name of its own, so that a file called torch.py hides nothing.
-    spec = importlib.util.spec_from_file_location(f"_strategy_file_{Path(path).stem}", path)
-    if spec is None or spec.loader is None:
-        raise LoadError(f"{path!r} is not a Python file: write FILE.py:NAME.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[spec.name]
-        raise LoadError(f"{path!r} cannot be run: {type(error).__name__}: {error}") from error
+    module, wanted = run_file(name, "strategy")
     own = {
         key: value
         for cls in vars(module).values()
-        if _is_strategy(cls) and cls.__module__ == spec.name
+        if _is_strategy(cls) and cls.__module__ == module.__name__
         for key, value in ((cls.__name__, cls), (cls.name, cls))
         if key != "custom"
     }
     if wanted not in own:
-        raise UnknownNameError.of(f"strategy in {path}", wanted, own)
+        raise UnknownNameError.of(f"strategy in {module.__file__}", wanted, own)
     return own[wanted]
 
 

@@ -15,7 +15,7 @@ from ..json_files import parse_json
 from ..utils import logger
 
 if TYPE_CHECKING:
-    from .prefix_sharing import LayerSet
+    from .passes import LayerSet
 
 FIELDS = ("key", "removed", "chunk", "values")
 BEGINS = b'{"key": "'

@@ -11,7 +11,7 @@ from ..errors import InvalidPlanError, UnsupportedModelError
 from ..progress import duration, job
 from ..utils import logger
 from .moves import LayerSearch, OnStep, Step, obstacle
-from .prefix_sharing import LayerSet
+from .passes import LayerSet
 from .removal_quality import RemovalQuality, TimeIsUp
 
 

@@ -16,7 +16,7 @@ from ..engines.layer_sets import Fits, LayerSets
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..progress import duration
 from ..utils import logger
-from .prefix_sharing import LayerSet
+from .passes import LayerSet
 from .removal_quality import RemovalQuality, Subset
 
 WIDTHS = (8, 4, 2)  # candidates that stay in a round after each subset of the data

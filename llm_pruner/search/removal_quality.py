@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,16 +23,10 @@ from ..results import check_layers
 from ..stats import paired_draws, percentiles
 from ..utils import at_least_one, logger, tokenizer_fingerprint
 from .journal import Journal
+from .measures import COMPARING, MAX_LENGTH, EncodedData, Measure
 from .mixture import Mixture, OverKinds
-from .objectives import (
-    COMPARING,
-    MAX_LENGTH,
-    OBJECTIVES,
-    EncodedData,
-    ObjectiveLike,
-    parse_objective,
-)
-from .prefix_sharing import LayerSet, TokenCost, executions, in_tree_order
+from .objectives import OBJECTIVES, ObjectiveLike, parse_objective
+from .passes import LayerSet, TokenCost, executions, in_tree_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,10 +98,10 @@ class RemovalQuality:
         self.token_cost, self.work = TokenCost.of(stack, compares=compares), 0.0
         self.deadline: float | None = None
         self._items = [one.item for one in data.sequences]
-        names: dict[type, list[str]] = {}
+        names: dict[Callable[..., Measure], list[str]] = {}
         for name in mixture:
             names.setdefault(OBJECTIVES[name].measured_by, []).append(name)
-        self._measures = [cls(data, group) for cls, group in names.items()]
+        self._measures = [make(data, group) for make, group in names.items()]
         self.measures = {name: mixture[name] for group in names.values() for name in group}
         weights = torch.cat([measure.weights() for measure in self._measures])
         kinds = [kind_of(eval_data[n]) for n in self._items]
@@ -119,7 +113,8 @@ class RemovalQuality:
         self._fingerprint = fingerprint(eval_data)
         prints = stack.fingerprint, tokenizer_fingerprint(tokenizer), self._fingerprint
         layout = f"3.{length}.{batch_size}.{data.block_tokens}.{seed}"
-        settings = "+".join(self.measures), layout
+        versions = "".join(OBJECTIVES[name].version for name in self.measures)
+        settings = "+".join(self.measures) + versions, layout
         self._key = ":".join((*prints, *settings))
         if self._journal:
             self._read_journal(self._journal)
@@ -243,7 +238,7 @@ class RemovalQuality:
         weights = self._mixture.weights
         parts = zip(self._mixture.parts, self._full(), *sides, weights, strict=True)
         for part, full, before, after, counts in parts:
-            transform = (lambda nll: torch.exp(-nll)) if OBJECTIVES[part.name].is_loss else None
+            transform = OBJECTIVES[part.name].of_draws
             how: dict[str, Any] = {"transform": transform, "draws": draws, "seed": seed}
             changes.append(paired_draws(before, after, counts, **how) / abs(full))
         return torch.stack(changes)

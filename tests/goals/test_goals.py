@@ -212,9 +212,28 @@ def test_drops_are_those_of_the_evaluators(demo):
     assert found["facts"]["drop"] > 0.01
     for one in found.values():
         assert one["drop"] <= one["high"] < math.inf
-    assert found["facts"]["high"] <= 1
+    assert found["facts"]["high"] < 0.5
     assert not drops.holds(layers)
     assert drops.holds(())
+
+
+@pytest.mark.parametrize(("both", "lost", "won"), [(20, 0, 0), (15, 3, 1), (40, 10, 0)])
+def test_the_upper_end_is_that_of_agresti_and_min(both, lost, won, demo, monkeypatch):
+    """With half an item in each cell: (b - c) / n + 1.96 sqrt(b + c - (b - c)^2 / n) / n."""
+    model, tokenizer, _ = demo
+    before = [1.0] * both + [1.0] * lost + [0.0] * won
+    after = [1.0] * both + [0.0] * lost + [1.0] * won
+    scores = iter([before, after])
+    monkeypatch.setattr(Drops, "_scores", lambda self, model: {"t": next(scores)})
+    data = [{"task": "t", "prompt": "Add 1 and 1.", "reference": "2"}] * 4
+    how = {"confident": True, "batch_size": 4, "max_length": 32}
+    drops = Drops(LayerStack(model), tokenizer, data, {"t": Drop(0.1)}, **how)
+    found = drops.of([3])["t"]
+    n, b, c = both + lost + won + 2, lost + 0.5, won + 0.5
+    assert found["drop"] == pytest.approx((lost - won) / (n - 2))
+    want = (b - c) / n + 1.96 * math.sqrt(b + c - (b - c) ** 2 / n) / n
+    assert found["high"] == pytest.approx(max(want, found["drop"]))
+    assert drops.holds([3]) == (want <= 0.1)
 
 
 def test_a_limit_holds_on_the_items_that_checked_it_and_one_more_layer_breaks_it(demo):

@@ -92,7 +92,7 @@ def test_a_round_beyond_the_tolerance_is_rolled_back(llama, tokenizer, monkeypat
 def test_the_last_healing_is_not_done_twice(llama, tokenizer, tmp_path, monkeypatch):
     made = []
     real = heal.heal_model
-    monkeypatch.setattr(base, "heal_model", lambda *a, **k: (made.append(a[1]), real(*a, **k))[1])
+    monkeypatch.setattr(remover, "heal_model", lambda *a, **k: (made.append(a[1]), real(*a, **k))[1])
     pruner = pruner_with(llama, tokenizer, Repairs(HEALING))
     chosen = pruner.optimize_selection(None, SCORING, n_layers=2)
     assert len(made) == 2

@@ -17,7 +17,7 @@ from test_objectives import choice_items
 from llm_pruner.data.items import kind_of, of_kind
 from llm_pruner.errors import OutputError
 from llm_pruner.model.layer_stack import LayerStack
-from llm_pruner.search import objectives
+from llm_pruner.search import measures
 from llm_pruner.search.journal import Journal
 from llm_pruner.search.mixture import warn_of_kinds
 from llm_pruner.search.removal_quality import RemovalQuality
@@ -127,6 +127,7 @@ def test_a_line_that_finds_no_room_is_an_error_and_costs_that_line_alone(tmp_pat
 
 APPEND = """
 import os, sys
+from llm_pruner.search import measures
 from llm_pruner.search.journal import Journal
 from llm_pruner.search.mixture import warn_of_kinds
 for key in "abc":
@@ -288,7 +289,7 @@ def test_the_size_of_blocks_changes_no_result_and_shares_no_journal(
     path, data = tmp_path / "journal.jsonl", items(60)
     found = []
     for tokens in (20, 60):
-        monkeypatch.setattr(objectives, "CPU_TOKENS", tokens)
+        monkeypatch.setattr(measures, "CPU_TOKENS", tokens)
         quality = RemovalQuality(LayerStack(tiny_llama()), tokenizer, data, journal=path)
         quality.measure(LAYER_SETS)
         assert quality.measured > 0, "nothing was read"

@@ -8,18 +8,17 @@ from conftest import items, tiny_gpt2, tiny_llama
 
 from llm_pruner import SmartPruner
 from llm_pruner.model.layer_stack import LayerStack
-from llm_pruner.search import rough
-from llm_pruner.search.prefix_sharing import TokenCost
+from llm_pruner.search import passes
+from llm_pruner.search.passes import TokenCost, reduced
 from llm_pruner.search.removal_quality import RemovalQuality
-from llm_pruner.search.rough import reduced
 
 
 @pytest.fixture
 def faster(monkeypatch):
     """A processor that is faster in bfloat16, and no model too small."""
-    monkeypatch.setattr(rough, "SMALLEST", 0)
+    monkeypatch.setattr(passes, "SMALLEST", 0)
     times = {torch.float32: 2.0, torch.bfloat16: 1.0}
-    monkeypatch.setattr(rough, "_seconds", lambda _, dtype: times[dtype])
+    monkeypatch.setattr(passes, "_seconds", lambda _, dtype: times[dtype])
     return times
 
 
@@ -47,7 +46,7 @@ def test_tied_weights_stay_tied(faster):
 def test_no_copy_without_a_gain(faster, monkeypatch, reason):
     model = tiny_llama()
     if reason == "small":
-        monkeypatch.setattr(rough, "SMALLEST", 10**9)
+        monkeypatch.setattr(passes, "SMALLEST", 10**9)
     elif reason == "no faster":
         faster[torch.bfloat16] = 1.9
     else:
@@ -57,7 +56,7 @@ def test_no_copy_without_a_gain(faster, monkeypatch, reason):
 
 def test_a_trial_takes_time():
     matrix = torch.nn.Parameter(torch.ones(64, 32))
-    assert 0 < rough._seconds(matrix, torch.float32) < 1
+    assert 0 < passes._seconds(matrix, torch.float32) < 1
 
 
 def test_smart_decides_in_full_precision(faster, tokenizer):

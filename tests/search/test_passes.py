@@ -16,7 +16,7 @@ from conftest import tiny_llama
 from torch import nn
 
 from llm_pruner.model.layer_stack import LayerStack
-from llm_pruner.search.prefix_sharing import executions, in_tree_order, replayed
+from llm_pruner.search.passes import executions, in_tree_order, replayed
 
 REPLAYABLE = (
     "bloom deepseek_v3 falcon gemma2 gemma3n_text gpt2 jamba llama mamba2 minimax mixtral opt "
