@@ -9,7 +9,7 @@ from conftest import items
 from llm_pruner.errors import InvalidDataError, InvalidPlanError, UnsupportedModelError
 from llm_pruner.healing import heal
 from llm_pruner.model.layer_stack import LayerStack
-from llm_pruner.pruners import base, healing_search
+from llm_pruner.pruners import healing_search, remover
 from llm_pruner.pruners.healing_search import Repairs, search_in_rounds
 from llm_pruner.pruners.measured import SmartPruner
 from llm_pruner.search import layer_search
@@ -92,7 +92,8 @@ def test_a_round_beyond_the_tolerance_is_rolled_back(llama, tokenizer, monkeypat
 def test_the_last_healing_is_not_done_twice(llama, tokenizer, tmp_path, monkeypatch):
     made = []
     real = heal.heal_model
-    monkeypatch.setattr(remover, "heal_model", lambda *a, **k: (made.append(a[1]), real(*a, **k))[1])
+    counted = lambda *a, **k: (made.append(a[1]), real(*a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(remover, "heal_model", counted)
     pruner = pruner_with(llama, tokenizer, Repairs(HEALING))
     chosen = pruner.optimize_selection(None, SCORING, n_layers=2)
     assert len(made) == 2
