@@ -88,6 +88,15 @@ def _add_input(group: Any) -> None:
         "text=body, where its names do not say it",
     )
     add(
+        "--tasks",
+        type=_words,
+        default=(),
+        metavar="T,T",
+        help="also compare both models on tasks of lm-eval: names, groups, definitions (.yaml), or "
+        "FOLDER/TASK.jsonl with rows of a task's dataset; of each the first --n-samples items, "
+        "all by default",
+    )
+    add(
         "--n-samples",
         type=_count,
         metavar="N",
@@ -221,8 +230,8 @@ def _add_choice(group: Any) -> None:
         metavar="O",
         help="what ablation and smart measure: nll (likelihood of references or text), kl or "
         "agreement (with the full model), accuracy (of multiple choice), similarity (of answers), "
-        "or a mixture, nll=0.7,accuracy=0.3 (default: smart chooses a number of layers by kl; "
-        "all else is nll)",
+        "tasks (the scores of --tasks), a function of your own (FILE.py:NAME), or a mixture, "
+        "nll=0.7,accuracy=0.3 (default: smart chooses a number of layers by kl; all else is nll)",
     )
     add(
         "--option",
@@ -378,6 +387,13 @@ def _names_of_fields(text: str) -> dict[str, str]:
     return {field.strip(): name.strip() for field, _, name in pairs}
 
 
+def _listed(text: str) -> tuple[str, ...]:
+    parts = tuple(part.strip() for part in text.split(","))
+    if not all(parts):
+        raise ValueError
+    return parts
+
+
 def _engine_names(text: str) -> tuple[str, ...]:
     return check_engines(part.strip() for part in text.split(","))
 
@@ -406,6 +422,7 @@ _count = _value("a whole number of at least 1", _at_least_one)
 _seed = _value(f"a whole number from 0 to {2**32 - 1}", _random_seed)
 _numbers = _value("whole numbers separated by commas, e.g. 3,7,11", _integers)
 _names = _engine_names
+_words = _value("names separated by commas", _listed)
 _ratio = _value("a share, e.g. 0.25 or 25%", _share)
 _number = _value("a number, e.g. 100M, 1.1B", _large_number)
 _speedup = _value("a factor, e.g. 1.3, decode=1.3 or prefill=1.3", _faster)

@@ -8,7 +8,7 @@ import sys
 from .atomic_output import check_output, own_checkpoints
 from .cli_request import OWN_WORDS, Request
 from .distributed import on_first
-from .errors import MissingDependencyError, OutputError, UnsupportedModelError
+from .errors import LoadError, MissingDependencyError, OutputError, UnsupportedModelError
 from .hub import check_upload
 from .output_rules import check_file as check_output_file
 from .output_rules import is_curve, is_plan, is_recipe
@@ -17,6 +17,8 @@ from .pruners.registry import check_strategy_name
 from .search.journal import Journal
 from .storage.gguf_models import find_gguf
 from .utils import resolve_model_id, user_path
+
+TASK_FILES = (".yaml", ".yml", ".jsonl", ".json")
 
 
 def check_request(request: Request) -> None:
@@ -51,6 +53,15 @@ def check_request(request: Request) -> None:
             )
     if request.heal == "lora" and importlib.util.find_spec("peft") is None:
         raise MissingDependencyError("--heal lora needs peft: pip install 'llm_pruner[heal]'.")
+    if request.tasks:
+        if importlib.util.find_spec("lm_eval") is None:
+            raise MissingDependencyError("--tasks needs lm-eval: pip install 'llm_pruner[eval]'.")
+        for name in request.tasks:
+            if (
+                name.endswith((".yaml", ".yml", ".jsonl", ".json"))
+                and not user_path(name).is_file()
+            ):
+                raise LoadError(f"--tasks {name}: there is no such file.")
     if (repo_id := request.push_to_hub) is not None:
         on_first(lambda: check_upload(repo_id))
     on_first(lambda: _check_files(request))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .atomic_output import clear_checkpoints
-from .cli_request import OWN_WORDS, Request
+from .cli_request import OWN_WORDS, TASKS, Request
 from .distributed import on_first, rank
 from .errors import (
     InvalidPlanError,
@@ -32,6 +32,7 @@ from .utils import DEMO_MODEL, logger
 
 if TYPE_CHECKING:
     from .data.sampling import DataSplit
+    from .evaluation.lm_eval_backend import LmEvalTasks
     from .healing.lora_settings import LoraSettings
     from .pruners.base import BasePruner
 
@@ -173,8 +174,9 @@ def run_in_memory(request: Request) -> None:
     given = _given_plan(request)
     named = request.layers is not None or given is not None
     data = DataSplit([], [], [])
+    tasks = _tasks(request) if request.tasks else None
     if not (named and request.dry_run):
-        data = on_first(lambda: _load_data(request, given))
+        data = on_first(lambda: _load_data(request, given, tasks))
     pruner = _make_pruner(request)
     n_tokens = request.n_tokens or (N_TOKENS if request.n_samples is None else None)
     if n_tokens is not None:
@@ -210,7 +212,7 @@ def run_in_memory(request: Request) -> None:
         held_out = plan.held_out or pruner.measure_choice(plan.remove, data.held_out)
         _copy_on_disk(request, replace(plan, held_out=held_out))
     else:
-        _carry_out(request, pruner, plan, data, lora)
+        _carry_out(request, pruner, plan, data, lora, tasks)
 
 
 def _estimated(request: Request, pruner: BasePruner, data: DataSplit, lora: LoraSettings) -> str:
@@ -222,9 +224,30 @@ def _estimated(request: Request, pruner: BasePruner, data: DataSplit, lora: Lora
     return json.dumps(values, indent=2) + "\n" if request.json else found.text()
 
 
-def _load_data(request: Request, given: PruningPlan | None) -> DataSplit:
-    from .data.sampling import load_data
+def _tasks(request: Request) -> LmEvalTasks:
+    """The tasks that were named; as an objective, too, if they are to choose layers."""
+    from .evaluation.lm_eval_backend import LmEvalTasks
+    from .search.objectives import register_objective
 
+    limit, batch_size = request.n_samples, request.batch_size
+    tasks = LmEvalTasks(request.tasks, limit=limit, batch_size=batch_size)
+    if request.chooses_on_tasks:
+        register_objective(TASKS, unit=f"score of {', '.join(request.tasks)}")(tasks)
+    return tasks
+
+
+def _load_data(
+    request: Request, given: PruningPlan | None, tasks: LmEvalTasks | None = None
+) -> DataSplit:
+    """What the request needs; tasks that choose layers choose on half of their items."""
+    from .data.sampling import DataSplit, load_data, split_items
+
+    if tasks is not None and request.chooses_on_tasks:
+        choosing, others = split_items(tasks.items, 0.5, seed=request.seed)
+        healing = []
+        if request.heal != "none":
+            healing = _load_data(replace(request, objective=None), given).healing
+        return DataSplit(choosing, healing, others)
     source = request.eval_dataset or (DEMO_MODEL if request.model == DEMO_MODEL else None)
     n_samples = request.n_samples or max(N_SAMPLES, (request.n_tokens or 0) // LEAST_TOKENS)
     return load_data(
@@ -272,7 +295,12 @@ def _healing(request: Request) -> Any:
 
 
 def _carry_out(
-    request: Request, pruner: BasePruner, plan: PruningPlan, data: DataSplit, lora: Any
+    request: Request,
+    pruner: BasePruner,
+    plan: PruningPlan,
+    data: DataSplit,
+    lora: Any,
+    tasks: LmEvalTasks | None,
 ) -> None:
     """Prune, heal, compare and write; print the report and what was written."""
     from .workflow import carry_out, with_scores
@@ -281,6 +309,7 @@ def _carry_out(
     if request.visualize:
         plan = with_scores(pruner, plan, data.scoring)
     checkpoints = request.beside("healing")
+    unused: Any = data.held_out if request.chooses_on_tasks else None
     report, _ = carry_out(
         pruner,
         plan,
@@ -293,6 +322,7 @@ def _carry_out(
         figures=request.visualize,
         seed=request.seed,
         command=shlex.join(["llm-pruner", *request.words]),
+        tasks=None if tasks is None else partial(tasks.results, items=unused),
     )
     on_first(lambda: clear_checkpoints(checkpoints))
     _export_yaml(request, pruner, plan)

@@ -13,6 +13,7 @@ from .errors import InvalidPlanError
 from .goals.budget import AMOUNTS, Budget
 from .healing.lora_settings import TRAININGS
 
+TASKS = "tasks"  # --objective: the scores of --tasks
 OWN_WORDS = "self"  # --heal-data: what the model itself writes
 
 
@@ -51,6 +52,7 @@ class Request:
     protect: tuple[int, int] | None
     serve_with: tuple[str, ...]
     objective: str | None
+    tasks: tuple[str, ...]
     option: dict[str, Any]
     heal_every: int | None
     time: float | None
@@ -88,15 +90,18 @@ class Request:
         _exclusive(
             {"--max-memory": self.max_memory, "--device auto": self.device == "auto" or None}
         )
+        sweeps = self.sweep is not None
         no_healing = "without --heal linear, lora or full"
         given = "--layers" if self.layers is not None else "--plan"
         is_given = self.layers is not None or self.plan is not None
         of_what, context, sure = map(self.budget.given.get, ("ratio_of", "context", "confident"))
+        nothing_compared = (self.dry_run or sweeps) and not self.chooses_on_tasks
         no_data = self.eval_dataset is None and self.heal_data is None
-        sweeps, tolerance = self.sweep is not None, self.budget.tolerance
+        tolerance = self.budget.tolerance
         goals = [(_option(name), value) for name, value in self.budget.goals.items()]
         others: list[tuple[str, Any]] = [
             ("--eval-dataset", self.eval_dataset),
+            ("--tasks", self.tasks or None),
             ("--export-yaml", self.export_yaml),
             ("--heal", None if self.heal == "none" else self.heal),
             ("--push-to-hub", self.push_to_hub),
@@ -105,6 +110,7 @@ class Request:
         ]
         for name, value, has_none, reason in (
             ("--fields", self.fields, no_data, "without --eval-dataset"),
+            ("--tasks", self.tasks or None, nothing_compared, "with --dry-run, or --sweep"),
             ("--heal-data", self.heal_data, self.heal == "none", no_healing),
             ("--heal-every", self.heal_every, self.heal == "none", no_healing),
             ("--heal-tokens", self.heal_tokens, self.heal == "none", no_healing),
@@ -139,6 +145,8 @@ class Request:
                 f"--estimate cannot say what --heal-data {OWN_WORDS} takes: the model has to write "
                 "its answers first. Leave either out; --heal-time limits both."
             )
+        if self.chooses_on_tasks and not self.tasks:
+            raise InvalidPlanError(f"--objective {TASKS} needs --tasks, which name them.")
         if self.time is not None and (self.strategy != "smart" or is_given or sweeps):
             raise InvalidPlanError("--time is for a search by --strategy smart: leave it out.")
         if self.heal_every is not None and (self.strategy != "smart" or is_given):
@@ -151,10 +159,19 @@ class Request:
                 )
 
     @property
+    def _objectives(self) -> list[str]:
+        """The names of objectives."""
+        return [part.partition("=")[0].strip() for part in (self.objective or "").split(",")]
+
+    @property
     def own_objectives(self) -> list[str]:
         """The objectives that are in files of the user's, ``FILE.py:NAME``."""
-        names = (part.partition("=")[0].strip() for part in (self.objective or "").split(","))
-        return [name for name in names if ":" in name]
+        return [name for name in self._objectives if ":" in name]
+
+    @property
+    def chooses_on_tasks(self) -> bool:
+        """Whether layers are chosen by the scores of ``--tasks``."""
+        return TASKS in self._objectives
 
     @property
     def chooses(self) -> bool:
@@ -170,8 +187,9 @@ class Request:
     def needs_model(self) -> bool:
         """Whether something is asked for that needs the model in memory."""
         loads = self.dtype != "auto" or self.layers_path is not None or self.dry_run
-        measures = self.eval_dataset is not None or self.visualize or self.export_yaml is not None
-        return self.chooses or loads or measures or self.heal != "none"
+        measures = self.eval_dataset is not None or bool(self.tasks) or self.visualize
+        recipe = self.export_yaml is not None
+        return self.chooses or loads or measures or recipe or self.heal != "none"
 
     @property
     def writes_nothing(self) -> bool:

@@ -6,7 +6,7 @@ What the command line does, as functions for scripts.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from .data.items import (
 from .distributed import on_first
 from .evaluation.cost_comparison import compare_cost, machine
 from .evaluation.likelihood import perplexity
+from .evaluation.lm_eval_backend import TaskResult, compare_results
 from .evaluation.quality_comparison import DRAWS, compare_quality
 from .evaluation.similarity import load_embedder
 from .evaluation.tasks import HolisticEvaluator, item_kinds
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+MeasureTasks = Callable[[Any, Any], Mapping[str, TaskResult]]
 PROMPT_LENGTH = 500  # characters of running text that serve as a prompt
 ANSWERS_SHOWN = 3  # questions shown with both answers in a report
 
@@ -71,6 +73,7 @@ def carry_out(
     figures: bool = False,
     seed: int = 0,
     command: str = "",
+    tasks: MeasureTasks | None = None,
 ) -> tuple[PruningReport, PreTrainedModel]:
     """Prune and heal as `plan` says, compare both models, and write it all in one step.
 
@@ -88,6 +91,8 @@ def carry_out(
         figures: also write every figure of the page as a PNG file.
         seed: of the bootstrap.
         command: the command line, for the record.
+        tasks: what tasks of lm-eval measure on a model with a tokenizer, such as
+            `LmEvalTasks.results`, to compare both models on too.
 
     Returns:
         The report, and the pruned and healed model.
@@ -119,7 +124,7 @@ def carry_out(
         files = pruned, pruner.tokenizer, plan, output_dir
         with new_checkpoint(*files, overwrite=overwrite) as stage:
             stored = stored_bytes(stage)
-            report = _compared(pruner, pruned, plan, held_out, seed, stored)
+            report = _compared(pruner, pruned, plan, held_out, seed, stored, tasks)
             report = replace(
                 report,
                 output_dir=str(output_dir),
@@ -149,6 +154,7 @@ def _compared(
     held_out: Sequence[EvalItem],
     seed: int,
     stored: tuple[int, int] | None,
+    tasks: MeasureTasks | None,
 ) -> PruningReport:
     """Both models on the same items, and what each of them costs to run."""
     model, tokenizer, batch_size = pruner.model, pruner.tokenizer, pruner.batch_size
@@ -162,6 +168,12 @@ def _compared(
         seed=seed,
         window=pruner.max_length,
     )
+    if tasks is not None:
+        logger.info("Comparing both models on tasks of lm-eval")
+        sides = [tasks(one, tokenizer) for one in (model, pruned)]
+        quality += [
+            replace(row, name=f"{row.name[:-1]}, lm-eval)") for row in compare_results(*sides)
+        ]
     healing = dict(plan.healing)
     if healing["method"] != "none":  # what the removal costs without it, for comparison
         unhealed = pruner.layers.remove(plan.remove)

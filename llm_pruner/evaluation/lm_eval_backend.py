@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import importlib.metadata
 import importlib.util
 import io
 import math
@@ -137,24 +138,157 @@ def run_tasks(
         raise InvalidDataError(f"num_fewshot={num_fewshot} must be at least 0.")
     if isinstance(tasks, str) or not tasks:
         raise InvalidDataError(f"tasks={tasks!r} must be a list of one or more tasks.")
+    require_lm_eval()
+    settings = {"limit": limit, "apply_chat_template": apply_chat_template}
+    options = {"num_fewshot": num_fewshot, **settings, **dict.fromkeys(SEEDS, seed)}
+
+    def work() -> dict[str, TaskResult]:
+        with _contained(seed):
+            loaded = _loaded(tasks, data)
+            found = _evaluate(model, tokenizer, loaded, batch_size, options)
+        return _results(found, loaded, {**settings, "seed": seed})
+
+    return on_first(work)
+
+
+def _loaded(tasks: Sequence[Task], data: str | Path | None) -> dict[str, Any]:
+    loaded: dict[str, Any] = {}
+    for task in tasks:
+        loaded |= _load(task, None if data is None else Path(data))
+    return loaded
+
+
+def _results(
+    found: Mapping[str, Any], loaded: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, TaskResult]:
+    shared = {**settings, "lm_eval": importlib.metadata.version("lm_eval")}
+    return {name: _result(name, found, shared) for name in loaded}
+
+
+class LmEvalTasks:
+    """Tasks of lm-eval whose items serve two purposes: choosing layers, and comparing models.
+
+    The object itself is an objective: called with a model, its tokenizer and some of the items it
+    gives each the score of its task's first metric (`search.objectives.register_objective`).
+
+    Args:
+        tasks: names, groups and ``.yaml`` files as in `run_tasks`, or files of rows,
+            ``FOLDER/TASK.jsonl``, for the task of that name.
+        limit: use only the first items of each task, so many; all if None.
+        seed, batch_size, num_fewshot: as in `run_tasks`.
+
+    Attributes:
+        items: what the tasks ask: `task`, `prompt`, `reference`, perhaps `choices`, and `doc`,
+            its place in the task.
+
+    Raises:
+        As `run_tasks` before it runs anything.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        *,
+        limit: int | None = None,
+        seed: int = 1234,
+        batch_size: int = 8,
+        num_fewshot: int | None = None,
+    ) -> None:
+        require_lm_eval()
+        at_least_one(batch_size=batch_size, limit=1 if limit is None else limit)
+        self._batch_size, self._num_fewshot = batch_size, num_fewshot
+        self._settings: dict[str, Any] = {
+            "limit": limit,
+            "apply_chat_template": False,
+            "seed": seed,
+        }
+        self._loaded: dict[str, Any] = {}
+        with _contained(seed):
+            for task in tasks:
+                path = Path(task)
+                rows = path.suffix in (".jsonl", ".json")
+                self._loaded |= _load(path.stem, path.parent) if rows else _load(task, None)
+            for one in self._loaded.values():
+                _configure(one, num_fewshot, seed)
+        self.items: list[dict[str, Any]] = []
+        for name, task in self._loaded.items():
+            docs = list(task.eval_docs)[:limit]
+            self.items += [_asked(name, task, place, doc) for place, doc in enumerate(docs)]
+
+    def __repr__(self) -> str:
+        versions = {name: str(task.VERSION) for name, task in self._loaded.items()}
+        return f"LmEvalTasks({versions}, {self._settings}, {self._num_fewshot})"
+
+    def __call__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Any]
+    ) -> list[float]:
+        """The score of each item by its task's first metric."""
+        results = self.results(model, tokenizer, items)
+        scores = {
+            (name, place): score
+            for name, result in results.items()
+            for place, score in zip(self._places(items)[name], result.item_scores, strict=True)
+        }
+        return [scores[item["task"], item["doc"]] for item in items]
+
+    def results(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        items: Sequence[Mapping[str, Any]] | None = None,
+    ) -> dict[str, TaskResult]:
+        """What lm-eval measures on these items, all if None; see `run_tasks`."""
+        places = self._places(self.items if items is None else items)
+        loaded = {name: task for name, task in self._loaded.items() if name in places}
+
+        def work() -> dict[str, TaskResult]:
+            with _contained(self._settings["seed"]):
+                found = _evaluate(model, tokenizer, loaded, self._batch_size, places=places)
+            return _results(found, loaded, self._settings)
+
+        return on_first(work)
+
+    @staticmethod
+    def _places(items: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+        """The places of items in their tasks, ascending, as lm-eval goes through them."""
+        places: dict[str, list[int]] = {}
+        for item in items:
+            places.setdefault(item["task"], []).append(item["doc"])
+        return {name: sorted(each) for name, each in places.items()}
+
+
+def _configure(task: Any, num_fewshot: int | None, seed: int) -> None:
+    """Give a task the settings that `simple_evaluate` gives it."""
+    own = task.get_config("num_fewshot")
+    if own is None or (num_fewshot is not None and own != 0):
+        task.set_config(key="num_fewshot", value=num_fewshot or 0)
+    task.set_fewshot_seed(seed=seed)
+
+
+def _asked(name: str, task: Any, place: int, doc: Any) -> dict[str, Any]:
+    """A task's item as this package has items, for what else is done with them."""
+    prompt, target = task.doc_to_text(doc), task.doc_to_target(doc)
+    item: dict[str, Any] = {"task": name, "doc": place}
+    choices = task.doc_to_choice(doc) if task.config.doc_to_choice is not None else None
+    if choices:
+        item["choices"] = [str(choice).strip() for choice in choices]
+        target = item["choices"][target] if isinstance(target, int) else target
+    if isinstance(target, list):
+        target = target[0] if target else ""
+    item["prompt"] = str(prompt).strip() or f"{name} {place}"
+    item["reference"] = str(target).strip() or "-"
+    if choices and item["reference"] not in item["choices"]:
+        del item["choices"]  # the prompt is what differs, as in WinoGrande
+    return item
+
+
+def require_lm_eval() -> None:
+    """Raise MissingDependencyError if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingDependencyError(
             "Tasks of lm-eval need lm-eval: pip install 'llm_pruner[eval]', or use the built-in "
             "scorer (backend='built-in')."
         )
-    settings = {"limit": limit, "apply_chat_template": apply_chat_template}
-    options = {"num_fewshot": num_fewshot, **settings, **dict.fromkeys(SEEDS, seed)}
-
-    def work() -> dict[str, TaskResult]:
-        loaded: dict[str, Any] = {}
-        with _contained(seed):
-            for task in tasks:
-                loaded |= _load(task, None if data is None else Path(data))
-            found = _evaluate(model, tokenizer, loaded, batch_size, options)
-        shared = {**settings, "seed": seed, "lm_eval": found["lm_eval_version"]}
-        return {name: _result(name, found, shared) for name in loaded}
-
-    return on_first(work)
 
 
 def compare_results(
@@ -263,10 +397,15 @@ def _evaluate(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Mapping[str, Any],
     batch_size: int,
-    options: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    places: Mapping[str, list[int]] | None = None,
 ) -> dict[str, Any]:
-    """What `simple_evaluate` returns for one model."""
-    from lm_eval import simple_evaluate
+    """What `simple_evaluate` returns for one model.
+
+    With `places`, of tasks that `_configure` has configured, it is what `evaluate` returns, which
+    knows the same of the items, and does not spend seconds to describe the machine.
+    """
+    from lm_eval import evaluate, simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     def refuse_nan(_module: Any, _args: Any, output: Any) -> None:
@@ -282,14 +421,24 @@ def _evaluate(
             lambda: apply(*args, **more)
         )
         try:
-            found: dict[str, Any] | None = simple_evaluate(
-                lm,
-                tasks=list(tasks.values()),
-                task_manager=_manager(False),
-                batch_size=batch_size,
-                bootstrap_iters=0,
-                **options,
-            )
+            found: dict[str, Any] | None
+            if places is not None:
+                found = evaluate(
+                    lm,
+                    {"tasks": dict(tasks), "groups": {}},
+                    samples=dict(places),
+                    bootstrap_iters=0,
+                    fewshot_as_multiturn=True,
+                )
+            else:
+                found = simple_evaluate(
+                    lm,
+                    tasks=list(tasks.values()),
+                    task_manager=_manager(False),
+                    batch_size=batch_size,
+                    bootstrap_iters=0,
+                    **(options or {}),
+                )
         except (AssertionError, ValueError) as error:  # max_gen_toks, few-shot examples, ...
             reason = str(error) or "a choice has no tokens, or more than the model has positions"
             raise InvalidDataError(
