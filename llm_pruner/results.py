@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .errors import InvalidPlanError, NonFiniteError, UnknownNameError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Removes = Literal["lowest", "highest"]
+MOST_ROWS = 40  # of a table in a notebook
 MOST_LAYERS = 10_000  # a file that claims a deeper model is damaged
 IDENTITY = ("tensors", "weights", "sha256", "revision")  # in `PruningPlan.model`, the first first
 # What `PruningPlan.held_out` holds, if it holds anything.
@@ -72,6 +74,11 @@ class LayerScores(dict[int, float]):
 
         return pd.DataFrame({"score": self}).rename_axis("layer")
 
+    def _repr_html_(self) -> str:
+        """A table, in the order of removal."""
+        frame = self.to_frame().loc[self.ranked()]
+        return _html(f"{self.strategy}: {self.unit}, in the order of removal", frame)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; `from_dict` is its inverse."""
         return {
@@ -105,7 +112,7 @@ class LayerScores(dict[int, float]):
 CONTEXT = 4096  # tokens of a sequence whose cache a limit on memory counts, unless others
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruningPlan(JsonFile):
     """Which layers of which model to remove, and why.
 
@@ -170,6 +177,39 @@ class PruningPlan(JsonFile):
         """The 0-based indices that stay, ascending."""
         removed = set(self.remove)
         return tuple(index for index in range(self.num_layers) if index not in removed)
+
+    def __repr__(self) -> str:
+        return (
+            f"PruningPlan({self.model_id!r}, {self.strategy}: without {list(self.remove)} of "
+            f"{self.num_layers} layers)"
+        )
+
+    def __str__(self) -> str:
+        lines = [repr(self)]
+        if held := self.held_out:
+            lines.append(f"  costs {_change_text(held)}, {held['unit']}, {held['items']} items")
+        lines += [
+            f"  {one['goal']}: {one['asked']} asked for, {one['predicted']:.6g} predicted"
+            for one in self.options.get("goals", ())
+        ]
+        if self.steps:
+            lines.append(f"  the search took {len(self.steps)} steps: plan.steps")
+        return "\n".join(lines)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A table with one row per layer: whether it goes, and its score if it has one."""
+        import pandas as pd
+
+        layers = range(self.num_layers)
+        columns: dict[str, Any] = {"removed": [layer in self.remove for layer in layers]}
+        if self.scores is not None:
+            columns["score"] = [self.scores.get(layer, math.nan) for layer in layers]
+        return pd.DataFrame(columns, index=pd.RangeIndex(self.num_layers, name="layer"))
+
+    def _repr_html_(self) -> str:
+        """What goes and what it costs, and the layers that go."""
+        frame = self.to_frame()
+        return _html(str(self), frame[frame["removed"]])
 
     def check_model(self, num_layers: int, identity: Mapping[str, str]) -> None:
         """Raise InvalidPlanError if the plan was made for another model.
@@ -236,7 +276,7 @@ class PruningPlan(JsonFile):
         return {**values, "healing": options.pop("heal", {}), "options": options}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DepthCurve(JsonFile):
     """What it costs to remove 1, 2, ... layers, to choose a number by looking.
 
@@ -276,6 +316,31 @@ class DepthCurve(JsonFile):
                 raise InvalidPlanError(f"This point of a curve is damaged: {point}.")
             for name in ("change", "low", "high") if point.get("held_out") else ():
                 check_type(point["held_out"][name], float, name)
+
+    def __repr__(self) -> str:
+        first, last = (point["n_layers"] for point in (self.points[0], self.points[-1]))
+        return (
+            f"DepthCurve({self.model_id!r}, {self.strategy}: {first} to {last} of "
+            f"{self.num_layers} layers, {self.unit})"
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """A table with one row per number of layers, ``n_layers`` its index."""
+        import pandas as pd
+
+        rows = []
+        for point in self.points:
+            held = point.get("held_out") or {}
+            kept = {name: held[name] for name in ("change", "low", "high") if held}
+            found = {f"held_out_{name}": value for name, value in kept.items()}
+            removed = ", ".join(map(str, point["removed"]))
+            row = {"n_layers": point["n_layers"], "change": point["change"]}
+            rows.append({**row, **found, "removed": removed})
+        return pd.DataFrame(rows).set_index("n_layers")
+
+    def _repr_html_(self) -> str:
+        """A table."""
+        return _html(repr(self), self.to_frame())
 
 
 @dataclass(frozen=True)
@@ -329,8 +394,21 @@ class Comparison:
             return "unclear"
         return "better" if (self.low > 0) == self.higher_is_better else "worse"
 
+    def __str__(self) -> str:
+        unit = f" {self.unit}" if self.unit else ""
+        ends = ""
+        if self.low is not None and self.high is not None:
+            ends = f", 95 % interval {self.low:+.4g} to {self.high:+.4g}"
+        verdict = f": {self.verdict}" if self.verdict else ""
+        values = f"{self.before:.4g} to {self.after:.4g}{unit}"
+        return f"{self.name}: {values} ({self.change:+.4g}{ends}){verdict}"
 
-@dataclass(frozen=True)
+    def _repr_html_(self) -> str:
+        """One line."""
+        return _html(str(self))
+
+
+@dataclass(frozen=True, repr=False)
 class PruningReport(JsonFile):
     """A plan that was carried out: what it cost and what it bought.
 
@@ -381,6 +459,18 @@ class PruningReport(JsonFile):
                 return row
         raise UnknownNameError.of("comparison", name, [row.name for row in self.comparisons])
 
+    def __repr__(self) -> str:
+        return f"PruningReport({self.plan!r}, {len(self.comparisons)} comparisons)"
+
+    def __str__(self) -> str:
+        return "\n".join([str(self.plan), *(f"  {row}" for row in self.comparisons)])
+
+    def _repr_html_(self) -> str:
+        """What went, and the comparisons as a table."""
+        columns = ["unit", "before", "after", "low", "high", "count"]
+        frame = self.to_frame()[columns].rename(columns={"low": "change, low", "high": "high"})
+        return _html(str(self.plan), frame)
+
     def __contains__(self, name: object) -> bool:
         return any(row.name == name for row in self.comparisons)
 
@@ -395,6 +485,22 @@ class PruningReport(JsonFile):
             if name == "comparisons":
                 value = [asdict(one) for one in value]
             yield name, json.loads(value.to_json()) if isinstance(value, PruningPlan) else value
+
+
+def _change_text(held_out: Mapping[str, Any]) -> str:
+    """A change and its interval, in percent."""
+    change, low, high = (f"{held_out[name]:+.1%}" for name in ("change", "low", "high"))
+    return f"{change} ({low} to {high})"
+
+
+def _html(text: str, frame: pd.DataFrame | None = None) -> str:
+    """A text and a table for a notebook, which are short."""
+    said = f"<p>{escape(text)}</p>".replace("\n", "<br>")
+    if frame is None:
+        return said
+    more = f"<p>and {len(frame) - MOST_ROWS} more</p>" if len(frame) > MOST_ROWS else ""
+    table = frame.head(MOST_ROWS).to_html(float_format="{:.4g}".format, na_rep="", border=0)
+    return f"{said}{table}{more}"
 
 
 def check_layers(layers: Any, num_layers: int) -> tuple[int, ...]:

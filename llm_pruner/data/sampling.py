@@ -298,7 +298,7 @@ FEWEST, SHORTEST = 16, 40  # passages that a text gives if it can, and character
 HEAL_ITEMS = 12  # healing items per scoring item, if the source has as many
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DataSplit:
     """Items for three purposes, none in two of them.
 
@@ -311,6 +311,12 @@ class DataSplit:
     scoring: list[EvalItem]
     healing: list[EvalItem]
     held_out: list[EvalItem]
+
+    def __repr__(self) -> str:
+        return (
+            f"DataSplit({len(self.scoring)} items to score on, {len(self.healing)} to heal with, "
+            f"{len(self.held_out)} held out)"
+        )
 
     def within(
         self, tokenizer: PreTrainedTokenizerBase, n_tokens: int, max_length: int = 512

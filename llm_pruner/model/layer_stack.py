@@ -65,6 +65,10 @@ class LayerStack(Sequence[nn.Module]):
         for name in self.paths:
             _layer_list(model, name)
 
+    def __repr__(self) -> str:
+        where = " and ".join(self.paths)
+        return f"<{len(self)} layers at {where} of {type(self.model).__name__}>"
+
     def __len__(self) -> int:
         return len(self._list)
 

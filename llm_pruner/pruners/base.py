@@ -90,6 +90,11 @@ class BasePruner(LayerRemover, ABC):
         self.removable = Removable.of(self.num_layers, protect, injected, serving)
         self._healed = HealedModel()
 
+    def __repr__(self) -> str:
+        options = {**self.removable.options, **self._options()}
+        said = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        return f"{type(self).__name__}({self.layers!r}, {said})"
+
     @abstractmethod
     def description(self) -> str:
         """One sentence: what the strategy looks at and what it costs."""

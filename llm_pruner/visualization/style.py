@@ -63,12 +63,10 @@ def drawing(
 
     `width` and the `heights` of the rows are in inches; `widths` of the columns are relative.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from .chart import Chart
 
     with house_style():
-        figure = Figure(figsize=(width, sum(heights) + 0.3), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = Chart(figsize=(width, sum(heights) + 0.3), layout="constrained")
         ratios: dict[str, Any] = {"height_ratios": heights, "width_ratios": widths}
         yield figure, figure.subplots(len(heights), len(widths), squeeze=False, **ratios)
         figure.suptitle(wrap(title, 0.87 * width))
