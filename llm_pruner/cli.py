@@ -19,7 +19,7 @@ from io import StringIO
 from .atomic_output import hold_output
 from .cli_arguments import parse_request
 from .cli_checks import check_request
-from .cli_jobs import fix_converted, run_in_memory, run_on_disk
+from .cli_jobs import fix_converted, run_in_memory, run_on_disk, show_output
 from .cli_request import Request
 from .distributed import group, launched, on_first, one_only, rank, reported_by_first
 from .errors import (
@@ -91,6 +91,9 @@ def _run(request: Request) -> None:
     if one_only():
         logger.warning("accelerate launch --cpu starts one process; for several use torchrun.")
     try:
+        if request.show is not None:
+            show_output(request, request.show)
+            return
         with group(request.timeout), ExitStack() as held:
             check_request(request)
             if request.fix_gguf is not None:

@@ -6,71 +6,99 @@ Nothing heavy is imported here, so that help and mistakes answer at once.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
-from . import __version__
+from . import __version__, cli_values
 from .cli_request import Request
 from .distributed import TIMEOUT
-from .engines.verdict import ENGINES, check_engines
+from .engines.verdict import ENGINES
 from .errors import InvalidPlanError
-from .goals.budget import MEASURES, SPEEDS, Budget, Drop
+from .goals.budget import MEASURES, SPEEDS, Budget
 from .output_rules import as_path
 from .pruners.registry import BUILTIN
 from .results import CONTEXT
 from .streams import say
-from .utils import parse_bytes, parse_seconds
 
-EPILOG = """\
+USUAL = (  # what most people need
+    "--model --eval-dataset --ratio --n-layers --target-size --max-drop --layers --strategy "
+    "--serve-with --time --resume --heal --output --visualize --dry-run --estimate --show"
+).split()
+EXAMPLES = """\
 examples:
   llm-pruner --model demo --strategy smart --n-layers 3 --output pruned_demo --visualize
   llm-pruner --model my/model --strategy pruneme --ratio 0.25 --dry-run
   llm-pruner --model my/model --layers 3,7,11 --heal lora --output pruned_model
-
+"""
+EPILOG = f"""\
+{EXAMPLES}
 exit codes: 0 done; 2 usage; 3 unusable model or data; 4 output or environment; 5 hub;
 6 verification failed; 70 a fault of llm_pruner; 130 interrupted (continue with --resume)
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line, one flat list of options."""
+def build_parser(*, everything: bool = True) -> argparse.ArgumentParser:
+    """The command line, one flat list of options.
+
+    Args:
+        everything: whether its help shows all of them, or those that most people need.
+    """
     parser = _Parser(
         prog="llm-pruner",
         description="Remove whole decoder layers from a Hugging Face language model, and measure "
         "what it costs. Layer numbers are 0-based everywhere.",
-        epilog=EPILOG,
+        epilog=EPILOG if everything else f"{EXAMPLES}\nAll options: llm-pruner --help-all\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        usage=None if everything else "llm-pruner --model M --n-layers K --output DIR [options]",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    _add_input(parser.add_argument_group("model and data"))
-    _add_choice(parser.add_argument_group("which layers, and how many"))
-    _add_output(parser.add_argument_group("output"))
+    add = parser.add_argument
+    add("-h", "--help", action=_Help, const=False, help="show the usual options, and exit")
+    add("--help-all", action=_Help, const=True, help="show all options, and exit")
+    add("--version", action="version", version=f"%(prog)s {__version__}")
+    for title, add_options in (
+        ("model and data", _add_input),
+        ("how much to remove", _add_amount),
+        ("which layers", _add_choice),
+        ("healing", _add_healing),
+        ("output", _add_output),
+    ):
+        add_options(_Options(parser.add_argument_group(title), everything))
     return parser
 
 
-def _add_input(group: Any) -> None:
+class _Options:
+    """A group of options, of which a short help shows only the usual ones."""
+
+    def __init__(self, group: Any, everything: bool) -> None:
+        self._group, self._everything = group, everything
+
+    def add_argument(self, name: str, **options: Any) -> None:
+        """Add an option."""
+        if not self._everything and name not in USUAL:
+            options["help"] = argparse.SUPPRESS
+        self._group.add_argument(name, **options)
+
+
+class _Help(argparse.Action):
+    """Prints the help with the usual options, or with all."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, const: bool, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, const=const, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        say(build_parser(everything=bool(self.const)).format_help())
+        parser.exit()
+
+
+def _add_input(group: _Options) -> None:
     add = group.add_argument
     add(
         "--model",
-        required=True,
+        default="",
         metavar="M",
         help="'demo', a local folder, a GGUF file or a hub id",
-    )
-    add("--device", help="cpu, cuda, cuda:1, mps, or auto to spread over devices (default: best)")
-    add(
-        "--max-memory",
-        type=_size,
-        metavar="SIZE",
-        help="e.g. 4GiB: a model that does not fit is scored layer by layer from the disk",
-    )
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    add(
-        "--layers-path",
-        metavar="NAME",
-        help="where the layers are in a model in which they are not found, e.g. model.blocks",
     )
     add(
         "--eval-dataset",
@@ -82,14 +110,27 @@ def _add_input(group: Any) -> None:
     )
     add(
         "--fields",
-        type=_fields,
+        type=cli_values.field_names,
         metavar="F=NAME,F=NAME",
         help="which field of the data is which, e.g. prompt=question,reference=answer or "
         "text=body, where its names do not say it",
     )
     add(
+        "--n-samples",
+        type=cli_values.count,
+        metavar="N",
+        help="items to choose layers on; the result is measured on as many others (default: at "
+        "most 80, of 4096 tokens together)",
+    )
+    add(
+        "--n-tokens",
+        type=cli_values.count,
+        metavar="N",
+        help="the same in tokens: as many items as have so many together",
+    )
+    add(
         "--tasks",
-        type=_words,
+        type=cli_values.words,
         default=(),
         metavar="T,T",
         help="also compare both models on tasks of lm-eval: names, groups, definitions (.yaml), or "
@@ -97,29 +138,39 @@ def _add_input(group: Any) -> None:
         "all by default",
     )
     add(
-        "--n-samples",
-        type=_count,
-        metavar="N",
-        help="items to choose layers on; the result is measured on as many others (default: at "
-        "most 80, of 4096 tokens together)",
-    )
-    add(
-        "--n-tokens",
-        type=_count,
-        metavar="N",
-        help="the same in tokens: as many items as have so many together",
-    )
-    add(
         "--max-length",
-        type=_length,
+        type=cli_values.length,
         default=512,
         metavar="N",
         help="tokens of a window of running text, and of a question (default: 512)",
     )
     add(
-        "--batch-size", type=_count, default=8, metavar="N", help="sequences at a time (default: 8)"
+        "--batch-size",
+        type=cli_values.count,
+        default=8,
+        metavar="N",
+        help="sequences at a time (default: 8)",
     )
-    add("--seed", type=_seed, default=0, help="random seed of sampling and healing (default: 0)")
+    add("--device", help="cpu, cuda, cuda:1, mps, or auto to spread over devices (default: best)")
+    add(
+        "--max-memory",
+        type=cli_values.size,
+        metavar="SIZE",
+        help="e.g. 4GiB: a model that does not fit is scored layer by layer from the disk",
+    )
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add(
+        "--layers-path",
+        metavar="NAME",
+        help="where the layers are in a model in which they are not found, e.g. model.blocks",
+    )
+    add(
+        "--seed",
+        type=cli_values.seed,
+        default=0,
+        help="random seed of sampling and healing (default: 0)",
+    )
     add(
         "--timeout",
         type=float,
@@ -129,17 +180,11 @@ def _add_input(group: Any) -> None:
     )
 
 
-def _add_choice(group: Any) -> None:
+def _add_amount(group: _Options) -> None:
     add = group.add_argument
     add(
-        "--strategy",
-        default="smart",
-        metavar="S",
-        help=f"{', '.join(BUILTIN)}, a plug-in's name, or FILE.py:CLASS (default: smart)",
-    )
-    add(
         "--ratio",
-        type=_ratio,
+        type=cli_values.ratio,
         metavar="R",
         help="share of all layers to remove, e.g. 0.25 or 25%%, rounded down",
     )
@@ -149,32 +194,42 @@ def _add_choice(group: Any) -> None:
         choices=MEASURES,
         help="what the ratio is of; of params and bytes at least so much goes (default: layers)",
     )
-    add("--n-layers", type=_count, metavar="K", help="exactly K layers")
-    add("--target-size", type=_size, metavar="SIZE", help="weights of at most so much, e.g. 400MB")
-    add("--target-params", type=_number, metavar="N", help="at most so many parameters, e.g. 100M")
+    add("--n-layers", type=cli_values.count, metavar="K", help="exactly K layers")
+    add(
+        "--target-size",
+        type=cli_values.size,
+        metavar="SIZE",
+        help="weights of at most so much, e.g. 400MB",
+    )
+    add(
+        "--target-params",
+        type=cli_values.number,
+        metavar="N",
+        help="at most so many parameters, e.g. 100M",
+    )
     add(
         "--target-speedup",
-        type=_speedup,
+        type=cli_values.speedup,
         metavar="X",
         help="so many times the tokens per second on this machine, --batch-size at a time, e.g. "
         "1.3 (decoding) or prefill=1.3",
     )
     add(
         "--target-memory",
-        type=_size,
+        type=cli_values.size,
         metavar="SIZE",
         help="weights and the cache of --context tokens in at most so much, e.g. 6GiB",
     )
     add(
         "--context",
-        type=_count,
+        type=cli_values.count,
         default=CONTEXT,
         metavar="N",
         help=f"tokens of the sequence that --target-memory counts (default: {CONTEXT})",
     )
     add(
         "--max-drop",
-        type=_drops,
+        type=cli_values.drops,
         metavar="NAME=X,..",
         help="by how much perplexity, a task of the data or their mean may become worse, in points "
         "or percent: arc_easy=0.02,perplexity=10%%; checked on half of the items; alone, as many "
@@ -197,33 +252,28 @@ def _add_choice(group: Any) -> None:
         help="smart: largest total loss of quality, e.g. 0.015; with --n-layers at most so many",
     )
     add(
-        "--sweep",
-        type=_count,
-        metavar="K",
-        help="what removing 1 to K layers costs: written to DIR.curve.json; no model is written",
-    )
-    add(
         "--layers",
-        type=_numbers,
+        type=cli_values.numbers,
         metavar="3,7,11",
         help="remove these layers; nothing is scored. Alone, this copies bytes on disk and loads "
         "no model; with --eval-dataset, --heal, --visualize or --export-yaml it does",
     )
     add("--plan", metavar="FILE", help="the same with the layers of a plan (--dry-run --json)")
     add(
-        "--protect",
-        type=_pair,
-        metavar="A,B",
-        help="never remove the first A and last B layers (2,2)",
+        "--sweep",
+        type=cli_values.count,
+        metavar="K",
+        help="what removing 1 to K layers costs: written to DIR.curve.json; no model is written",
     )
+
+
+def _add_choice(group: _Options) -> None:
+    add = group.add_argument
     add(
-        "--serve-with",
-        type=_names,
-        action="extend",
-        default=[],
-        metavar="E,E",
-        help=f"only sets of layers without which these engines compute the model right: "
-        f"{', '.join(ENGINES)}; several work out what a layer is from its position",
+        "--strategy",
+        default="smart",
+        metavar="S",
+        help=f"{', '.join(BUILTIN)}, a plug-in's name, or FILE.py:CLASS (default: smart)",
     )
     add(
         "--objective",
@@ -235,31 +285,38 @@ def _add_choice(group: Any) -> None:
     )
     add(
         "--option",
-        type=_option,
+        type=cli_values.option,
         action="append",
         default=[],
         metavar="NAME=VALUE",
         help="an option of the strategy's class, e.g. contiguous=false for pruneme; repeatable",
     )
     add(
-        "--heal-every",
-        type=_count,
-        metavar="K",
-        help="smart: heal after every K removals, and choose the next on the healed model",
+        "--protect",
+        type=cli_values.pair,
+        metavar="A,B",
+        help="never remove the first A and last B layers (2,2)",
+    )
+    add(
+        "--serve-with",
+        type=cli_values.engines,
+        action="extend",
+        default=[],
+        metavar="E,E",
+        help=f"only sets of layers without which these engines compute the model right: "
+        f"{', '.join(ENGINES)}; several work out what a layer is from its position",
     )
     add(
         "--time",
-        type=_seconds,
+        type=cli_values.seconds,
         metavar="T",
         help="smart: end the search after this time, e.g. 10m, with the best layers so far",
     )
     add("--resume", action="store_true", help="continue an interrupted run")
 
 
-def _add_output(group: Any) -> None:
+def _add_healing(group: _Options) -> None:
     add = group.add_argument
-    add("--output", default="./pruned_model", metavar="DIR", help="default: ./pruned_model")
-    add("--overwrite", action="store_true", help="replace an earlier output of llm-pruner")
     add(
         "--heal",
         default="none",
@@ -274,9 +331,46 @@ def _add_output(group: Any) -> None:
         help="what to heal with (default: more of --eval-dataset); 'self': what the model answers "
         "to that, or writes when it goes on from its beginnings",
     )
-    add("--heal-steps", type=_count, metavar="N", help="lora, full: steps at most (1000)")
-    add("--heal-tokens", type=_count, metavar="N", help="tokens to heal on at most (default: all)")
-    add("--heal-time", type=_seconds, metavar="T", help="most time for healing, e.g. 30m or 2h")
+    add("--heal-steps", type=cli_values.count, metavar="N", help="lora, full: steps at most (1000)")
+    add(
+        "--heal-tokens",
+        type=cli_values.count,
+        metavar="N",
+        help="tokens to heal on at most (default: all)",
+    )
+    add(
+        "--heal-time",
+        type=cli_values.seconds,
+        metavar="T",
+        help="most time for healing, e.g. 30m or 2h",
+    )
+    add(
+        "--heal-every",
+        type=cli_values.count,
+        metavar="K",
+        help="smart: heal after every K removals, and choose the next on the healed model",
+    )
+
+
+def _add_output(group: _Options) -> None:
+    add = group.add_argument
+    add("--output", default="./pruned_model", metavar="DIR", help="default: ./pruned_model")
+    add("--overwrite", action="store_true", help="replace an earlier output of llm-pruner")
+    add("--visualize", action="store_true", help="draw figures into DIR/figures")
+    add("--dry-run", action="store_true", help="print scores and plan; write nothing")
+    add(
+        "--estimate",
+        action="store_true",
+        help="say what choosing and comparing would take on this machine: time, memory, disk; no "
+        "more is done",
+    )
+    add(
+        "--show",
+        metavar="OUTPUT",
+        help="print what was done to the model in a folder, and how to do it again",
+    )
+    add("--json", action="store_true", help="print the result as JSON")
+    add("--quiet", action="store_true", help="no progress, no notes")
     add("--export-yaml", metavar="PATH", help="also write a MergeKit recipe")
     add(
         "--push-to-hub",
@@ -284,7 +378,6 @@ def _add_output(group: Any) -> None:
         help="then upload DIR to this hub repository, private if it is new; the token is that of "
         "HF_TOKEN or 'hf auth login'",
     )
-    add("--visualize", action="store_true", help="draw figures into DIR/figures")
     add(
         "--verify",
         action="store_true",
@@ -304,15 +397,6 @@ def _add_output(group: Any) -> None:
         help="write into a GGUF file, converted from the pruned --model, what its converter leaves "
         "to llama.cpp's own reckoning; nothing else is done",
     )
-    add("--dry-run", action="store_true", help="print scores and plan; write nothing")
-    add(
-        "--estimate",
-        action="store_true",
-        help="say what choosing and comparing would take on this machine: time, memory, disk; no "
-        "more is done",
-    )
-    add("--json", action="store_true", help="print the result as JSON")
-    add("--quiet", action="store_true", help="no progress, no notes")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -325,114 +409,6 @@ class _Parser(argparse.ArgumentParser):
         if message.startswith("argument "):
             raise InvalidPlanError(f"{message.removeprefix('argument ')}.")
         raise InvalidPlanError(f"{message}; see {self.prog} --help.")
-
-
-def _value(what: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A type of argument: `read`, whose ValueError means that the text is not `what`."""
-
-    def convert(text: str) -> Any:
-        try:
-            return read(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} must be {what}") from None
-
-    return convert
-
-
-def _at_least_one(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
-
-
-def _at_least_two(text: str) -> int:
-    if (number := int(text)) < 2:
-        raise ValueError
-    return number
-
-
-def _random_seed(text: str) -> int:
-    if not 0 <= (number := int(text)) < 2**32:
-        raise ValueError
-    return number
-
-
-def _share(text: str) -> float:
-    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
-
-
-def _large_number(text: str) -> int:
-    units = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-    digits = text.rstrip("kmbtKMBT")
-    if (number := round(float(digits) * units[text[len(digits) :].lower()])) < 1:
-        raise ValueError
-    return number
-
-
-def _faster(text: str) -> tuple[str, float]:
-    what, equals, factor = text.rpartition("=")
-    if equals and what not in SPEEDS:
-        raise ValueError
-    return what or SPEEDS[0], float(factor)
-
-
-def _names_and_drops(text: str) -> dict[str, str]:
-    return {name: str(Drop.of(drop)) for name, drop in _names_of_fields(text).items()}
-
-
-def _names_of_fields(text: str) -> dict[str, str]:
-    pairs = [part.partition("=") for part in text.split(",")]
-    if not all(field.strip() and name.strip() for field, _, name in pairs):
-        raise ValueError
-    return {field.strip(): name.strip() for field, _, name in pairs}
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    parts = tuple(part.strip() for part in text.split(","))
-    if not all(parts):
-        raise ValueError
-    return parts
-
-
-def _engine_names(text: str) -> tuple[str, ...]:
-    return check_engines(part.strip() for part in text.split(","))
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-def _two_integers(text: str) -> tuple[int, int]:
-    first, last = _integers(text)
-    return first, last
-
-
-def _name_and_value(text: str) -> tuple[str, Any]:
-    """The value is read as JSON, or is a text."""
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise ValueError
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
-_count = _value("a whole number of at least 1", _at_least_one)
-_seed = _value(f"a whole number from 0 to {2**32 - 1}", _random_seed)
-_numbers = _value("whole numbers separated by commas, e.g. 3,7,11", _integers)
-_names = _engine_names
-_words = _value("names separated by commas", _listed)
-_ratio = _value("a share, e.g. 0.25 or 25%", _share)
-_number = _value("a number, e.g. 100M, 1.1B", _large_number)
-_speedup = _value("a factor, e.g. 1.3, decode=1.3 or prefill=1.3", _faster)
-_drops = _value("figures and drops, e.g. arc_easy=0.02,perplexity=10%", _names_and_drops)
-_fields = _value("fields and their names, e.g. prompt=question,reference=answer", _names_of_fields)
-_pair = _value("two whole numbers, A,B", _two_integers)
-_length = _value("a whole number of at least 2", _at_least_two)
-_seconds = _value("a time, e.g. 90s, 10m, 1h30m", parse_seconds)
-_size = _value("a size of memory, e.g. 4GiB, 500MB", parse_bytes)
-_option = _value("NAME=VALUE, e.g. contiguous=false", _name_and_value)
 
 
 def parse_request(words: Sequence[str]) -> Request:

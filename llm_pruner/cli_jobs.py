@@ -18,17 +18,21 @@ from typing import TYPE_CHECKING, Any
 from .atomic_output import clear_checkpoints
 from .cli_request import OWN_WORDS, TASKS, Request
 from .distributed import on_first, rank
-from .errors import (
-    InvalidPlanError,
-    UnknownNameError,
-)
-from .output_rules import FIGURES, PAGE_FILE
+from .errors import InvalidPlanError, LoadError, UnknownNameError
+from .output_rules import FIGURES, MANIFEST_FILE, PAGE_FILE, PLAN_FILE, REPORT_FILE
 from .pruners.registry import get_strategy, option_names
-from .report.console import curve_text, manifest_text, plan_text, report_text, saved_text
-from .results import PruningPlan
+from .report.console import (
+    curve_text,
+    manifest_text,
+    output_text,
+    plan_text,
+    report_text,
+    saved_text,
+)
+from .results import PruningPlan, PruningReport
 from .search.journal import Journal
 from .streams import say, say_aside
-from .utils import DEMO_MODEL, logger
+from .utils import DEMO_MODEL, logger, user_path
 
 if TYPE_CHECKING:
     from .data.sampling import DataSplit
@@ -40,6 +44,21 @@ N_SAMPLES, N_TOKENS = 80, 4096  # to choose layers on, at most, unless one of th
 LEAST_TOKENS = 32  # of an item, where a number of tokens is asked for
 WRITING = 1 / 3  # of the time for healing, where the model writes what it is healed with
 CHARACTERS = 4  # of a token of running text, about
+
+
+def show_output(request: Request, folder: str) -> None:
+    """Print what was done to the model in a folder."""
+    from .storage.manifest import Manifest
+
+    path = user_path(folder)
+    if not (path / PLAN_FILE).is_file():
+        raise LoadError(f"{folder} has no {PLAN_FILE}, so llm-pruner has not made it.")
+    plan = PruningPlan.load(path / PLAN_FILE)
+    report, manifest = path / REPORT_FILE, path / MANIFEST_FILE
+    measured = PruningReport.load(report) if report.is_file() else None
+    copied = Manifest.load(manifest) if manifest.is_file() else None
+    text = output_text(plan, measured, copied, folder)
+    say((measured or plan).to_json() if request.json else text)
 
 
 def fix_converted(request: Request, path: str) -> None:

@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that mistakes are answered at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -71,6 +72,7 @@ class Request:
     link: bool
     drop_mtp: bool
     fix_gguf: str | None
+    show: str | None
     dry_run: bool
     estimate: bool
     json: bool
@@ -78,6 +80,14 @@ class Request:
     words: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        if self.show is not None:
+            _check_alone("--show", self.show, self.words)
+            return
+        if not self.model:
+            raise InvalidPlanError(
+                "--model is required: name a folder, a GGUF file, a hub id, or demo; see "
+                "llm-pruner --help."
+            )
         named: dict[str, Any] = {
             "--layers": self.layers,
             "--plan": self.plan,
@@ -204,6 +214,13 @@ class Request:
     def beside(self, ending: str) -> Path:
         """A file beside the output folder, named after it."""
         return Path(f"{self.output}.{ending}")
+
+
+def _check_alone(option: str, value: str, words: Sequence[str]) -> None:
+    """Refuse other options beside one that goes alone, but for how it is printed."""
+    known = (option, f"{option}={value}", value, "--json", "--quiet")
+    if others := [word for word in words if word not in known]:
+        raise InvalidPlanError(f"{option} goes alone, or with --json: leave out {others[0]}.")
 
 
 def _option(name: str) -> str:

@@ -17,6 +17,7 @@ from .utils import user_path
 PLAN_FILE = "pruning_plan.json"
 REPORT_FILE = "pruning_report.json"
 PAGE_FILE = "report.html"
+MANIFEST_FILE = "pruning_manifest.json"
 FIGURES = "figures"
 RECIPE_HEAD = "# A MergeKit recipe by llm_pruner"
 OUTPUT_FILES = "output_files"  # in the plan of an output: the names of all its files

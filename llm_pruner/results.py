@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -138,6 +139,8 @@ class PruningPlan(JsonFile):
         drop_mtp: leave out the blocks for multi-token prediction, which are kept otherwise.
         edited: whether the file it was read from had been changed by hand, which leaves nothing of
             what was measured.
+        lineage: the cuts that made the model what it was before this one, the first one first:
+            ``model_id``, ``num_layers``, ``remove`` and ``strategy`` of each.
         engines: what serving engines make of the result, by name: ``right``, or what is wrong, as
             `engines.verdict.verdicts` says it; those of which nothing is known are not there.
 
@@ -163,6 +166,7 @@ class PruningPlan(JsonFile):
     drop_mtp: bool = False
     engines: dict[str, str] = field(default_factory=dict)
     edited: bool = False
+    lineage: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if type(self.num_layers) is not int or not 1 <= self.num_layers <= MOST_LAYERS:
@@ -171,6 +175,29 @@ class PruningPlan(JsonFile):
             )
         object.__setattr__(self, "model_id", str(self.model_id))  # a Path, perhaps
         object.__setattr__(self, "remove", check_layers(self.remove, self.num_layers))
+        if len(self.origin) != self.num_layers:
+            raise InvalidPlanError(
+                f"The lineage leaves {len(self.origin)} layers, and the model has "
+                f"{self.num_layers}: it is damaged."
+            )
+
+    @cached_property
+    def origin(self) -> tuple[int, ...]:
+        """The number that each layer of the model has in the first model of its lineage."""
+        if not self.lineage:
+            return tuple(range(self.num_layers))
+        left = list(range(check_type(self.lineage[0].get("num_layers"), int, "num_layers")))
+        for cut in self.lineage:
+            check_type(cut.get("model_id"), str, "model_id")
+            gone = check_layers(cut.get("remove"), len(left))
+            left = [layer for index, layer in enumerate(left) if index not in gone]
+        return tuple(left)
+
+    def as_earlier(self) -> list[dict[str, Any]]:
+        """The lineage of the model that this plan makes."""
+        names = ("model_id", "num_layers", "strategy")
+        cut = {**{name: getattr(self, name) for name in names}, "remove": list(self.remove)}
+        return [*self.lineage, cut]
 
     @property
     def keep(self) -> tuple[int, ...]:
@@ -186,6 +213,9 @@ class PruningPlan(JsonFile):
 
     def __str__(self) -> str:
         lines = [repr(self)]
+        if self.lineage:
+            first = ", ".join(str(self.origin[layer]) for layer in self.remove)
+            lines.append(f"  of {self.lineage[0].get('model_id')!r} these are layers {first}")
         if held := self.held_out:
             lines.append(f"  costs {_change_text(held)}, {held['unit']}, {held['items']} items")
         lines += [

@@ -125,7 +125,7 @@ def test_what_cannot_be_asked_for_is_refused(words, message):
 
 
 def test_a_model_is_required():
-    with pytest.raises(InvalidPlanError, match="required: --model; see llm-pruner --help"):
+    with pytest.raises(InvalidPlanError, match=r"--model is required: .* see llm-pruner --help"):
         parse_request([])
 
 
@@ -154,9 +154,87 @@ def test_training_needs_peft(monkeypatch):
         check_request(parsed("--heal lora"))
 
 
-def test_help_names_every_option(capsys):
+def test_the_short_help_names_what_most_people_need_and_where_the_rest_is(capsys):
     with pytest.raises(SystemExit) as stop:
         parse_request(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 80
+    found = {word.strip(",") for word in text.split("examples:")[0].split() if word[:2] == "--"}
+    assert {"--model", "--n-layers", "--target-size", "--output", "--heal", "--show"} <= found
+    assert not found & {"--drop-mtp", "--layers-path", "--timeout", "--option", "--link"}
+    assert "All options: llm-pruner --help-all" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "budget"),
+    [
+        ("--ratio 25%", {"ratio": 0.25}),
+        ("--ratio 0.3 --ratio-of bytes", {"ratio": 0.3, "ratio_of": "bytes"}),
+        ("--target-size 400MB", {"target_size": 400_000_000}),
+        ("--target-params 1.1B", {"target_params": 1_100_000_000}),
+        ("--target-params 250k", {"target_params": 250_000}),
+        ("--target-speedup 1.3", {"target_speedup": 1.3}),
+        ("--target-speedup prefill=2", {"target_speedup": 2.0, "speedup_of": "prefill"}),
+        ("--target-memory 6GiB --context 8192", {"target_memory": 6 * 2**30, "context": 8192}),
+        (
+            "--max-drop arc_easy=0.02,perplexity=10% --confident",
+            {"max_drop": {"arc_easy": "0.02", "perplexity": "10%"}, "confident": True},
+        ),
+        (
+            "--target-size 1GB --tolerance 0.1 --n-layers 3",
+            {"target_size": 10**9, "tolerance": 0.1, "n_layers": 3},
+        ),
+    ],
+)
+def test_goals_are_read(words, budget):
+    assert parsed(words).budget.given == Budget(**budget).given
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--ratio 0.3x", "--ratio: '0.3x' must be a share, e.g. 0.25 or 25%"),
+        ("--target-params many", "'many' must be a number, e.g. 100M"),
+        ("--target-speedup write=2", "'write=2' must be a factor"),
+        ("--max-drop arc_easy", "must be figures and drops"),
+        ("--max-drop arc_easy=-1", "'arc_easy=-1' must be figures and drops"),
+        ("--target-size 1MB --threshold 0.1", "threshold and target_size exclude each other"),
+        ("--target-size 1MB --layers 3", "--target-size has no effect with --layers"),
+        ("--target-size 1MB --sweep 3", "--target-size has no effect with --sweep"),
+        ("--ratio-of bytes --n-layers 2", "--ratio-of has no effect without --ratio"),
+        ("--context 8 --n-layers 2", "--context has no effect without --target-memory"),
+        ("--confident --n-layers 2", "--confident has no effect without --max-drop"),
+        ("--fields prompt", "must be fields and their names"),
+        ("--fields prompt=q", "--fields has no effect without --eval-dataset"),
+        ("--objective tasks", "--objective tasks needs --tasks"),
+        ("--tasks arc_easy --dry-run", "--tasks has no effect with --dry-run"),
+    ],
+)
+def test_goals_and_data_that_cannot_be_asked_for_are_refused(words, message):
+    with pytest.raises(InvalidPlanError) as caught:
+        parsed(words)
+    assert message in str(caught.value)
+
+
+def test_what_is_shown_needs_no_model():
+    assert parse_request(["--show", "out", "--json"]).show == "out"
+    with pytest.raises(InvalidPlanError, match="--show goes alone, or with --json: leave"):
+        parse_request(["--show", "out", "--output", "x"])
+
+
+def test_files_of_objectives_and_tasks_are_looked_for_before_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in ("--objective none.py:f", "--objective nll=1,none.py:f=1"):
+        with pytest.raises(LoadError, match=r"Objective file 'none.py' does not exist"):
+            check_request(parsed(words))
+    with pytest.raises(LoadError, match=r"--tasks rows/arc_easy.jsonl: there is no such file"):
+        check_request(parsed("--tasks rows/arc_easy.jsonl,hellaswag"))
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_request(["--help-all"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     contract = """--model --strategy --output --eval-dataset --n-samples --ratio --threshold

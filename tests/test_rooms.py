@@ -38,10 +38,11 @@ ROOMS = {
     "workflow": "storage model data evaluation healing visualization report checkpoint pruners",
     "estimate": "storage model data evaluation search healing goals pruners",
     "cli_request": "goals healing",
-    "cli_arguments": "engines goals pruners cli_request",
+    "cli_values": "engines goals",
+    "cli_arguments": "engines goals pruners cli_request cli_values",
     "cli_checks": "storage search pruners cli_request",
-    "cli_jobs": "config storage model offload data search healing visualization report checkpoint "
-    "pruners workflow estimate cli_request",
+    "cli_jobs": "config storage model offload data evaluation search healing visualization report "
+    "checkpoint pruners workflow estimate cli_request",
     "cli": "cli_request cli_arguments cli_checks cli_jobs",
 }
 MODULES = {

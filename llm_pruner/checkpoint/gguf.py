@@ -21,7 +21,7 @@ from ..engines.llama_cpp import ARCHITECTURES, LLAMA_CPP
 from ..engines.serving import GgufLayers, Serving
 from ..engines.verdict import check_engines
 from ..errors import InvalidPlanError, LoadError, OutputError, UnsupportedModelError
-from ..output_rules import PLAN_FILE
+from ..output_rules import MANIFEST_FILE, PLAN_FILE
 from ..results import PruningPlan
 from ..storage.gguf_files import Field, GgufFile, encode_field, read_gguf, write_gguf
 from ..storage.gguf_models import (
@@ -40,7 +40,6 @@ from ..storage.safetensors_files import Pair
 from ..utils import logger
 from .side_files import side_files
 
-MANIFEST_FILE = "pruning_manifest.json"
 TOKENS = "tokenizer.ggml.tokens"
 NAMED_TENSORS = "general.tensor_extra.name"  # a list that others go along with
 ALONGSIDE = "general.tensor_extra."

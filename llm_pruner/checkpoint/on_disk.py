@@ -24,12 +24,13 @@ from ..config.module_patterns import (
 from ..engines.serving import Serving
 from ..engines.verdict import check_engines, judge, refuse_wrong, verdicts
 from ..errors import InvalidPlanError, LoadError, VerificationError
-from ..output_rules import PLAN_FILE
+from ..output_rules import MANIFEST_FILE, PLAN_FILE
 from ..progress import progress
 from ..report.model_card import CARD_FILE, card_text, original_card
 from ..results import PruningPlan, check_layers
 from ..storage.gguf_models import find_gguf, read_gguf_checkpoint
 from ..storage.manifest import Manifest, kept_tensors, layout_hash, new_manifest
+from ..storage.origin import lineage
 from ..storage.safetensors_files import (
     Checkpoint,
     Kept,
@@ -50,7 +51,7 @@ from ..storage.sources import (
     with_all_files,
 )
 from ..utils import logger, package_versions, resolve_model_id
-from .gguf import MANIFEST_FILE, read_gguf_model, refuse_other_engines, write_pruned_gguf
+from .gguf import read_gguf_model, refuse_other_engines, write_pruned_gguf
 from .pruned_config import pruned_config
 from .side_files import side_files
 
@@ -304,7 +305,8 @@ def _checked_plan(
     plan.check_model(names.num_layers, identity)
     if not plan.remove:
         raise InvalidPlanError("layers=[]: there is nothing to remove. Name at least one layer.")
-    return replace(plan, model=identity)
+    earlier = lineage(checkpoint.source, names.num_layers)
+    return replace(plan, model=identity, lineage=earlier)
 
 
 def _card(source: Source, plan: PruningPlan) -> str:

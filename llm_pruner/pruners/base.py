@@ -213,6 +213,7 @@ class BasePruner(LayerRemover, ABC):
                 versions=package_versions(),
                 model=self.identity,
                 engines=self._engines(removed),
+                lineage=self.lineage,
             )
 
         self.steps, self.partial_plan = [], None

@@ -22,7 +22,7 @@ from ..healing.lora_settings import LoraSettings
 from ..model.layer_stack import LayerStack
 from ..model.loading import model_fingerprint
 from ..results import PruningPlan, check_layers
-from ..storage.origin import model_identity, read_for
+from ..storage.origin import lineage_of, model_identity, read_for
 from ..utils import package_versions
 from .healing_search import HealedModel
 
@@ -162,7 +162,13 @@ class LayerRemover:
             versions=package_versions(),
             model=self.identity,
             engines=self._engines(layers),
+            lineage=self.lineage,
         )
+
+    @cached_property
+    def lineage(self) -> list[dict[str, Any]]:
+        """The cuts that the model comes from; see `PruningPlan.lineage`."""
+        return lineage_of(self.model, self.num_layers)
 
     def _engines(self, removed: Sequence[int]) -> dict[str, str]:
         kept = [index for index in range(self.num_layers) if index not in removed]

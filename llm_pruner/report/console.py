@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 
+from ..output_rules import PLAN_FILE
 from ..results import Comparison, DepthCurve, PruningPlan, PruningReport
 from ..storage.manifest import Manifest
 from . import summary
@@ -99,10 +101,40 @@ def _cost(plan: PruningPlan, note: str = "") -> str:
 
 
 def _headline(verb: str, plan: PruningPlan) -> str:
-    return (
+    line = (
         f"{verb} {len(plan.remove)} of {plan.num_layers} layers (0-based): {list(plan.remove)}  "
         f"[{plan.strategy}]"
     )
+    return "\n".join(filter(None, [line, summary.lineage_text(plan)]))
+
+
+def output_text(
+    plan: PruningPlan, report: PruningReport | None, manifest: Manifest | None, folder: str
+) -> str:
+    """What was done to the model in a folder, and how to do it again.
+
+    Args:
+        report: what was measured, if something was.
+        manifest: where its tensors came from, if it was pruned on disk.
+    """
+    if report is not None:
+        text = report_text(report)
+    elif manifest is not None:
+        text = manifest_text(manifest, plan, folder)
+    else:
+        text = saved_text(plan, folder)
+    source = plan.data.get("source")
+    asked = [f"{name}={value}" for name, value in plan.options.items() if name != "goals"]
+    lines = [
+        f"Made from {plan.model_id or 'a model in memory'} ({plan.num_layers} layers).",
+        *[f"Asked for: {', '.join(asked)}." for _ in asked[:1]],
+        *[f"Chosen on {plan.data['items']} items of {source}." for _ in [source] if source],
+        "To do it again:",
+        *[f"  {report.command}" for report in [report] if report and report.command],
+        f"  llm-pruner --model {shlex.quote(plan.model_id or 'MODEL')} --plan "
+        f"{shlex.quote(f'{folder}/{PLAN_FILE}')} --output NEW",
+    ]
+    return text + "\n" + "\n".join(lines) + "\n"
 
 
 def report_text(report: PruningReport) -> str:

@@ -107,7 +107,8 @@ def _summary(report: PruningReport) -> str:
     return (
         f"<header>\n<h1>{escape(plan.model_id or 'A model')}, pruned</h1>\n"
         f'<p class="soft">{escape(summary.removed_text(plan))}, chosen by {escape(plan.strategy)}. '
-        f"Layer numbers are 0-based. {escape(summary.goals_text(plan, report.comparisons))} "
+        f"Layer numbers are 0-based. {escape(summary.lineage_text(plan))} "
+        f"{escape(summary.goals_text(plan, report.comparisons))} "
         f"{escape(summary.engines_text(plan))}</p>\n"
         f'<div class="tiles">\n{"".join(tiles)}</div>\n'
         f'<ol class="stack" aria-label="The {depth} layers; removed: {removed}">{layers}'

@@ -214,10 +214,11 @@ def _eval_results(comparisons: list[Comparison]) -> list[EvalResult]:
 def _body(name: str, plan: PruningPlan, report: PruningReport | None, gguf: str) -> str:
     source = inert(plan.model_id if _is_hub_id(plan.model_id) else Path(plan.model_id).name)
     serving = inert(summary.engines_text(plan))
+    lineage = f" {inert(summary.lineage_text(plan))}".rstrip()
     return f"""# {inert(name)}
 
-{source or "A model"} with {summary.removed_text(plan)} (0-based). Nothing but the number of \
-layers differs in its architecture.{" " if serving else ""}{serving}
+{source or "A model"} with {summary.removed_text(plan)} (0-based).{lineage} Nothing but \
+the number of layers differs in its architecture.{" " if serving else ""}{serving}
 
 ## What it cost
 

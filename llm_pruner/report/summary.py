@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..results import CONTEXT, Comparison, PruningPlan, PruningReport
@@ -25,6 +25,37 @@ def removed_text(plan: PruningPlan) -> str:
     """``3 of 12 layers removed: 2, 7, 8``."""
     layers = ", ".join(map(str, plan.remove))
     return f"{len(plan.remove)} of {plan.num_layers} layers removed: {layers}"
+
+
+def lineage_text(plan: PruningPlan) -> str:
+    """Which layers of the original go, and which are gone then; empty if it is the original.
+
+    ``That is layers 20-25 and 27 of the original 30 (my/model), of which 3, 20-25 and 27 are gone
+    now.``
+    """
+    if not plan.lineage:
+        return ""
+    first = plan.lineage[0]
+    now = [plan.origin[layer] for layer in plan.remove]
+    left = {plan.origin[layer] for layer in plan.keep}
+    gone = [layer for layer in range(first["num_layers"]) if layer not in left]
+    return (
+        f"That is layer{'s' * (len(now) > 1)} {runs_text(now)} of the original "
+        f"{first['num_layers']} ({first['model_id'] or 'a model in memory'}), of which "
+        f"{runs_text(gone)} are gone now."
+    )
+
+
+def runs_text(layers: Sequence[int]) -> str:
+    """Layers with neighbours together: ``20-25 and 27``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def engines_text(plan: PruningPlan) -> str:

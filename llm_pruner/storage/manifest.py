@@ -40,6 +40,8 @@ class Manifest(JsonFile):
         mtp_tensors: how many of the tensors belong to blocks for multi-token prediction.
         left_behind: files of the source that were not carried along: weights in other formats,
             and what describes them.
+        origin: the number that each layer of the source has in the first model of its lineage
+            (`PruningPlan.origin`); empty where the source is that model.
     """
 
     FORMAT = "llm_pruner.manifest/2"
@@ -58,11 +60,13 @@ class Manifest(JsonFile):
     sha256: dict[str, str] = field(default_factory=dict)
     mtp_tensors: int = 0
     left_behind: list[str] = field(default_factory=list)
+    origin: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "remove", check_layers(self.remove, self.num_layers))
         object.__setattr__(self, "prefixes", tuple(self.prefixes))
         object.__setattr__(self, "from_memory", tuple(self.from_memory))
+        object.__setattr__(self, "origin", tuple(self.origin))
         for file, entry in self.files.items():
             missing = {"from", "tensors", "layout"} - entry.keys()
             if missing:
@@ -188,4 +192,5 @@ def new_manifest(
             )
         ),
         sha256=hashes,
+        origin=plan.origin if plan.lineage else (),
     )

@@ -9,6 +9,8 @@ from typing import Any
 from ..config.config_file import find_layers
 from ..config.gguf_metadata import find_blocks
 from ..errors import LLMPrunerError
+from ..output_rules import PLAN_FILE
+from ..results import PruningPlan
 from ..utils import logger
 from .gguf_models import find_gguf, read_gguf_checkpoint
 from .safetensors_files import Checkpoint, read_checkpoint
@@ -71,3 +73,25 @@ def model_identity(model: Any, num_layers: int) -> dict[str, str]:
     if checkpoint is not None:
         return checkpoint.identity(whole=True)
     return {"revision": commit} if commit and loaded_from(model) is None else {}
+
+
+def lineage(source: Source | None, num_layers: int) -> list[dict[str, Any]]:
+    """The cuts that made a model of `num_layers` layers, by the plan beside its checkpoint.
+
+    Empty where there is no plan, or one that does not fit the model.
+    """
+    if source is None or PLAN_FILE not in source.files():
+        return []
+    try:
+        plan = PruningPlan.of_data(source.read_json(PLAN_FILE))
+    except LLMPrunerError as error:
+        logger.warning("What was pruned from %s before is not known: %s", source.name, error)
+        return []
+    return plan.as_earlier() if len(plan.keep) == num_layers else []
+
+
+def lineage_of(model: Any, num_layers: int) -> list[dict[str, Any]]:
+    """`lineage` of a model in memory."""
+    if paths := gguf_of(model):
+        return lineage(LocalFolder(paths[0].parent), num_layers)
+    return lineage(loaded_from(model), num_layers)
