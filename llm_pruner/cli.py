@@ -109,7 +109,9 @@ def _run(request: Request) -> None:
             _push(request, request.push_to_hub)
     except SystemExit:
         if launched() > 1:  # a launcher ends all processes when one of them has ended
-            _print_error("stopped by the launcher: another process has ended. Use --resume.")
+            _print_error(
+                f"stopped by the launcher: another process has ended.{_how_to_resume(request)}"
+            )
         raise
     except KeyboardInterrupt:
         if rank() == 0:

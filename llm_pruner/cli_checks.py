@@ -56,12 +56,9 @@ def check_request(request: Request) -> None:
     if request.tasks:
         if importlib.util.find_spec("lm_eval") is None:
             raise MissingDependencyError("--tasks needs lm-eval: pip install 'llm_pruner[eval]'.")
-        for name in request.tasks:
-            if (
-                name.endswith((".yaml", ".yml", ".jsonl", ".json"))
-                and not user_path(name).is_file()
-            ):
-                raise LoadError(f"--tasks {name}: there is no such file.")
+        files = [name for name in request.tasks if name.endswith(TASK_FILES)]
+        if absent := [name for name in files if not user_path(name).is_file()]:
+            raise LoadError(f"--tasks {absent[0]}: there is no such file.")
     if (repo_id := request.push_to_hub) is not None:
         on_first(lambda: check_upload(repo_id))
     on_first(lambda: _check_files(request))
@@ -77,7 +74,7 @@ def _check_files(request: Request) -> None:
         raise OutputError(f"--output {request.output} is the model itself: choose another folder.")
     if request.writes_model:
         check_output(request.output, overwrite=request.overwrite, reads=reads)
-    if request.chooses and (request.resume or not request.writes_nothing):
+    if request.keeps_journal:
         Journal(request.beside("journal.jsonl")).check()
     if request.writes_nothing:
         return

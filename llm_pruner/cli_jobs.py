@@ -165,8 +165,7 @@ def _make_pruner(request: Request) -> BasePruner:
     }
     if issubclass(cls, MeasuredPruner):
         options["seed"] = request.seed
-        keeps_journal = request.resume or not request.writes_nothing  # a dry run leaves nothing new
-        if keeps_journal and request.layers is None and request.plan is None:
+        if request.keeps_journal:
             options["journal"] = request.beside("journal.jsonl")
         if request.objective is not None:
             options["objective"] = request.objective
@@ -222,9 +221,12 @@ def run_in_memory(request: Request) -> None:
     if request.sweep is not None:
         _sweep(request, request.sweep, pruner, data)
         return
+    known = request.beside("journal.jsonl").exists()
     plan = _make_plan(request, pruner, data, given)
     plan = replace(plan, drop_mtp=plan.drop_mtp or request.drop_mtp)
     if request.dry_run:
+        if request.keeps_journal and not known:  # a dry run that ends leaves nothing new
+            on_first(Journal(request.beside("journal.jsonl")).remove)
         say(plan.to_json() if request.json else plan_text(plan))
     elif pruner.layers.offloaded:
         _export_yaml(request, pruner, plan)
@@ -403,8 +405,9 @@ def _make_plan(
         if pruner.partial_plan and not request.dry_run and rank() == 0:
             path = request.beside("partial_plan.json")
             pruner.partial_plan.save(path)
+            resumable = request.beside("journal.jsonl").exists()
             say_aside(
                 f"\nThe search had come to {len(pruner.partial_plan.remove)} layers: use them with "
-                f"--plan {path}, or go on with --resume."
+                f"--plan {path}{', or go on with --resume' if resumable else ''}."
             )
         raise

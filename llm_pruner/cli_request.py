@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that mistakes are answered at once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,6 +201,13 @@ class Request:
         measures = self.eval_dataset is not None or bool(self.tasks) or self.visualize
         recipe = self.export_yaml is not None
         return self.chooses or loads or measures or recipe or self.heal != "none"
+
+    @property
+    def keeps_journal(self) -> bool:
+        """Whether measurements are kept beside the output; a dry run does where it can."""
+        folder = self.beside("journal.jsonl").parent
+        writable = not self.dry_run or os.access(folder, os.W_OK)
+        return self.chooses and not self.estimate and writable
 
     @property
     def writes_nothing(self) -> bool:

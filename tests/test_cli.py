@@ -18,10 +18,11 @@ import zoo
 from conftest import WORDS, items, tiny_llama
 from safetensors.torch import load_file
 
-from llm_pruner import BasePruner, cli, workflow
+from llm_pruner import BasePruner, cli, load_model, workflow
 from llm_pruner.checkpoint.save import write_model
 from llm_pruner.cli import main
 from llm_pruner.errors import MissingDependencyError, OutputError
+from llm_pruner.evaluation.lm_eval_backend import LmEvalTasks, run_tasks
 from llm_pruner.healing import lora
 from llm_pruner.model.layer_stack import LayerStack
 from llm_pruner.offload import offloaded_stack
@@ -493,10 +494,33 @@ def test_a_dry_run_reads_the_journal_if_asked(run, tmp_path, readings):
     readings["n"] = 0
     assert run(*words, "--dry-run", "--resume")[0] == 0
     assert readings["n"] == 0
-    readings.update(n=0, stop=3)
-    code, _, err = run("--n-layers", "2", "--output", "other", "--dry-run")
-    assert (code, "Resume" in err) == (130, False), "a dry run leaves nothing to take up"
-    assert not list(tmp_path.glob("other*"))
+    assert (tmp_path / "out.journal.jsonl").exists(), "it is not the dry run's"
+
+
+def test_a_dry_run_that_is_stopped_keeps_what_it_measured_and_one_that_ends_nothing(
+    run, tmp_path, readings
+):
+    words = ("--strategy", "smart", "--n-layers", "2", "--output", "out", "--dry-run")
+    readings["stop"] = 5
+    code, out, err = run(*words)
+    assert (code, out) == (130, "")
+    assert err.rstrip().endswith("--dry-run --resume")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.journal.jsonl"]
+    readings.update(n=0, stop=math.inf)
+    assert run(*words, "--resume")[0] == 0
+    some = readings["n"]
+    (tmp_path / "out.journal.jsonl").unlink()
+    readings.update(n=0)
+    assert run(*words)[0] == 0
+    assert readings["n"] > some
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_works_where_nothing_can_be_written(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_pruner.cli_request.os.access", lambda path, mode: False)
+    words = ("--strategy", "smart", "--n-layers", "2", "--output", "out", "--dry-run")
+    assert run(*words)[0] == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_search_leaves_a_plan_that_can_be_used(run, tmp_path, readings):
@@ -680,3 +704,47 @@ def test_a_missing_sentence_encoder_is_said_before_the_search(run, monkeypatch, 
     assert code == 4
     assert "no encoder" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_tasks_of_lm_eval_are_compared_on_the_models_that_are_written(run, tmp_path):
+    """Item by item what lm-eval finds on the folder itself."""
+    (tmp_path / "rows").mkdir()
+    path = task_rows(tmp_path / "rows" / "arc_easy.jsonl")
+    code, out, _ = run("--layers", "3,4", "--tasks", "rows/arc_easy.jsonl", "--output", "out")
+    assert code == 0
+    assert "arc_easy (acc, lm-eval)" in out
+    report = PruningReport.load(tmp_path / "out" / "pruning_report.json")
+    row = report["arc_easy (acc, lm-eval)"]
+    model, tokenizer = load_model(str(tmp_path / "out"), device="cpu")
+    result = run_tasks(model, tokenizer, ["arc_easy"], path.parent)["arc_easy"]
+    assert row.after == pytest.approx(result.means["acc"])
+    assert row.count == 8  # --n-samples
+    tasks = LmEvalTasks([str(path)])
+    assert tasks.results(model, tokenizer)["arc_easy"].scores == result.scores
+
+
+def test_layers_are_chosen_by_tasks_and_judged_on_their_other_items(run, tmp_path):
+    task_rows(tmp_path / "arc_easy.jsonl")
+    words = ("--tasks", "arc_easy.jsonl", "--objective", "tasks", "--n-layers", "1")
+    code, _, err = run(*words, "--strategy", "ablation", "--output", "out", data=None)
+    assert code == 0, err
+    report = PruningReport.load(tmp_path / "out" / "pruning_report.json")
+    assert report.plan.options["objective"] == {"tasks": 1.0}
+    assert report.plan.data["items"] == report["arc_easy (acc, lm-eval)"].count == 4
+    assert report.plan.held_out["items"] == 4
+
+
+def task_rows(path):
+    """Rows of an easy task in the layout of ARC's dataset."""
+    words = "the cat sat on a mat and saw one red bird in this old tree by our warm house".split()
+    rows = [
+        {
+            "id": str(n),
+            "question": " ".join(words[n : n + 5]),
+            "choices": {"text": words[n + 1 : n + 5], "label": list("ABCD")},
+            "answerKey": "ABCD"[n % 4],
+        }
+        for n in range(8)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path

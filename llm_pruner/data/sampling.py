@@ -249,9 +249,10 @@ def _mixture(n: int, seed: int) -> list[EvalItem]:
         except (LoadError, InvalidDataError) as error:
             reasons.append(f"{name}: {error}")
     if not pools:
+        names = ", ".join(DEFAULT_SOURCES)
         raise LoadError(
-            "None of the evaluation datasets could be loaded; without a network use a local file "
-            "or the source 'demo'.\n  " + "\n  ".join(reasons)
+            f"None of the default datasets ({names}) could be loaded. Give your own data "
+            f"(--eval-dataset FILE), or the source 'demo'. The first reason: {reasons[0]}"
         )
     for reason in reasons:
         logger.warning("No items from %s", reason)

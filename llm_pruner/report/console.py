@@ -140,11 +140,13 @@ def output_text(
 def report_text(report: PruningReport) -> str:
     """A report: one row per quantity, before and after, by group."""
     lines = [_headline("Removed", report.plan), ""]
-    lines.append(f"{'':30}{'before':>12}{'after':>12}{'change':>10}   95 % interval")
+    head = f"{'':30}{'before':>12}{'after':>12}{'change':>10}{'n':>7}   95 % interval"
+    lines.append(head)
     for group, members in summary.by_group(report.comparisons).items():
         lines += [group, *map(_comparison, members)]
     if any(entry.verdict == "unclear" for entry in report.comparisons):
         lines.append(f"{UNCLEAR} {VERDICTS['unclear']}: the interval contains 0.")
+    lines.append("n: items or token sequences, or timed runs, behind both values.")
     if report.samples:
         lines.append("")
     for sample in report.samples:
@@ -166,7 +168,8 @@ def _comparison(entry: Comparison) -> str:
             return f"{number / entry.before:+.1%}"
         return style.replace(":", ":+").format(number)
 
-    line = f"  {label(entry):28}{values}{change(entry.change):>10}"
+    count = "" if entry.count is None else f"{entry.count:,}"
+    line = f"  {label(entry):28}{values}{change(entry.change):>10}{count:>7}"
     if entry.low is not None and entry.high is not None:
         line += f"   {change(entry.low)} to {change(entry.high)}"
     line += f" {UNCLEAR}" * (entry.verdict == "unclear")

@@ -82,6 +82,11 @@ def _benchmark(tasks: Sequence[Comparison]) -> Figure:
         {name: max(0.0, entry.after) for name, entry in entries.items()},
         {name: entry.count or 1 for name, entry in entries.items()},
         chance={name: entry.floor for name, entry in entries.items() if entry.floor is not None},
+        intervals={
+            name: (entry.low, entry.high)
+            for name, entry in entries.items()
+            if entry.low is not None and entry.high is not None
+        },
     )
 
 
@@ -118,7 +123,7 @@ TEXTS = {  # caption and alternative text of each figure on the page, filled in 
         "Bars of each score before and after, and the change with its 95 % interval: {changes}",
     ),
     "holistic_benchmark": (
-        "Tasks before and after, with standard errors.",
+        "Tasks before and after, with the paired interval of the change.",
         "Bars of the score of each task before and after: {changes}",
     ),
     "depth_curve": (

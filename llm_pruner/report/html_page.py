@@ -70,7 +70,7 @@ def write_html(
     )
     template = resources.files(__package__).joinpath("report.html")
     page = Template(template.read_text(encoding="utf-8")).substitute(
-        title=escape(f"{plan.model_id}: {summary.removed_text(plan)}"),
+        title=escape(f"{plan.model_id or 'A model'}: {summary.removed_text(plan)}"),
         body=f"<main>\n{''.join(sections)}</main>",
     )
     write_atomically(path, page)

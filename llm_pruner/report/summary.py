@@ -235,11 +235,17 @@ def _signed(number: float) -> str:
 
 
 def verdict_text(entry: Comparison) -> str:
-    """The verdict, and by how much the value changed: ``worse, 25.0% more``."""
-    relative = abs(entry.change / entry.before) if entry.before else 0.0
+    """The verdict, and by how much the value changed: ``worse, 25.0% more``.
+
+    A loss in nats has no zero that counts, and shares of small values say nothing: there are none.
+    """
+    counts = (
+        entry.before and "nats" not in entry.unit and abs(entry.change) < 10 * abs(entry.before)
+    )
+    relative = abs(entry.change / entry.before) if counts else 0.0
     more = f"{relative:.1%} {'more' if entry.change > 0 else 'less'}" if relative >= 0.0005 else ""
     if not entry.verdict:
-        return more or "unchanged"
+        return more or ("unchanged" if not entry.change else "")
     words = VERDICTS[entry.verdict]
     return f"{words}, {more}" if more and entry.verdict != "unclear" else words
 

@@ -28,7 +28,8 @@ def plot_block_distances(
     """Heat map of the distance over every block of layers (arXiv:2403.17887, figure 4).
 
     Columns are first layers, rows numbers of layers. As in the paper, each row is scaled to run
-    from 0 to 1, since distances grow with the length. A dot marks the best block of each length.
+    from 0 to 1, since distances grow with the length. A dot marks the best block of each length; a
+    row in which every block holds a protected layer has none.
     Cells without a value (NaN) are hatched.
 
     Args:
@@ -54,7 +55,8 @@ def plot_block_distances(
     title = f"Blocks of layers: {scores.strategy}" if title is None else title
     with style.drawing(title, path, show, *_size(depth)) as (figure, [[axes]]):
         image, handles = _draw_cells(axes, list(map(_rescaled, rows)), (0.0, 1.0), first_row=1)
-        style.mark_cells(axes, best, depth, "best of its length")
+        spared = ", without protected layers" if len(best) < depth else ""
+        style.mark_cells(axes, best, depth, f"best of its length{spared}")
         if taken and taken == tuple(range(taken[0], taken[-1] + 1)):
             look = {"mfc": "none", "mec": style.RED, "mew": 1.2, "markersize": 6.5}
             axes.plot(taken[0], len(taken), "s", label="removed", **look)
@@ -63,7 +65,7 @@ def plot_block_distances(
         axes.set_xticks(style.ticks(0, depth - 1, 13))
         axes.set_yticks(style.ticks(1, depth, 13))
         bar = figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], aspect=30, pad=0.02)
-        bar.set_label(style.wrap(f"{scores.unit}, scaled in each row", 2.2))
+        bar.set_label(style.wrap(f"{scores.unit.split(' (')[0]}, scaled in each row", 2.2))
         style.legend_below(figure, [*handles, *axes.lines])
     return figure
 

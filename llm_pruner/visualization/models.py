@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+SMALLEST = 0.005  # probability of a token that has a bar
 LINE = 10.0  # points from one line of running text to the next
 
 
@@ -73,9 +74,10 @@ def plot_semantic_comparison(
 ) -> Figure:
     """How two models continue the same prompt, or a few prompts below each other.
 
-    Left: the probabilities of the next token for the `top_k` tokens of either model, and how much
-    probability both have in common. Right: the answers that `ModelEvaluator` generates, and the
-    cosine similarity of their meanings.
+    Left: the probabilities of the next token for the `top_k` tokens of either model, without those
+    below half a percent in both, and the share of probability that both give to the same tokens
+    (1 minus the total variation distance). Right: the answers that `ModelEvaluator` generates, and
+    the cosine similarity of their sentence vectors, which hardly see the order of words.
 
     Args:
         prompt: up to six, rendered by `utils.render_prompt` like all prompts of this package.
@@ -91,7 +93,7 @@ def plot_semantic_comparison(
     with drawing(title, path, show, PAGE, heights, (1.0, 1.3)) as (figure, panels):
         for (left, right), row in zip(panels, rows, strict=True):
             style.paired_bars(left, list(range(len(row.tokens))), row.tokens, row.probabilities)
-            left.set_title(f"probability in common: {row.overlap:.0%}")
+            left.set_title(f"both give {row.overlap:.0%} of the probability to the same tokens")
             _draw_text(right, row.lines)
         panels[-1][0].set_xlabel("probability of the next token")
     return figure
@@ -222,7 +224,9 @@ def _continue(
             "model with its own pruned version."
         )
     best = {int(token) for p in seen for token in p.topk(min(top_k, len(p))).indices}
-    order = sorted(best, key=lambda token: (-float(one[token]), token))
+    ranked = sorted(best, key=lambda token: (-float(one[token]), token))
+    seen_bars = [token for token in ranked if max(float(p[token]) for p in seen) >= SMALLEST]
+    order = seen_bars or ranked
     last = int(inputs["input_ids"][0, -1])
     return _Continuation(
         [_token_text(tokenizer, last, token) for token in order],
@@ -256,7 +260,8 @@ def _text_lines(prompt: str, answers: list[str], embedder: Any) -> list[_TextLin
         *wrapped, end = style.wrap(style.printable(text) or "(empty)", 3.5, most).split("\n")
         lines += [(name, colour, LINE), *((line, "black", LINE) for line in wrapped)]
         lines.append((end, "black", 1.4 * LINE))
-    return [*lines, (f"semantic similarity: {_similarity(answers, embedder)}", "0.3", LINE)]
+    said = f"semantic similarity: {_similarity(answers, embedder)}"
+    return [*lines, (said, "0.3", LINE)]
 
 
 def _similarity(texts: list[str], embedder: Any) -> str:
@@ -268,7 +273,9 @@ def _similarity(texts: list[str], embedder: Any) -> str:
         one, two = embed(texts, embedder or load_embedder())
     except MissingDependencyError:
         return "not computed (no sentence embedder)"
-    return f"{float(one @ two):.2f}"
+    if texts[0] == texts[1]:
+        return "1 (the same answer)"
+    return f"{float(one @ two):.3f} (hardly sees word order)"
 
 
 def _draw_text(axes: Any, lines: list[_TextLine]) -> None:

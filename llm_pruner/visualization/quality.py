@@ -83,19 +83,23 @@ def plot_holistic_benchmark(
     *,
     title: str = "Benchmark before and after pruning",
     chance: Mapping[str, float] | None = None,
+    intervals: Mapping[str, tuple[float, float]] | None = None,
     show: bool = False,
 ) -> Figure:
-    """Paired bars per task, before and after, with values and standard errors.
+    """Paired bars per task, before and after, with values and standard errors or intervals.
 
     Error bars are one binomial standard error, sqrt(p (1 - p) / n). A task named ``mean`` comes
     last, set apart, with that of a mean of independent tasks, sqrt(sum of squares) / tasks. For
-    scores between 0 and 1 per item, like similarities, both are upper bounds.
+    scores between 0 and 1 per item, like similarities, both are upper bounds. Where both models
+    answered the same items, paired `intervals` say more: they take the place of all error bars.
 
     Args:
         before: task -> score in [0, 1].
         after: the same tasks.
         n_samples: items per task, one number for all or task -> number (``mean`` needs none).
         chance: what guessing scores in some of the tasks, drawn as a dashed line.
+        intervals: 95 % interval of ``after - before``, (low, high) by task, drawn from the score
+            before: a bar that reaches above it is no clear loss. Tasks without one have none.
     """
     path = style.check_path(save_path)
     levels = chance or {}
@@ -104,7 +108,12 @@ def plot_holistic_benchmark(
     positions = [row + 0.4 * (task == "mean") for row, task in enumerate(tasks)]
     names, row_height = _bar_names({task: counts.get(task) for task in tasks}.items(), 1.4)
     values = [[side[task] for task in tasks] for side in (before, after)]
-    errors = [[_error(task, side, counts) for task in tasks] for side in (before, after)]
+    errors: list[list[tuple[float, float]] | None] = [
+        [(_error(task, side, counts),) * 2 for task in tasks] for side in (before, after)
+    ]
+    if intervals is not None:
+        spreads = [_spread(before[task], after[task], intervals.get(task)) for task in tasks]
+        errors = [None, spreads]
     height = 0.9 + row_height * (positions[-1] + 1)
     with drawing(title, path, show, style.COLUMN, [height]) as (figure, [[axes]]):
         paired_bars(axes, positions, names, values, errors, ("before", "after"))
@@ -112,9 +121,17 @@ def plot_holistic_benchmark(
         style.level_marks(axes, {row_of[task]: levels[task] for task in levels}, "chance")
         if "mean" in tasks:
             axes.axhline(positions[-1] - 0.7, color="0.6", linewidth=0.6)
-        axes.set_xlabel("score \u00b1 1 standard error")
+        spread = "score \u00b1 1 standard error"
+        paired = "score; line: before plus the 95 % interval of the change"
+        axes.set_xlabel(spread if intervals is None else style.wrap(paired, 2.4))
         style.legend_below(figure, axes.get_legend_handles_labels()[0])
     return figure
+
+
+def _spread(before: float, after: float, ends: tuple[float, float] | None) -> tuple[float, float]:
+    """How far the ends of a change's interval, seen from before, are from the value after."""
+    low, high = ends or (after - before, after - before)
+    return max(0.0, after - before - low), max(0.0, before + high - after)
 
 
 def plot_comparisons(

@@ -187,7 +187,7 @@ def paired_bars(
     positions: Sequence[float],
     names: list[str],
     values: list[list[float]],
-    errors: list[list[float]] | None = None,
+    errors: Sequence[list[tuple[float, float]] | None] = (None, None),
     labels: tuple[str, str] = ("_", "_"),
 ) -> None:
     """Two horizontal bars for each name, the first name on top, with their values beside them."""
@@ -195,10 +195,11 @@ def paired_bars(
     for side, (colour, label) in enumerate(zip((BLUE, ORANGE), labels, strict=True)):
         rows = [position + (side - 0.5) * 0.4 for position in positions]
         bars = {"height": 0.4, "color": colour, "label": label}
-        spread = errors[side] if errors else [0.0] * len(rows)
+        spread = errors[side] or [(0.0, 0.0)] * len(rows)
         look = {"elinewidth": 0.8, "capsize": 1.5, "capthick": 0.8}
-        axes.barh(rows, values[side], xerr=spread if errors else None, error_kw=look, **bars)
-        for row, value, error in zip(rows, values[side], spread, strict=True):
+        drawn = list(zip(*spread, strict=True)) if errors[side] else None
+        axes.barh(rows, values[side], xerr=drawn, error_kw=look, **bars)
+        for row, value, (_, error) in zip(rows, values[side], spread, strict=True):
             at, style = (value + error, row), {"textcoords": "offset points", "fontsize": 6.5}
             axes.annotate(f"{value:.2f}", at, (3, 0), va="center", **style)
             longest = max(longest, value + error)

@@ -28,7 +28,7 @@ from llm_pruner.errors import (
     ProcessGroupError,
     UnknownNameError,
 )
-from llm_pruner.evaluation.lm_eval_backend import compare_results, run_tasks
+from llm_pruner.evaluation.lm_eval_backend import LmEvalTasks, compare_results, run_tasks
 from llm_pruner.evaluation.tasks import HolisticEvaluator, choice_losses
 from llm_pruner.utils import format_prompt
 
@@ -471,3 +471,36 @@ def test_a_chat_template_is_rendered_as_lm_eval_does(llama, definition):
     assert found.means["acc"] == direct["results"]["pick"]["acc,none"]
     samples = sorted(direct["samples"]["pick"], key=lambda sample: sample["doc_id"])
     assert found.scores["acc"] == [sample["acc"] for sample in samples]
+
+
+def test_items_of_tasks_are_scored_alone_as_in_the_whole_task(arc, items, tmp_path):
+    model, tokenizer = tiny_llama(), word_tokenizer()
+    tasks = LmEvalTasks([str(arc[0] / "arc_easy.jsonl")])
+    whole = run_tasks(model, tokenizer, ["arc_easy"], arc[0])["arc_easy"]
+    assert tasks.results(model, tokenizer)["arc_easy"].scores == whole.scores
+    drawn = random.Random(1).sample(tasks.items, 7)
+    assert tasks(model, tokenizer, drawn) == [whole.item_scores[item["doc"]] for item in drawn]
+    assert [item["reference"] for item in tasks.items] == [
+        row["choices"]["text"]["ABCD".index(row["answerKey"])] for row in arc[1]
+    ]
+    few = LmEvalTasks([str(arc[0] / "arc_easy.jsonl")], limit=5)
+    assert len(few.items) == 5
+    assert repr(few) != repr(tasks)
+
+
+def test_layers_are_chosen_by_the_scores_of_a_task(arc):
+    from llm_pruner import get_strategy, register_objective
+    from llm_pruner.search.objectives import OBJECTIVES
+
+    model, tokenizer = tiny_llama(), word_tokenizer()
+    tasks = LmEvalTasks([str(arc[0] / "arc_easy.jsonl")])
+    register_objective("arc of this test")(tasks)
+    try:
+        pruner = get_strategy("ablation")(model, tokenizer, objective="arc of this test")
+        scores = pruner.compute_layer_scores(tasks.items)
+    finally:
+        del OBJECTIVES["arc of this test"]
+    full = run_tasks(model, tokenizer, ["arc_easy"], arc[0])["arc_easy"].means["acc"]
+    for layer in (2, 5):
+        cut = run_tasks(pruner.layers.remove([layer]), tokenizer, ["arc_easy"], arc[0])
+        assert scores[layer] == pytest.approx((cut["arc_easy"].means["acc"] - full) / full)

@@ -22,15 +22,15 @@ def test_a_report_for_people():
     report = PruningReport(plan, "out", rows, {"method": "none"}, {"items": 9})
     lines = report_text(report).splitlines()
     assert [" ".join(line.split()) for line in lines[2:12]] == [
-        "before after change 95 % interval",
+        "before after change n 95 % interval",
         "size",
         "parameters 1,000,000 750,000 -25.0%",
         "speed",
-        "decode (tokens/s) 1,000 1,250 +25.0% +10.0% to +30.0%",
+        "decode (tokens/s) 1,000 1,250 +25.0% 6 +10.0% to +30.0%",
         "text",
-        "perplexity 2.000 2.500 +0.500 +0.250 to +0.750",
+        "perplexity 2.000 2.500 +0.500 9 +0.250 to +0.750",
         "tasks",
-        "task mean 0.500 0.438 -0.062 -0.125 to +0.000 ~ (floor 0.250)",
+        "task mean 0.500 0.438 -0.062 9 -0.125 to +0.000 ~ (floor 0.250)",
         "~ no clear difference: the interval contains 0.",
     ]
     sure = replace(report, comparisons=rows[:1])

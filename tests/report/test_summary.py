@@ -46,6 +46,20 @@ def test_a_change_in_words(entry, change, verdict):
     assert verdict_text(entry) == verdict
 
 
+@pytest.mark.parametrize(
+    ("entry", "verdict"),
+    [
+        (Comparison("NLL", "text", "nats/token", 0.026, 0.106, False, 9, 0.05, 0.1), "worse"),
+        (Comparison("KL divergence", "text", "nats/token", 0.0, 0.2, False, 9, 0.1, 0.3), "worse"),
+        (Comparison("words", "answers", "", 0.01, 1.0, None, 9, 0.5, 1.5), ""),
+        (Comparison("perplexity", "text", "", 2.0, 2.5, False, 9, 0.2, 0.8), "worse, 25.0% more"),
+        (Comparison("layers", "size", "", 8, 8), "unchanged"),
+    ],
+)
+def test_a_share_of_a_loss_or_of_nearly_nothing_is_not_said(entry, verdict):
+    assert verdict_text(entry) == verdict
+
+
 def test_groups_have_one_order_and_unknown_ones_come_last():
     groups = by_group([Comparison("x", "other", "", 1, 2), *COMPARISONS])
     assert list(groups) == ["size", "speed", "text", "tasks", "answers", "other"]

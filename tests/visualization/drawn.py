@@ -52,8 +52,8 @@ def line_of(axes, colour, style=None):
 
 
 def points(axes, label):
-    """The points of the line with that label."""
-    [line] = [line for line in axes.lines if line.get_label() == label]
+    """The points of the line whose label begins so."""
+    [line] = [line for line in axes.lines if line.get_label().startswith(label)]
     return list(zip(*map(list, line.get_data()), strict=True))
 
 

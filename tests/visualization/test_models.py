@@ -115,7 +115,27 @@ def test_next_token_probabilities_are_those_of_the_models():
     labels = [label.get_text().lstrip("\u2423") for label in axes.get_yticklabels()]
     assert labels == [TOKENIZER.convert_ids_to_tokens(t) or f"<{t}>" for t in order]
     overlap = torch.minimum(one, two).sum().item()
-    assert axes.get_title() == f"probability in common: {overlap:.0%}"
+    said = f"both give {overlap:.0%} of the probability to the same tokens"
+    assert axes.get_title() == said
+
+
+def test_tokens_that_neither_model_expects_have_no_bar(monkeypatch):
+    monkeypatch.setattr(model_figures, "SMALLEST", 0.05)
+    axes = plot_semantic_comparison(
+        MODEL, PRUNED, TOKENIZER, PROMPT, embedder=Letters(), max_new_tokens=4, top_k=20
+    ).axes[0]
+    widths = [bar.get_width() for bar in axes.patches]
+    half = len(widths) // 2
+    assert min(map(max, widths[:half], widths[half:])) >= 0.05
+    assert half < 20
+
+
+def test_the_same_answer_twice_is_said():
+    figure = plot_semantic_comparison(
+        MODEL, MODEL, TOKENIZER, PROMPT, embedder=Letters(), max_new_tokens=4
+    )
+    last = figure.axes[1].texts[-1].get_text()
+    assert last == "semantic similarity: 1 (the same answer)"
 
 
 def test_the_answers_and_their_similarity_are_printed():
@@ -133,7 +153,7 @@ def test_the_answers_and_their_similarity_are_printed():
     assert body == f"original model {answers[0]} pruned model {answers[1]}"
     one, two = embedder.encode(answers)
     cosine = torch.nn.functional.cosine_similarity(one, two, dim=0)
-    assert texts[-1] == f"semantic similarity: {cosine:.2f}"
+    assert texts[-1] == f"semantic similarity: {cosine:.3f} (hardly sees word order)"
 
 
 def test_without_an_embedder_the_figure_says_so(monkeypatch):

@@ -218,6 +218,18 @@ def test_one_number_of_items_for_all_tasks():
     assert figure.axes[0].get_yticklabels()[0].get_text() == "a (n=25)"
 
 
+def test_paired_intervals_take_the_place_of_standard_errors():
+    """From 0.5 to 0.4, and the change is between -0.3 and 0.05: from 0.2 to 0.55."""
+    figure = plot_holistic_benchmark(
+        {"a": 0.5, "b": 0.3}, {"a": 0.4, "b": 0.3}, 25, intervals={"a": (-0.3, 0.05)}
+    )
+    [axes] = figure.axes
+    lines = [c for c in axes.collections if hasattr(c, "get_segments")]
+    ends = [[x for x, _ in segment] for line in lines for segment in line.get_segments()]
+    assert ends == [pytest.approx([0.2, 0.55]), pytest.approx([0.3, 0.3])]
+    assert "interval" in axes.get_xlabel()
+
+
 def test_chance_is_drawn_where_it_is_known():
     figure = plot_holistic_benchmark(
         {"a": 0.5, "b": 1.0}, {"a": 0.4, "b": 0.9}, 25, chance={"b": 0.25}
