@@ -335,8 +335,12 @@ def test_accelerate_that_starts_one_process_is_reported(monkeypatch, saved, capl
     assert not distributed.one_only()
 
 
-def test_what_the_launcher_ends_says_why(monkeypatch, saved, capsys):
+@pytest.mark.parametrize("left", [True, False])
+def test_what_the_launcher_ends_says_why(left, monkeypatch, saved, tmp_path, capsys):
     """A signal from the launcher; the group itself is not needed for that."""
+    monkeypatch.chdir(tmp_path)
+    if left:
+        (tmp_path / "pruned_model.journal.jsonl").write_text("")
     monkeypatch.setattr(cli, "launched", lambda: 2)
     monkeypatch.setattr(cli, "run_in_memory", lambda _: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
@@ -346,7 +350,9 @@ def test_what_the_launcher_ends_says_why(monkeypatch, saved, capsys):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert stop.value.code == 143
-    assert "another process has ended. Use --resume" in capsys.readouterr().err
+    hint = "another process has ended. Go on with the same command and --resume."
+    assert (hint in (said := capsys.readouterr().err)) == left
+    assert "another process has ended." in said
 
 
 def test_a_model_partly_on_the_disk_scores_the_same(tmp_path):

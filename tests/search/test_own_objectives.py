@@ -154,3 +154,23 @@ def test_names_that_cannot_be_used():
     register_objective("mine")(own_objectives.fails)
     with pytest.raises(InvalidPlanError, match="'mine' is already taken"):
         register_objective("mine")(lambda model, tokenizer, items: [])
+
+
+def test_the_example_counts_answers_that_are_valid_json(tokenizer, monkeypatch):
+    """With layer 3 every answer is right, without it every third one."""
+    answers = ['{"a": 1}', "```json\n[1, 2]\n```", "[1, {}]"]
+    worse = ["{a: 1}", "5", "[1, {}]"]
+
+    def generate(self, prompts):
+        good = self.model.config.num_hidden_layers == 8
+        return [(answers if good else worse)[int(prompt[-1]) % 3] for prompt in prompts]
+
+    monkeypatch.setattr("llm_pruner.ModelEvaluator.generate", generate)
+    data = [{"prompt": f"the cat {n}", "reference": "sat"} for n in range(6)]
+    example = FILE.parent.parent / "examples" / "valid_json.py"
+    quality = RemovalQuality(
+        LayerStack(tiny_llama()), tokenizer, data, objective=f"{example}:valid-json"
+    )
+    assert quality() == 1.0
+    assert quality.change([3]) == pytest.approx(-2 / 3)
+    assert quality.unit == "relative change of share of answers that are valid JSON"
