@@ -32,6 +32,11 @@ def as_jsonl(rows: Items) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def whole(rows: list[dict[str, str]], between: str) -> list[dict[str, str]]:
+    """One text of all rows, which is cut into passages as a file is."""
+    return [{"text": between.join(texts(rows))}]
+
+
 def with_row(row: str) -> Callable[[list[dict[str, str]]], str]:
     """JSON Lines in which one row is this text."""
     return lambda rows: as_jsonl(rows[:20]) + row + "\n" + as_jsonl(rows[20:])
@@ -170,8 +175,11 @@ JSONS: dict[str, tuple[Callable[[list[dict[str, str]]], str | bytes], Sound | No
     "mixed with texts": (lambda rows: json.dumps([*rows[:20], *texts(rows[20:])]), None),
 }
 TXT: dict[str, tuple[Callable[[list[dict[str, str]]], str | bytes], Sound | None]] = {
-    "clean": (lambda rows: "\n\n".join(texts(rows)), texts),
-    "CRLF": (lambda rows: "\r\n\r\n".join(texts(rows)).encode(), texts),
+    "clean": (lambda rows: "\n\n".join(texts(rows)), lambda rows: whole(rows, "\n\n")),
+    "CRLF": (
+        lambda rows: "\r\n\r\n".join(texts(rows)).encode(),
+        lambda rows: whole(rows, "\r\n\r\n"),
+    ),
     "empty": (lambda rows: "", None),
     "white space": (lambda rows: "\n \n\t\n", None),
     "one paragraph": (lambda rows: "t005 t006", None),

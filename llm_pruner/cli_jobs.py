@@ -9,7 +9,8 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .atomic_output import clear_checkpoints
 from .cli_request import OWN_WORDS, TASKS, Request
 from .distributed import on_first, rank
-from .errors import InvalidPlanError, LoadError, UnknownNameError
+from .errors import InvalidPlanError, LLMPrunerError, LoadError, UnknownNameError
 from .output_rules import FIGURES, MANIFEST_FILE, PAGE_FILE, PLAN_FILE, REPORT_FILE
 from .pruners.registry import get_strategy, option_names
 from .report.console import (
@@ -221,12 +222,10 @@ def run_in_memory(request: Request) -> None:
     if request.sweep is not None:
         _sweep(request, request.sweep, pruner, data)
         return
-    known = request.beside("journal.jsonl").exists()
-    plan = _make_plan(request, pruner, data, given)
+    with _without_traces(request):
+        plan = _make_plan(request, pruner, data, given)
     plan = replace(plan, drop_mtp=plan.drop_mtp or request.drop_mtp)
     if request.dry_run:
-        if request.keeps_journal and not known:  # a dry run that ends leaves nothing new
-            on_first(Journal(request.beside("journal.jsonl")).remove)
         say(plan.to_json() if request.json else plan_text(plan))
     elif pruner.layers.offloaded:
         _export_yaml(request, pruner, plan)
@@ -234,6 +233,21 @@ def run_in_memory(request: Request) -> None:
         _copy_on_disk(request, replace(plan, held_out=held_out))
     else:
         _carry_out(request, pruner, plan, data, lora, tasks)
+
+
+@contextmanager
+def _without_traces(request: Request) -> Iterator[None]:
+    """Leave no journal of a dry run that ends, well or not; one that is stopped keeps its own."""
+    journal = Journal(request.beside("journal.jsonl"))
+    new = request.dry_run and request.keeps_journal and not journal.path.exists()
+    try:
+        yield
+    except LLMPrunerError:
+        if new:
+            on_first(journal.remove)
+        raise
+    if new:
+        on_first(journal.remove)
 
 
 def _estimated(request: Request, pruner: BasePruner, data: DataSplit, lora: LoraSettings) -> str:

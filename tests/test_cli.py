@@ -513,6 +513,8 @@ def test_a_dry_run_that_is_stopped_keeps_what_it_measured_and_one_that_ends_noth
     readings.update(n=0)
     assert run(*words)[0] == 0
     assert readings["n"] > some
+    none = ("--strategy", "ablation", "--threshold", "1000", "--output", "out", "--dry-run")
+    assert run(*none)[0] != 0
     assert list(tmp_path.iterdir()) == []
 
 
