@@ -29,6 +29,7 @@ from .errors import (
     OutputError,
 )
 from .hub import how_to_repeat, push_to_hub
+from .plugins import place_in_own_code
 from .streams import check_said, open_streams, say, say_aside
 from .utils import logger
 
@@ -67,6 +68,8 @@ def _explained(error: Exception) -> tuple[int, str]:
     if isinstance(error, LLMPrunerError):
         return error.exit_code, str(error)
     text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    if place := place_in_own_code(error):
+        return LLMPrunerError.exit_code, f"Your own code failed, in {place}: {text}."
     if isinstance(error, MemoryError) or any(sign in text for sign in NO_MEMORY):
         advice = "Use a smaller --batch-size, or --max-memory to read layers from the disk."
         return OutOfMemoryError.exit_code, f"The memory does not suffice ({text}). {advice}"

@@ -52,6 +52,8 @@ def show_output(request: Request, folder: str) -> None:
     from .storage.manifest import Manifest
 
     path = user_path(folder)
+    if not path.is_dir():
+        raise LoadError(f"There is no folder {folder}.")
     if not (path / PLAN_FILE).is_file():
         raise LoadError(f"{folder} has no {PLAN_FILE}, so llm-pruner has not made it.")
     plan = PruningPlan.load(path / PLAN_FILE)

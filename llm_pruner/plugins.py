@@ -10,6 +10,8 @@ from types import ModuleType
 
 from .errors import LoadError
 
+_run: set[str] = set()  # the names of the modules that `run_file` has made
+
 
 def check_file(name: str, kind: str) -> None:
     """Raise LoadError if the file of ``FILE.py:NAME`` is not there; nothing is run.
@@ -36,6 +38,7 @@ def run_file(name: str, kind: str) -> tuple[ModuleType, str]:
     if spec is None or spec.loader is None:
         raise LoadError(f"{path!r} is not a Python file: write FILE.py:NAME.")
     module = importlib.util.module_from_spec(spec)
+    _run.add(spec.name)
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
@@ -43,6 +46,16 @@ def run_file(name: str, kind: str) -> tuple[ModuleType, str]:
         del sys.modules[spec.name]
         raise LoadError(f"{path!r} cannot be run: {type(error).__name__}: {error}") from error
     return module, wanted
+
+
+def place_in_own_code(error: BaseException) -> str:
+    """The file and line of code that `run_file` has run where an error passed; empty without."""
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") in _run:
+            place = f"{trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno}"
+        trace = trace.tb_next
+    return place
 
 
 def plugins(group: str) -> dict[str, importlib.metadata.EntryPoint]:

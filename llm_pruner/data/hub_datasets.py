@@ -62,7 +62,7 @@ def read_hub_dataset(
     reasons = []
     for tried, rows in _download(repo_id, subset, split).items():
         try:
-            return items_of_rows(rows, name, k, seed, fields)
+            return items_of_rows(rows, name, k, seed, fields, ordered=k is None)
         except InvalidDataError as error:
             reasons.append(f"split {tried!r}: {error}")
     raise LoadError(f"Dataset {repo_id!r} has no usable split. " + " ".join(reasons))

@@ -353,8 +353,10 @@ def to_item(item: object, dataset_name: str, fields: Mapping[str, str] | None = 
     given = {k: v for k, v in item.items() if v is not None}
     if twice := clash(given):
         raise InvalidDataError(f"{twice} name the same field: leave one of them out.")
-    row = {field_name(k): v for k, v in given.items()}
+    row = met = {field_name(k): v for k, v in given.items()}
     task = row.get("task")
+    if fields:
+        check_fields(fields)
     if fields and all(field_name(source) in row for source in fields.values()):
         row = {field_name(field): row[field_name(source)] for field, source in fields.items()}
     known = [name for name in find_benchmarks(dataset_name) if DATASETS[name].layout.values(row)]
@@ -368,19 +370,40 @@ def to_item(item: object, dataset_name: str, fields: Mapping[str, str] | None = 
             return {"task": str(task), **layout.convert(*values, **layout.options(row))}
     if (text := next((row[name] for name in TEXT.split("|") if name in row), None)) is not None:
         return text_of(text, "text")
-    raise InvalidDataError(_unknown(row, fields))
+    raise InvalidDataError(_unknown(met, row, fields))
 
 
-def _unknown(row: Mapping[str, Any], fields: Mapping[str, str] | None) -> str:
-    """Which fields a row has, which layout comes nearest, and how to say what they are."""
+def check_fields(fields: Mapping[str, str]) -> None:
+    """Raise InvalidDataError if a mapping gives names to what is no field of any layout."""
+    known = {name for one in LAYOUTS for each in (*one.fields, *one.optional)
+             for name in each.split("|")} | {*TEXT.split("|")}  # fmt: skip
+    for field, source in fields.items():
+        if field_name(field) not in known:
+            turned = f" Turned round it would be {source}={field}." if source in known else ""
+            raise InvalidDataError(
+                f"--fields {field}={source}: {field!r} is none of the fields that are known, such "
+                f"as prompt, reference, choices, messages or text.{turned}"
+            )
+
+
+def _unknown(
+    met: Mapping[str, Any], row: Mapping[str, Any], fields: Mapping[str, str] | None
+) -> str:
+    """Which fields a row has, which layout comes nearest, and how to say what they are.
+
+    Args:
+        met: the row as it is.
+        row: the same with the names that `fields` gives.
+    """
     nearest = min(LAYOUTS, key=lambda one: len(one.missing(row)) / len(one.fields))
     lacks = nearest.missing(row)
     near = f"; the nearest is {nearest}, of which {lacks[0]} is missing" if len(lacks) == 1 else ""
-    texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
+    texts = [name for name, value in met.items() if isinstance(value, str) and value.strip()]
     pairs = zip(("prompt", "reference"), [*texts, "FIELD", "FIELD"], strict=False)
     example = ",".join(f"{field}={name}" for field, name in pairs)
-    asked = f" --fields names {', '.join(fields.values())}, not all of them here." if fields else ""
+    absent = [name for name in (fields or {}).values() if field_name(name) not in met]
+    asked = f" --fields names {', '.join(absent)}, not among them." if absent else ""
     return (
-        f"fields with a value: {sorted(row)!r:.500}. No known layout has these{near}.{asked} Say "
+        f"fields with a value: {sorted(met)!r:.500}. No known layout has these{near}.{asked} Say "
         f"which is which with --fields (fields=): --fields {example}, or --fields text=FIELD."
     )

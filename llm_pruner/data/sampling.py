@@ -380,6 +380,8 @@ def load_data(
         scoring, rest = split_items(pool, n_samples, seed=seed)
     elif healing and heal_source is None:
         scoring, rest = split_items(pool, len(pool) // 2, seed=seed)
+    if len(scoring) < n_samples:
+        logger.info("%d items choose, %d are held out.", len(scoring), len(held_out))
     if not healing:
         return DataSplit(scoring, [], held_out)
     if heal_source is not None:

@@ -72,12 +72,15 @@ def items_of_rows(
     k: int | None = None,
     seed: int = 0,
     fields: Mapping[str, str] | None = None,
+    *,
+    ordered: bool = True,
 ) -> list[EvalItem]:
     """Items of the usable rows of a table; how many were passed over, and why, goes to the log.
 
     Args:
         rows: what has a length and a row at every index.
-        k: how many rows to draw; all of them, in their order, if None.
+        k: how many rows to draw, all of them if None.
+        ordered: whether they stay in their order, or come as they are drawn.
 
     Raises:
         InvalidDataError: no row can be used.
@@ -85,20 +88,20 @@ def items_of_rows(
     order: Sequence[int] = range(len(rows))
     if k is not None:
         order = random.Random(seed).sample(order, len(order))
-    items: list[EvalItem] = []
+    items: dict[int, EvalItem] = {}
     bad: list[str] = []
     for index in order:
         if len(items) == k or (not items and len(bad) == MAX_BAD_ROWS):
             break
         try:
-            items.append(to_item(rows[index], name, fields))
+            items[index] = to_item(rows[index], name, fields)
         except InvalidDataError as error:
             bad.append(f"row {index}: {error}")
     if not items:
         raise InvalidDataError(bad[0] if bad else "it has no rows.")
     if bad:
         logger.warning("%s: passed over %d unusable rows; the first is %s", name, len(bad), bad[0])
-    return items
+    return [items[index] for index in (sorted(items) if ordered else items)]
 
 
 def items_of_object(

@@ -61,6 +61,13 @@ class Drops:
                 f"max_drop names {unknown[0]!r}, of which this data says nothing: it has "
                 f"{', '.join(known)}."
             )
+        for name, limit in limits.items():
+            if name != PERPLEXITY and limit.amount > 1 and not limit.relative:
+                raise InvalidPlanError(
+                    f"max_drop {name}={limit} is more than there is: scores lie between 0 and 1. "
+                    f"Write {name}={limit.amount / 100:.4g}, or {name}={limit}%."
+                )
+        self.count = len(items)
         wanted = tasks if MEAN in limits else [name for name in limits if name in tasks]
         self.questions = [item for item in questions if task_of(item) in wanted]
         if self.questions:
@@ -146,9 +153,9 @@ class Drops:
 
     def said(self, removed: Iterable[int]) -> str:
         """The drops beside what is allowed, in words."""
-        end = "high" if self.confident else "drop"
+        end, how = ("high", "may be") if self.confident else ("drop", "is")
         return ", ".join(
-            f"{name} is worse by {self.text(name, one[end])} (allowed: {self.limits[name]})"
+            f"{name} {how} worse by {self.text(name, one[end])} (allowed: {self.limits[name]})"
             for name, one in self.of(removed).items()
         )
 
@@ -160,6 +167,7 @@ class Drops:
                 "asked": str(self.limits[name]),
                 "predicted": one["drop"],
                 "high": one["high"],
+                "items": self.count,
             }
             for name, one in sorted(self.of(removed).items())
         ]

@@ -19,7 +19,7 @@ from ..offload.offloaded_stack import layers_of
 from ..results import DepthCurve, LayerScores, PruningPlan, Removes, check_layers
 from ..search.mixture import warn_of_kinds
 from ..search.removal_quality import RemovalQuality
-from ..utils import package_versions
+from ..utils import logger, package_versions
 from .healing_search import HealedModel
 from .remover import LayerRemover
 from .residual_stream import read_stream
@@ -178,7 +178,13 @@ class BasePruner(LayerRemover, ABC):
         amounts = Budget(ratio, n_layers, threshold, tolerance)
         if budget is not None and amounts.given:
             raise InvalidPlanError(f"budget and {', '.join(amounts.given)} exclude each other.")
+        if budget is not None and not isinstance(budget, Budget):
+            raise InvalidPlanError(
+                f"budget={budget!r:.60} must be a Budget, e.g. Budget(ratio=0.2)."
+            )
         budget = budget or amounts
+        if not budget.given:
+            logger.info("No amount was given: %s removes what it does by default.", self.name)
         check_items(eval_data)
         budget.count(self.removable)  # refused before anything is measured
         conditions = Conditions.of(

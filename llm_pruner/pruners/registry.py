@@ -93,6 +93,8 @@ def check_strategy_name(name: str) -> None:
     """Raise as `get_strategy` would for a name it cannot know, without importing anything."""
     if ":" in name:
         check_file(name, "strategy")
+    elif name.endswith(".py"):
+        raise UnknownNameError(f"Strategy {name!r} names no class: write {name}:CLASS.")
     elif name not in strategy_names():
         raise UnknownNameError.of("strategy", name, strategy_names())
 

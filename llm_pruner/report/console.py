@@ -129,8 +129,8 @@ def output_text(
         f"Made from {plan.model_id or 'a model in memory'} ({plan.num_layers} layers).",
         *[f"Asked for: {', '.join(asked)}." for _ in asked[:1]],
         *[f"Chosen on {plan.data['items']} items of {source}." for _ in [source] if source],
+        *[f"Made by: {report.command}" for report in [report] if report and report.command],
         "To do it again:",
-        *[f"  {report.command}" for report in [report] if report and report.command],
         f"  llm-pruner --model {shlex.quote(plan.model_id or 'MODEL')} --plan "
         f"{shlex.quote(f'{folder}/{PLAN_FILE}')} --output NEW",
     ]
@@ -173,7 +173,8 @@ def _comparison(entry: Comparison) -> str:
     if entry.low is not None and entry.high is not None:
         line += f"   {change(entry.low)} to {change(entry.high)}"
     line += f" {UNCLEAR}" * (entry.verdict == "unclear")
-    return line if entry.floor is None else f"{line}   (floor {style.format(entry.floor)})"
+    line = line if entry.floor is None else f"{line}   (floor {style.format(entry.floor)})"
+    return line.rstrip()
 
 
 def _style(*values: float) -> str:

@@ -83,6 +83,8 @@ def figure(goal: str, value: float) -> str:
         return f"{value:.2f} times the speed"
     if goal in PARAMETERS:
         return f"{value / 1e6:,.1f} M parameters"
+    if value < 1e5:
+        return f"{value:,.0f} bytes"
     return f"{value / 1e6:,.1f} MB of {'weights and cache' if goal == CACHED else 'weights'}"
 
 
@@ -96,9 +98,7 @@ def goals_text(plan: PruningPlan, comparisons: Iterable[Comparison] = ()) -> str
     for one in plan.options.get("goals", ()):
         goal, asked, predicted = one["goal"], one["asked"], one["predicted"]
         if goal.startswith("max_drop "):
-            drop = f"{predicted:+.1%}" if asked.endswith("%") else f"{predicted:+.3f}"
-            name = goal.removeprefix("max_drop ")
-            parts.append(f"{name} worse by at most {asked}: {drop} on the items that checked it")
+            parts.append(_drop_text(one, rows))
             continue
         found = _measured(plan, goal, rows)
         is_now = f"{figure(goal, predicted)} predicted"
@@ -108,6 +108,24 @@ def goals_text(plan: PruningPlan, comparisons: Iterable[Comparison] = ()) -> str
         limit = "at least" if goal == SPEEDUP else "at most"
         parts.append(f"{limit} {figure(goal, asked)}: {is_now}")
     return f"Asked for: {'; '.join(parts)}." if parts else ""
+
+
+def _drop_text(one: Mapping[str, Any], rows: Mapping[str, Comparison]) -> str:
+    """A limit on a drop, what it was on the items that checked it, and on those reported."""
+    name, share = one["goal"].removeprefix("max_drop "), one["asked"].endswith("%")
+
+    def said(drop: float) -> str:
+        return f"{drop:+.1%}" if share else f"{drop:+.3f}"
+
+    text = (
+        f"{name} worse by at most {one['asked']}: {said(one['predicted'])} (at most "
+        f"{said(one['high'])}) on the {one['items']} items that checked it"
+    )
+    row = rows.get({"mean": "task mean"}.get(name, name))
+    if row is None:
+        return text
+    drop = row.change if name == "perplexity" else -row.change
+    return f"{text}, {said(drop / row.before if share and row.before else drop)} on those reported"
 
 
 def _measured(plan: PruningPlan, goal: str, rows: Mapping[str, Comparison]) -> float | None:

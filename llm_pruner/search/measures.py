@@ -361,7 +361,7 @@ class FunctionMeasure(Measure):
         (name,) = self._names
         try:
             found = self._function(self._model(removed), self._data.tokenizer, items)
-            numbers = [float(one) for one in found]
+            numbers = [float(one) for one in found] if isinstance(found, Iterable) else []
         except LLMPrunerError:
             raise
         except Exception as error:

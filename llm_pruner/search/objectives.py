@@ -63,9 +63,14 @@ class Objective:
         """Derivative of `quality`."""
         return -math.exp(-mean) if self.is_loss else self._sign
 
-    def of_draws(self, means: torch.Tensor) -> torch.Tensor:
-        """The qualities of many means."""
-        return torch.exp(-means) if self.is_loss else self._sign * means
+    def relative(self, differences: torch.Tensor, full: float) -> torch.Tensor:
+        """The relative changes of quality that many differences of means are.
+
+        A difference of losses says the change of likelihood by itself, which stays above -1.
+        """
+        if self.is_loss:
+            return torch.expm1(-differences)
+        return self._sign * differences / abs(full)
 
     @property
     def _sign(self) -> float:
@@ -176,7 +181,7 @@ def _of_module(module: ModuleType) -> dict[str, Objective]:
     own = {
         name: value
         for name, value in vars(module).items()
-        if callable(value) and getattr(value, "__module__", "") == module.__name__
+        if inspect.isfunction(value) and value.__module__ == module.__name__
     }
     known = {_function(one): one for one in registered.values()}
     return {name: known.get(one) or _own(one, name) for name, one in own.items()} | registered

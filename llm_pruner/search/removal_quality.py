@@ -238,9 +238,8 @@ class RemovalQuality:
         weights = self._mixture.weights
         parts = zip(self._mixture.parts, self._full(), *sides, weights, strict=True)
         for part, full, before, after, counts in parts:
-            transform = OBJECTIVES[part.name].of_draws
-            how: dict[str, Any] = {"transform": transform, "draws": draws, "seed": seed}
-            changes.append(paired_draws(before, after, counts, **how) / abs(full))
+            drawn = paired_draws(before, after, counts, draws=draws, seed=seed)
+            changes.append(OBJECTIVES[part.name].relative(drawn, full))
         return torch.stack(changes)
 
     @property

@@ -182,10 +182,33 @@ def test_what_cannot_be_used_is_said(row, message):
 
 
 def test_fields_that_are_not_there_are_named():
-    with pytest.raises(InvalidDataError, match="--fields names q, a, not all of them here"):
+    with pytest.raises(InvalidDataError, match="--fields names q, a, not among them"):
         normalize_item({"ask": ASKED, "say": ANSWER}, "mine", {"prompt": "q", "reference": "a"})
     row = {"messages": [USER, ASSISTANT]}
     assert stripped([normalize_item(row, "mine", {"prompt": "q"})]) == [QUESTION]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"foo": "ask"}, "'foo' is none of the fields that are known, such as prompt"),
+        ({"ask": "prompt"}, r"Turned round it would be prompt=ask\."),
+        ({"prompt": "ask"}, r"\['ask', 'say'\].*of which reference is missing. Say"),
+    ],
+)
+def test_a_mapping_that_cannot_be_meant_is_explained(fields, message):
+    with pytest.raises(InvalidDataError, match=message):
+        normalize_item({"ask": ASKED, "say": ANSWER}, "mine", fields)
+
+
+def test_rows_of_a_table_and_of_a_file_are_the_same_items(tmp_path):
+    rows = [{"question": f"{ASKED} {number}", "answer": ANSWER} for number in range(12)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    frame = pandas.DataFrame(rows)
+    frame.to_parquet(tmp_path / "data.parquet")
+    found = [load_data(one, 6) for one in (
+        tmp_path / "data.jsonl", tmp_path / "data.parquet", frame, rows)]  # fmt: skip
+    assert all(one == found[0] for one in found)
 
 
 def test_conversations_differ_by_all_that_was_said():

@@ -10,7 +10,7 @@ import own_objectives
 import pytest
 from conftest import items, tiny_llama
 
-from llm_pruner import get_strategy, register_objective
+from llm_pruner import cli, get_strategy, register_objective
 from llm_pruner.errors import (
     InvalidDataError,
     InvalidPlanError,
@@ -174,3 +174,30 @@ def test_the_example_counts_answers_that_are_valid_json(tokenizer, monkeypatch):
     assert quality() == 1.0
     assert quality.change([3]) == pytest.approx(-2 / 3)
     assert quality.unit == "relative change of share of answers that are valid JSON"
+
+
+def test_an_error_in_a_file_of_the_users_is_said_to_be_theirs(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "from llm_pruner import BasePruner\n\n\nclass Mine(BasePruner):\n"
+        "    def description(self):\n        return 'x'\n\n"
+        "    def compute_layer_scores(self, eval_data):\n        return 1 + 'x'\n"
+    )
+    words = ["--model", "demo", "--device", "cpu", "--n-samples", "4", "--n-layers", "1"]
+    code = cli.main([*words, "--strategy", "mine.py:Mine", "--dry-run", "--quiet"])
+    assert code == 1
+    error = capsys.readouterr().err
+    assert "Your own code failed, in mine.py, line 9: TypeError" in error.replace(
+        f"{tmp_path}/", ""
+    )
+    assert cli.main([*words, "--strategy", "mine.py", "--dry-run"]) == 2
+    assert "write mine.py:CLASS" in capsys.readouterr().err
+
+
+def test_no_interval_goes_below_the_loss_of_everything(tokenizer):
+    """Few, long or short items of very different losses."""
+    data = ["the cat", "sat on a mat and saw one red bird in this old tree", "a mat", "old house"]
+    quality = RemovalQuality(LayerStack(tiny_llama()), tokenizer, data)
+    for removed in ((1, 2, 3, 4, 5, 6), (0,), (3,)):
+        low, high = quality.interval(removed)
+        assert -1 < low <= quality.change(removed) <= high
