@@ -1,4 +1,4 @@
-"""The options of the ``llm-pruner`` command, and how their words are read.
+"""The options of the ``llm-pruner`` command, and its help.
 
 Nothing heavy is imported here, so that help and mistakes answer at once.
 """
@@ -33,7 +33,7 @@ examples:
 """
 EPILOG = f"""\
 {EXAMPLES}
-exit codes: 0 done; 2 usage; 3 unusable model or data; 4 output or environment; 5 hub;
+exit codes: 0 done; 1 your own code; 2 usage; 3 unusable model or data; 4 output or environment; 5 hub;
 6 verification failed; 70 a fault of llm_pruner; 130 interrupted (continue with --resume)
 """
 

@@ -24,7 +24,7 @@ class Request:
     """What was asked for on the command line; the fields are its options.
 
     Attributes:
-        budget: ``--ratio``, ``--n-layers``, ``--threshold`` and ``--tolerance``.
+        budget: how much to remove, and the goals: ``--ratio`` to ``--tolerance``.
         option: options of the strategy's class, by name.
         words: the command line itself.
 

@@ -14,7 +14,7 @@ from ..errors import InvalidDataError, LoadError
 from ..hub import failures, upload
 from ..utils import explain_load_failure
 from .row_formats import DATASETS, find_benchmarks
-from .tables import SPLITS, items_of_rows
+from .tables import by_use, items_of_rows
 
 if TYPE_CHECKING:
     from .items import EvalItem
@@ -39,8 +39,7 @@ def _download(repo_id: str, subset: str | None, split: str | None) -> dict[str, 
     except _hub_failures() as error:
         hint = " Choose one with subset=." if "config" in str(error).lower() else ""
         raise LoadError(explain_load_failure("dataset", repo_id, error) + hint) from error
-    names = sorted(splits, key=lambda name: SPLITS.index(name) if name in SPLITS else len(SPLITS))
-    return {name: splits[name] for name in names}
+    return {name: splits[name] for name in by_use(splits)}
 
 
 def read_hub_dataset(

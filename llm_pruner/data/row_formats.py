@@ -329,7 +329,7 @@ def normalize_item(
 
     Args:
         item: the row, as a file or the hub gives it. Text, or a row whose only usable field is
-            `text`, is running text and becomes a string.
+            `text`, `content` or `document`, is running text and becomes a string.
         dataset_name: a short name of `DATASETS`, a hub id, or any other name, for which the
             fields alone decide. It becomes the item's task unless the row names one.
         fields: which field is which, such as ``{"prompt": "q", "reference": "a"}``, where the

@@ -58,12 +58,17 @@ def _one_split(rows: Any) -> Any:
     """The rows; of several splits, those of the first that is usual to measure on."""
     if not isinstance(rows, Mapping):
         return rows
-    names = sorted(rows, key=lambda name: SPLITS.index(name) if name in SPLITS else len(SPLITS))
+    names = by_use(rows)
     if not names:
         raise InvalidDataError("the dataset has no splits.")
     if len(names) > 1:
         logger.info("Of the splits %s, %s is read.", ", ".join(sorted(rows)), names[0])
     return rows[names[0]]
+
+
+def by_use(names: Iterable[str]) -> list[str]:
+    """The names of splits, those that are usual to measure on first."""
+    return sorted(names, key=lambda name: SPLITS.index(name) if name in SPLITS else len(SPLITS))
 
 
 def items_of_rows(

@@ -144,18 +144,13 @@ def run_tasks(
 
     def work() -> dict[str, TaskResult]:
         with _contained(seed):
-            loaded = _loaded(tasks, data)
+            loaded: dict[str, Any] = {}
+            for task in tasks:
+                loaded |= _load(task, None if data is None else Path(data))
             found = _evaluate(model, tokenizer, loaded, batch_size, options)
         return _results(found, loaded, {**settings, "seed": seed})
 
     return on_first(work)
-
-
-def _loaded(tasks: Sequence[Task], data: str | Path | None) -> dict[str, Any]:
-    loaded: dict[str, Any] = {}
-    for task in tasks:
-        loaded |= _load(task, None if data is None else Path(data))
-    return loaded
 
 
 def _results(
