@@ -33,8 +33,8 @@ examples:
 """
 EPILOG = f"""\
 {EXAMPLES}
-exit codes: 0 done; 1 your own code; 2 usage; 3 unusable model or data; 4 output or environment; 5 hub;
-6 verification failed; 70 a fault of llm_pruner; 130 interrupted (continue with --resume)
+exit codes: 0 done; 1 your own code; 2 usage; 3 unusable model or data; 4 output or environment;
+5 hub; 6 verification failed; 70 a fault of llm_pruner; 130 interrupted (continue with --resume)
 """
 
 
