@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/gallery.md anew, on the embedded demo model: about eight minutes.
+"""Draw the pictures of docs/gallery.md anew, on the embedded demo model: about a minute.
 
 python scripts/gallery.py
 """
