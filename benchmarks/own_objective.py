@@ -1,55 +1,115 @@
 """An objective of one's own against likelihood: what each keeps, on items that neither has seen.
 
-    python benchmarks/own_objective.py --model smollm2 --items prompts.jsonl \\
-        --objective examples/valid_json.py:valid-json --k 3
+    python benchmarks/own_objective.py --model smollm2 --strategy smart --k 3
+    python benchmarks/own_objective.py --model smollm2 --tasks data/arc_easy.jsonl --k 6
 
-Layers are chosen on half of the items by either objective and measured by both on the other half.
+The first objective is that of `examples/valid_json.py`, on prompts that are made here: facts that
+are to be written as one JSON object, with one example. The second is the score of a task of lm-eval.
+Layers are chosen on a part of the items by either objective, and both measure both choices on the
+others.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from llm_pruner import get_strategy, load_eval_dataset, load_model
+from llm_pruner import get_strategy, load_eval_dataset, load_model, register_objective
 from llm_pruner.data.sampling import split_items
+from llm_pruner.evaluation.lm_eval_backend import LmEvalTasks
 from llm_pruner.search.removal_quality import RemovalQuality
+
+VALID_JSON = f"{Path(__file__).parents[1] / 'examples' / 'valid_json.py'}:valid-json"
+PEOPLE = ("Anna", "Ben", "Chiara", "David", "Elena", "Farid", "Grace", "Hugo", "Ines", "Jonas")
+TOWNS = ("Lisbon", "Oslo", "Quito", "Nairobi", "Hanoi", "Lyon", "Perth", "Kyoto", "Cork", "Graz")
+JOBS = ("baker", "pilot", "nurse", "farmer", "judge", "painter", "driver", "teacher", "chemist")
 
 
 def main() -> None:
     """Choose by both, measure by both, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--items", required=True)
-    parser.add_argument("--n-items", type=int, default=48)
-    parser.add_argument("--objective", required=True)
-    parser.add_argument("--strategy", default="ablation")
-    parser.add_argument("--k", type=int, default=3, help="how many layers go")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    args = _options().parse_args()
     torch.set_num_threads(args.threads)
-    model, tokenizer = load_model(args.model, device="cpu", dtype=args.dtype)
-    choosing, unseen = split_items(load_eval_dataset(args.n_items, args.items, up_to=True), 0.4)
-    names = {"nll": "nll", "own": args.objective}
+    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
+    own = VALID_JSON
+    items: Any
+    if args.tasks:
+        tasks = LmEvalTasks(args.tasks, limit=args.n_items)
+        own, items = "tasks", tasks.items
+        register_objective(own)(tasks)
+    elif args.items:
+        own, items = args.objective, load_eval_dataset(args.n_items, args.items, up_to=True)
+    else:
+        items = json_prompts(args.n_items)
+    choosing, unseen = split_items(items, args.choosing)
+    options = {} if args.minutes is None else {"time_limit": 60 * args.minutes}
     stack = get_strategy(args.strategy)(model, tokenizer).layers
     judges = {key: RemovalQuality(stack, tokenizer, unseen, objective=name)
-              for key, name in names.items()}  # fmt: skip
+              for key, name in {"nll": "nll", "own": own}.items()}  # fmt: skip
     print(f"{len(choosing)} items choose, {len(unseen)} others judge\n")
-    print("| chosen by | removed (0-based) | likelihood per token | own objective | seconds |")
-    print("|---|---|---|---|---|")
+    print("| layers | chosen by | removed (0-based) | likelihood | own objective | seconds |")
+    print("|---|---|---|---|---|---|")
     full = " | ".join(f"{judge():.3f}" for judge in judges.values())
-    print(f"| full model | | {full} | |", flush=True)
-    for name in names.values():
-        begin = time.perf_counter()
-        pruner = get_strategy(args.strategy)(model, tokenizer, objective=name)
-        removed = pruner.plan(choosing, n_layers=args.k).remove
-        spent = time.perf_counter() - begin
-        found = " | ".join(f"{judge(removed):.3f}" for judge in judges.values())
-        layers = ", ".join(map(str, removed))
-        print(f"| `{name}` | {layers} | {found} | {spent:.0f} |", flush=True)
+    print(f"| | full model | | {full} | |", flush=True)
+    for k in args.k:
+        for name in ("nll", own):
+            begin = time.perf_counter()
+            pruner = get_strategy(args.strategy)(model, tokenizer, objective=name, **options)
+            removed = pruner.plan(choosing, n_layers=k).remove
+            spent = time.perf_counter() - begin
+            found = " | ".join(f"{judge(removed):.3f}" for judge in judges.values())
+            layers = ", ".join(map(str, removed))
+            shown = name.rpartition(":")[2]
+            print(f"| {k} | `{shown}` | {layers} | {found} | {spent:.0f} |", flush=True)
+
+
+def json_prompts(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Facts about a person, each with its right answer; all with the same example before them."""
+    draw = random.Random(seed)
+    items = []
+    for _ in range(count):
+        shown, asked = (
+            (draw.choice(PEOPLE), draw.randint(18, 80), draw.choice(TOWNS), draw.choice(JOBS))
+            for _ in range(2)
+        )
+        lines = ["Write the facts as one JSON object.", "", *_facts(shown), _json(shown), ""]
+        items.append({
+            "task": "json",
+            "prompt": "\n".join([*lines, *_facts(asked), "JSON:"]),
+            "reference": _json(asked).removeprefix("JSON: "),
+        })  # fmt: skip
+    return items
+
+
+def _facts(person: tuple[str, int, str, str]) -> list[str]:
+    name, age, town, job = person
+    return [f"Facts: {name} is {age} years old, lives in {town} and works as a {job}."]
+
+
+def _json(person: tuple[str, int, str, str]) -> str:
+    name, age, town, job = person
+    return f'JSON: {{"name": "{name}", "age": {age}, "city": "{town}", "job": "{job}"}}'
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--tasks", nargs="+", help="of lm-eval, as LmEvalTasks takes them")
+    parser.add_argument("--items", help="items of one's own, for --objective")
+    parser.add_argument("--objective", default=VALID_JSON)
+    parser.add_argument("--n-items", type=int, default=60)
+    parser.add_argument("--choosing", type=float, default=0.4, help="share of them that choose")
+    parser.add_argument("--strategy", default="smart")
+    parser.add_argument("--k", type=int, nargs="+", default=[3], help="how many layers go")
+    parser.add_argument("--minutes", type=float, help="the most that each search may take")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=2)
+    return parser
 
 
 if __name__ == "__main__":

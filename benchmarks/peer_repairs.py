@@ -19,6 +19,7 @@ from torch import nn
 from llm_pruner import Healing, LayerStack, heal_model
 from llm_pruner.data.tokens import Batch, encode_sequences, pad_sequences
 from llm_pruner.evaluation.likelihood import batch_nll
+from llm_pruner.healing.lora_settings import LoraSettings
 from llm_pruner.healing.residual_writers import Writer, find_writers, hooked
 from llm_pruner.model.bypass import hidden_out, with_hidden
 from llm_pruner.model.forward import evaluating, forward_options
@@ -38,6 +39,7 @@ class Cut:
         removed: those that go, 0-based, ascending.
         texts: the calibration texts.
         minutes: how long to train, for what trains.
+        batch_size: sequences per step of a training.
     """
 
     stack: LayerStack
@@ -45,6 +47,7 @@ class Cut:
     tokenizer: Any
     texts: list[str]
     minutes: float = 1.0
+    batch_size: int = 8
 
     @property
     def batches(self) -> list[Batch]:
@@ -97,12 +100,17 @@ def linear(cut: Cut) -> Any:
 
 def lora(cut: Cut) -> Any:
     """The library's `lora` on top of its `linear`, for `Cut.minutes` in all."""
-    return heal_model(*_healing(cut), Healing("lora", minutes=cut.minutes), cut.texts)[0]
+    return _trained(cut, "lora")
 
 
 def full(cut: Cut) -> Any:
     """The library's `full` on top of its `linear`, for `Cut.minutes` in all."""
-    return heal_model(*_healing(cut), Healing("full", minutes=cut.minutes), cut.texts)[0]
+    return _trained(cut, "full")
+
+
+def _trained(cut: Cut, method: Any) -> Any:
+    how, settings = Healing(method, minutes=cut.minutes), LoraSettings(batch_size=cut.batch_size)
+    return heal_model(*_healing(cut), how, cut.texts, lora=settings)[0]
 
 
 def _healing(cut: Cut) -> tuple[Any, ...]:

@@ -73,7 +73,8 @@ def main() -> None:
         sys.exit(f"{', '.join(sorted(shared))} would calibrate and judge: use different files.")
     texts = calibration_texts(tokenizer, calibration, args.n_tokens, args.seed)
     judge = asked_judge(tokenizer, args)
-    task = Comparison(model, tokenizer, texts, judge, Results(args.out), args.naive, args.minutes)
+    how = args.naive, args.minutes, args.batch_size
+    task = Comparison(model, tokenizer, texts, judge, Results(args.out), *how)
     rows = list(task.rows(args.select, args.repair, args.k))
     print("\n".join(table(rows)))
 
@@ -90,6 +91,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--repair", choices=REPAIRS, default=["none"], **many)
     judge_options(parser)
     parser.add_argument("--minutes", type=float, default=1.0, help="for lora and full, in all")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per step of those")
     parser.add_argument("--naive", action="store_true", help="sleb by whole passes")
     parser.add_argument("--out", type=Path, default=None, help="results, to be resumed from")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration texts")
@@ -295,6 +297,7 @@ class Comparison:
     results: Results
     naive: bool = False
     minutes: float = 1.0
+    batch_size: int = 8
 
     def __post_init__(self) -> None:
         self.stack = LayerStack(self.model)
@@ -368,8 +371,9 @@ class Comparison:
         if repair != "none":
             parts |= {"calibration": self._data["calibration"]}
         if repair in ("lora", "full"):
-            parts |= {"minutes": self.minutes}
-        cut = Cut(self.stack, removed, self.tokenizer, self.texts, self.minutes)
+            parts |= {"minutes": self.minutes, "batch_size": self.batch_size}
+        how = self.minutes, self.batch_size
+        cut = Cut(self.stack, removed, self.tokenizer, self.texts, *how)
 
         def make() -> dict[str, Any]:
             with worked(self.stack) as work:

@@ -175,7 +175,8 @@ def _healing(
     for method in methods:
         passes = LOWEST + RUNS * (1 - LOWEST)
         if method in TRAININGS:
-            steps = job.lora.steps or default_steps(len(job.train), job.lora.batch_size)
+            timed = how.minutes is not None
+            steps = job.lora.steps or default_steps(len(job.train), job.lora.batch_size, timed)
             epochs = steps * job.lora.batch_size * job.lora.accumulate / len(job.train)
             passes = STEP_RUNS * CHECKS * epochs
         share = 1.0 if method == how.method else SHARE_BEFORE

@@ -181,17 +181,9 @@ def test_processes_on_one_gpu_find_what_one_finds(processes, more, folder, tmp_p
 
 @pytest.mark.skipif(torch.cuda.device_count() != 1, reason="several GPUs")
 def test_more_processes_than_gpus_are_refused(folder, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    command += [
-        2,
-        "-m",
-        "llm_pruner.cli",
-        "--model",
-        folder / "model",
-        "--n-layers",
-        2,
-        "--dry-run",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    command += ["-m", "llm_pruner.cli", "--model", folder / "model", "--dry-run"]
+    command += ["--eval-dataset", folder / "texts.jsonl", "--n-layers", 2]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=200)
     assert done.returncode != 0
     assert "has no GPU, of which there are 1" in done.stderr

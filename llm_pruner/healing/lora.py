@@ -121,7 +121,8 @@ def _train(
     from accelerate.utils import broadcast_object_list
 
     settings = job.lora
-    steps = settings.steps or default_steps(len(job.train), settings.batch_size)
+    timed = job.deadline < math.inf
+    steps = settings.steps or default_steps(len(job.train), settings.batch_size, timed)
     trainable = [parameter.requires_grad for parameter in pruned.parameters()]
     keep = settings.checkpoints is not None
     output = nullcontext(str(settings.checkpoints)) if keep else tempfile.TemporaryDirectory()

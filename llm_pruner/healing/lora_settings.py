@@ -23,7 +23,8 @@ class LoraSettings:
     """Settings of ``heal="lora"``, and of ``"full"``; the defaults suit most models.
 
     Attributes:
-        steps: maximum number of optimizer steps; 30 passes over the data, at most 1,000, if None.
+        steps: maximum number of optimizer steps; 30 passes over the data if None, and at most 1,000
+            steps if healing has no limit of time.
         target: what to learn: ``teacher``, the full model's next-token distribution
             (Kullback-Leibler divergence), or ``text``, the scored tokens of the data themselves.
         hidden_weight: weight, added to the divergence, of the squared distance of the hidden
@@ -82,9 +83,10 @@ class LoraSettings:
         return ",".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
-def default_steps(sequences: int, batch_size: int) -> int:
-    """30 passes over the data, at most 1,000 steps."""
-    return min(MAX_STEPS, EPOCHS * -(-sequences // batch_size))
+def default_steps(sequences: int, batch_size: int, timed: bool) -> int:
+    """30 passes over the data; at most 1,000 steps where no time ends the training."""
+    passes = EPOCHS * -(-sequences // batch_size)
+    return passes if timed else min(MAX_STEPS, passes)
 
 
 def default_rate(config: Any, steps: int = 1000) -> float:
