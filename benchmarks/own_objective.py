@@ -4,7 +4,7 @@
     python benchmarks/own_objective.py --model smollm2 --tasks data/arc_easy.jsonl --k 6
 
 The first objective is that of `examples/valid_json.py`, on prompts that are made here: facts that
-are to be written as one JSON object, with one example. The second is the score of a task of lm-eval.
+are to be written as one JSON object, with one example. The other is the score of tasks of lm-eval.
 Layers are chosen on a part of the items by either objective, and both measure both choices on the
 others.
 """

@@ -23,7 +23,8 @@ MOST_ROWS = 40  # of a table in a notebook
 MOST_LAYERS = 10_000  # a file that claims a deeper model is damaged
 IDENTITY = ("tensors", "weights", "sha256", "revision")  # in `PruningPlan.model`, the first first
 # What `PruningPlan.held_out` holds, if it holds anything.
-HELD_OUT = {"change": float, "low": float, "high": float, "unit": str, "items": int}
+COST = {"change": float, "low": float | None, "high": float | None}
+HELD_OUT = {**COST, "unit": str, "items": int}
 
 
 class LayerScores(dict[int, float]):
@@ -217,7 +218,7 @@ class PruningPlan(JsonFile):
             first = ", ".join(str(self.origin[layer]) for layer in self.remove)
             lines.append(f"  of {self.lineage[0].get('model_id')!r} these are layers {first}")
         if held := self.held_out:
-            lines.append(f"  costs {_change_text(held)}, {held['unit']}, {held['items']} items")
+            lines.append(f"  costs {cost_text(held)}, {held['unit']}, {held['items']} items")
         lines += [
             f"  {one['goal']}: {one['asked']} asked for, {one['predicted']:.6g} predicted"
             for one in self.options.get("goals", ())
@@ -301,8 +302,8 @@ class PruningPlan(JsonFile):
         for name, expected in HELD_OUT.items() if held_out else ():
             check_type(held_out[name], expected, name)
         for kind in held_out.get("kinds", {}).values():
-            for name in ("change", "low", "high"):
-                check_type(kind[name], float, name)
+            for name, expected in COST.items():
+                check_type(kind[name], expected, name)
         return {**values, "healing": options.pop("heal", {}), "options": options}
 
 
@@ -344,8 +345,8 @@ class DepthCurve(JsonFile):
             removed = check_layers(point["removed"], self.num_layers)
             if len(removed) != point["n_layers"] or not math.isfinite(point["change"]):
                 raise InvalidPlanError(f"This point of a curve is damaged: {point}.")
-            for name in ("change", "low", "high") if point.get("held_out") else ():
-                check_type(point["held_out"][name], float, name)
+            for name, expected in COST.items() if point.get("held_out") else ():
+                check_type(point["held_out"][name], expected, name)
 
     def __repr__(self) -> str:
         first, last = (point["n_layers"] for point in (self.points[0], self.points[-1]))
@@ -361,7 +362,7 @@ class DepthCurve(JsonFile):
         rows = []
         for point in self.points:
             held = point.get("held_out") or {}
-            kept = {name: held[name] for name in ("change", "low", "high") if held}
+            kept = {name: held[name] for name in COST if held}
             found = {f"held_out_{name}": value for name, value in kept.items()}
             removed = ", ".join(map(str, point["removed"]))
             row = {"n_layers": point["n_layers"], "change": point["change"]}
@@ -517,10 +518,10 @@ class PruningReport(JsonFile):
             yield name, json.loads(value.to_json()) if isinstance(value, PruningPlan) else value
 
 
-def _change_text(held_out: Mapping[str, Any]) -> str:
-    """A change and its interval, in percent."""
-    change, low, high = (f"{held_out[name]:+.1%}" for name in ("change", "low", "high"))
-    return f"{change} ({low} to {high})"
+def cost_text(cost: Mapping[str, Any], before: str = "") -> str:
+    """A change in percent, and in brackets its 95 % interval with `before` before it."""
+    change, *ends = (f"{cost[name]:+.1%}" for name in COST if cost[name] is not None)
+    return f"{change} ({before}{' to '.join(ends) if ends else 'one item: no interval'})"
 
 
 def _html(text: str, frame: pd.DataFrame | None = None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data.items import EvalItem
-from ..errors import InvalidPlanError
+from ..errors import InvalidDataError, InvalidPlanError
 from ..evaluation.likelihood import perplexity
 from ..evaluation.tasks import HolisticEvaluator, item_kinds, task_of
 from ..model.layer_stack import LayerStack
@@ -74,6 +74,11 @@ class Drops:
             item_kinds(self.questions)
         how: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
         self._quality = RemovalQuality(stack, tokenizer, items, **how)
+        if PERPLEXITY in limits and self._quality.size() < 2:
+            raise InvalidDataError(
+                "max_drop perplexity is held with its interval, and one held-out item has none: "
+                "give more data, --n-samples or --n-tokens."
+            )
         self._perplexity = (
             perplexity(stack.model, tokenizer, items, **how) if PERPLEXITY in limits else 0.0
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..atomic_output import write_atomically
 from ..errors import InvalidDataError
-from ..results import Comparison, DepthCurve, PruningPlan, PruningReport
+from ..results import Comparison, DepthCurve, PruningPlan, PruningReport, cost_text
 from ..visualization.style import COLUMN, file_bytes
 from . import summary
 from .figures import TEXTS, report_figures, words
@@ -93,17 +93,12 @@ def _summary(report: PruningReport) -> str:
         values = f"{number_text(entry.before, 3)} \u2192 {number_text(entry.after, 3)}"
         tiles.append(_tile(label(entry), values, verdict_text(entry), entry.verdict or "soft"))
     if held := plan.held_out:
-        change, low, high = (
-            f"{held[key]:+.1%}".replace("-", summary.MINUS) for key in ("change", "low", "high")
-        )
         healed = report.heal.get("method", "none") != "none"
         name = "cost of the cut, before healing" if healed else "cost of the cut"
-        tiles.append(_tile(name, change, f"{held['unit']} ({low} to {high})"))
-        for kind, one in held.get("kinds", {}).items():
-            change, low, high = (
-                f"{one[key]:+.1%}".replace("-", summary.MINUS) for key in ("change", "low", "high")
-            )
-            tiles.append(_tile(f"{name}: {kind}", change, f"{low} to {high}"))
+        kinds = {f"{name}: {kind}": one for kind, one in held.get("kinds", {}).items()}
+        for title, cost in {name: held, **kinds}.items():
+            change, interval = cost_text(cost).replace("-", summary.MINUS).split(maxsplit=1)
+            tiles.append(_tile(title, change, f"{cost.get('unit', '')} {interval}".strip()))
     return (
         f"<header>\n<h1>{escape(plan.model_id or 'A model')}, pruned</h1>\n"
         f'<p class="soft">{escape(summary.removed_text(plan))}, chosen by {escape(plan.strategy)}. '

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..results import CONTEXT, Comparison, PruningPlan, PruningReport
+from ..results import CONTEXT, Comparison, PruningPlan, PruningReport, cost_text
 
 MINUS = "\u2212"
 GROUPS = {  # of comparisons, in the order of every report, with their titles
@@ -148,14 +148,10 @@ def _measured(plan: PruningPlan, goal: str, rows: Mapping[str, Comparison]) -> f
 
 def held_out_text(held_out: Mapping[str, Any]) -> str:
     """What a plan costs on held-out items, with its interval and unit, and on each kind of them."""
-    text = (
-        f"{held_out['change']:+.1%} (95 % interval {held_out['low']:+.1%} to "
-        f"{held_out['high']:+.1%}), {held_out['unit']}, {held_out['items']} held-out items"
-    )
-    kinds = [
-        f"{kind} {one['change']:+.1%} ({one['low']:+.1%} to {one['high']:+.1%})"
-        for kind, one in held_out.get("kinds", {}).items()
-    ]
+    count = held_out["items"]
+    items = f"{count} held-out item{'' if count == 1 else 's'}"
+    text = f"{cost_text(held_out, '95 % interval ')}, {held_out['unit']}, {items}"
+    kinds = [f"{kind} {cost_text(one)}" for kind, one in held_out.get("kinds", {}).items()]
     return f"{text}: {', '.join(kinds)}" if kinds else text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -76,6 +76,11 @@ class Mixture:
         self._rows = [part.row for part in parts]
         self._masks = torch.stack(masks).double()
         self.weights = weights[self._rows] * self._masks
+
+    def count(self, kind: str) -> int:
+        """How many sequences say something about a kind."""
+        rows = [n for n, part in enumerate(self.parts) if part.kind == kind]
+        return int(self.weights[rows].any(0).sum())
 
     def values(self, measured: torch.Tensor, columns: Sequence[int] | None) -> torch.Tensor:
         """(parts, sequences) of the values (measures, sequences); 0 where a kind is not meant."""
@@ -155,13 +160,13 @@ class Mixture:
         return (torch.tensor(factors, dtype=torch.float64) / total) @ each
 
 
-def kinds_apart(kinds: Mapping[str, Mapping[str, float]]) -> tuple[str, str] | None:
+def kinds_apart(kinds: Mapping[str, Mapping[str, Any]]) -> tuple[str, str] | None:
     """The kinds of data that a removal costs most and least, if their intervals do not overlap."""
-    if not kinds:
+    known = {kind: cost for kind, cost in kinds.items() if None not in cost.values()}
+    if not known:
         return None
-    worst = min(kinds, key=lambda kind: kinds[kind]["change"])
-    best = max(kinds, key=lambda kind: kinds[kind]["change"])
-    return (worst, best) if kinds[worst]["high"] < kinds[best]["low"] else None
+    worst, best = (pick(known, key=lambda kind: known[kind]["change"]) for pick in (min, max))
+    return (worst, best) if known[worst]["high"] < known[best]["low"] else None
 
 
 def warn_of_kinds(kinds: Mapping[str, Mapping[str, float]]) -> None:

@@ -220,12 +220,15 @@ class RemovalQuality:
 
     def interval(
         self, removed: Iterable[int], level: float = 0.95, draws: int = 1000, seed: int = 0
-    ) -> tuple[float, float]:
+    ) -> tuple[float, float] | tuple[None, None]:
         """Paired bootstrap interval of `change` on all data: (low, high).
 
         Sequences are drawn with replacement, the same for both models (Efron's percentile method).
+        One sequence alone says nothing about the spread: (None, None).
         """
         layers = check_layers(removed, len(self.stack))
+        if self.size() < 2:
+            return None, None
         drawn = self._draws(layers, draws, seed)
         low, high = percentiles(self._mixture.combined(drawn), level).tolist()
         return low, high
@@ -247,18 +250,20 @@ class RemovalQuality:
         """Whether the items are of several kinds."""
         return len(self._mixture.kinds) > 1
 
-    def by_kind(self, removed: Iterable[int]) -> dict[str, dict[str, float]]:
-        """The change on each kind of data and its interval; empty where there is only one."""
+    def by_kind(self, removed: Iterable[int]) -> dict[str, dict[str, Any]]:
+        """The change on each kind of data and its interval; empty where there is only one kind."""
         layers = check_layers(removed, len(self.stack))
         drawn = self._draws(layers)
         found = self._mixture.by_kind(*self._compared(layers, None))
         if len(found) < 2:
             return {}
-        bounds = {kind: percentiles(self._mixture.of_kind(drawn, kind)) for kind in found}
-        return {
-            kind: {"change": change, "low": float(bounds[kind][0]), "high": float(bounds[kind][1])}
-            for kind, change in found.items()
-        }
+        costs = {}
+        for kind, change in found.items():
+            bounds: list[float | None] = [None, None]
+            if self._mixture.count(kind) > 1:
+                bounds = percentiles(self._mixture.of_kind(drawn, kind)).tolist()
+            costs[kind] = {"change": change, "low": bounds[0], "high": bounds[1]}
+        return costs
 
     def cost(self, removed: Iterable[int]) -> dict[str, Any]:
         """What removing layers costs on all data, as `PruningPlan.held_out` describes it."""

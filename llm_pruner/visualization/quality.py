@@ -256,8 +256,9 @@ def _read_curve(curve: DepthCurve, name: str) -> _Line:
                 "and high, or None."
             )
         if held:
+            single = held.get("low", 0) is None and held.get("high", 0) is None  # has no interval
             change, low, high = (
-                _percent(f"held-out {key} {where}", held.get(key))
+                _percent(f"held-out {key} {where}", held.get("change" if single else key))
                 for key in ("change", "low", "high")
             )
             if low > high:

@@ -11,16 +11,20 @@ import subprocess
 import sys
 
 import pytest
-from conftest import items, tiny_llama
+from conftest import WORDS, items, tiny_llama
 from test_objectives import choice_items
 
-from llm_pruner.data.items import kind_of, of_kind
+from llm_pruner import PruningPlan, get_strategy
+from llm_pruner.data.items import Text, kind_of, of_kind
 from llm_pruner.errors import OutputError
 from llm_pruner.model.layer_stack import LayerStack
+from llm_pruner.report.console import curve_text
+from llm_pruner.report.summary import held_out_text
 from llm_pruner.search import measures
 from llm_pruner.search.journal import Journal
-from llm_pruner.search.mixture import warn_of_kinds
+from llm_pruner.search.mixture import kinds_apart, warn_of_kinds
 from llm_pruner.search.removal_quality import RemovalQuality
+from llm_pruner.visualization.quality import plot_depth_curve
 
 LAYER_SETS = [(2, 5), (1, 3, 4)]
 
@@ -127,9 +131,11 @@ def test_a_line_that_finds_no_room_is_an_error_and_costs_that_line_alone(tmp_pat
 
 APPEND = """
 import os, sys
+from llm_pruner.report.console import curve_text
+from llm_pruner.report.summary import held_out_text
 from llm_pruner.search import measures
 from llm_pruner.search.journal import Journal
-from llm_pruner.search.mixture import warn_of_kinds
+from llm_pruner.search.mixture import kinds_apart, warn_of_kinds
 for key in "abc":
     if os.fork() == 0:
         for number in range(200):
@@ -296,3 +302,30 @@ def test_the_size_of_blocks_changes_no_result_and_shares_no_journal(
         found.append((len(quality.subsets()), [quality.change(one) for one in LAYER_SETS]))
     assert found[0][0] > found[1][0]
     assert found[0][1] == pytest.approx(found[1][1])
+
+
+def test_a_single_item_has_no_interval(llama, tokenizer, tmp_path):
+    held_out = items()[:1]
+    plan = get_strategy("bi")(llama, tokenizer).plan(items(), n_layers=1, held_out=held_out)
+    assert plan.held_out["low"] is None
+    assert plan.held_out["high"] is None
+    plan.save(tmp_path / "plan.json")
+    assert PruningPlan.load(tmp_path / "plan.json") == plan
+    assert "one item: no interval" in held_out_text(plan.held_out)
+    assert held_out_text(plan.held_out).endswith("1 held-out item")
+    curve = get_strategy("bi")(llama, tokenizer).sweep(items(), 2, held_out=held_out)
+    assert "one item: no interval" in curve_text(curve)
+    plot_depth_curve(curve, save_path=tmp_path / "curve.png")
+
+
+def test_a_kind_of_one_item_has_no_interval_and_no_say(llama_stack, tokenizer):
+    texts = [Text(one, "many") for one in (" ".join(WORDS[n:]) for n in range(6))]
+    texts.append(Text(" ".join(WORDS[::-1]), "one"))
+    kinds = RemovalQuality(llama_stack, tokenizer, texts).by_kind((1,))
+    assert None not in kinds["many"].values()
+    assert kinds["one"]["low"] is None
+    assert kinds_apart(kinds) is None
+    apart = {"change": -0.9, "low": -0.95, "high": -0.8}
+    better = {"change": 0.0, "low": -0.1, "high": 0.1}
+    assert kinds_apart({"worse": apart, "better": better}) == ("worse", "better")
+    assert kinds_apart({"worse": apart, "better": better, "one": kinds["one"]}) is not None
