@@ -35,6 +35,7 @@ from .model.forward import require_language_model
 from .output_rules import FIGURES, PAGE_FILE, REPORT_FILE
 from .pruners.base import BasePruner
 from .results import DepthCurve, LayerScores, PruningPlan, PruningReport
+from .search.measures import MAX_LENGTH
 from .storage.origin import read_for
 from .utils import logger, package_versions
 
@@ -177,7 +178,8 @@ def _compared(
     healing = dict(plan.healing)
     if healing["method"] != "none":  # what the removal costs without it, for comparison
         unhealed = pruner.layers.remove(plan.remove)
-        healing["cut_quality"] = measure_quality(unhealed, tokenizer, held_out, batch_size)
+        how = batch_size, pruner.max_length
+        healing["cut_quality"] = measure_quality(unhealed, tokenizer, held_out, *how)
     if stored is None:
         logger.info("Measuring speed")
     cost = compare_cost(
@@ -213,6 +215,7 @@ def measure_quality(
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[EvalItem],
     batch_size: int = 8,
+    max_length: int = MAX_LENGTH,
 ) -> dict[str, Any]:
     """Perplexity, and for items with references the similarity of answers and task scores.
 
@@ -222,7 +225,9 @@ def measure_quality(
     """
     questions = [item for item in check_items(items) if isinstance(item, dict)]
     quality: dict[str, Any] = {
-        "perplexity": perplexity(model, tokenizer, items, batch_size=batch_size),
+        "perplexity": perplexity(
+            model, tokenizer, items, batch_size=batch_size, max_length=max_length
+        ),
         "similarity": None,
         "tasks": None,
     }

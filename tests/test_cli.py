@@ -224,18 +224,26 @@ def test_questions_bring_similarity_and_tasks(run, tmp_path):
 
 
 @pytest.mark.parametrize("heal", ["linear", "lora", "full"])
-def test_healing(run, saved, heal):
+def test_healing(run, saved, tmp_path, heal):
     words = ("--layers", "3,4", "--heal", heal, "--heal-data", saved / "more.jsonl")
-    words = (*words, "--heal-tokens", "500", "--heal-time", "1h")
+    words = (*words, "--heal-tokens", "500", "--heal-time", "1h", "--output", tmp_path / "out")
     code, out, _ = run(*words, *(("--heal-steps", "4") if heal != "linear" else ()))
     assert code == 0
-    lines = out[out.index("Healing, held-out loss: ") :].splitlines()
-    assert re.fullmatch(r"Healing, held-out loss: [\d.]+ full, [\d.]+ cut", lines[0])
+    begin = "Healing, loss on held-out items of its own: "
+    lines = out[out.index(begin) :].splitlines()
+    assert re.fullmatch(begin + r"[\d.]+ full, [\d.]+ cut", lines[0])
     verdict = r"[\d.]+(, -?\d+% of the loss returned)? \((kept|no better, rolled back)\)"
     stages = ["linear"] if heal == "linear" else ["linear", heal]
     for stage, line in zip(stages, lines[1:], strict=False):
         assert re.fullmatch(f"  {stage}: {verdict}", line)
-    assert lines[1 + len(stages)].startswith("Without healing: perplexity")
+    report = json.loads((tmp_path / "out" / "pruning_report.json").read_text())
+    (row,) = [one for one in report["comparisons"] if one["name"] == "perplexity"]
+    values = row["before"], report["heal"]["cut_quality"]["perplexity"], row["after"]
+    full, cut, healed = (math.log(value) for value in values)
+    said = "Perplexity: {:,.3f} of the full model, {:,.3f} cut, {:,.3f} healed".format(*values)
+    if cut > full:  # not always, in a random model
+        said += f", which is {(cut - healed) / (cut - full):.0%} of the lost log-likelihood back"
+    assert lines[1 + len(stages)].startswith(said)
 
 
 def test_healing_on_the_way(run, saved):

@@ -59,7 +59,7 @@ def test_usage_commands_run(tmp_path, monkeypatch, capsys):
     assert len(commands) >= 3
     for command in commands:
         assert main([*shlex.split(command)[1:], "--n-samples", "10"]) == 0, command
-    assert "Healing, held-out loss" in capsys.readouterr().out
+    assert "Healing, loss on" in capsys.readouterr().out
 
 
 def test_the_readmes_pruning_command_is_one_the_parser_takes():

@@ -189,19 +189,18 @@ def _style(*values: float) -> str:
 def _footnote(report: PruningReport) -> str:
     heal, healing = report.heal, []
     if heal["method"] != "none":
-        healing = [f"Healing, held-out loss: {heal['full']:.4f} full, {heal['cut']:.4f} cut"]
+        losses = f"{heal['full']:.4f} full, {heal['cut']:.4f} cut"
+        healing = [f"Healing, loss on held-out items of its own: {losses}"]
         for method, loss, returned, outcome in summary.healing_stages(heal):
             back = f", {returned} of the loss returned" if returned else ""
             result = f"{loss}{back} ({outcome})" if loss else outcome
             healing.append(f"  {method}: {result}")
-        quality = heal["cut_quality"]
-        mean = f", task mean {quality['tasks']['mean']:.3f}" if quality["tasks"] else ""
-        healing.append(f"Without healing: perplexity {quality['perplexity']:,.3f}{mean}.")
     checked = report.protocol.get("checkpoint", "reloaded and verified")
     lines = [
         *filter(None, [summary.goals_text(report.plan, report.comparisons)]),
         _cost(report.plan, " (not healed)" if healing else ""),
         *healing,
+        *filter(None, [summary.quality_text(report)]),
         f"Quality on {summary.evaluated_on(report)}.",
         *filter(None, [summary.engines_text(report.plan)]),
         f"Checkpoint, {checked}: {report.output_dir}",

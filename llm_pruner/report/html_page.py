@@ -104,6 +104,7 @@ def _summary(report: PruningReport) -> str:
         f'<p class="soft">{escape(summary.removed_text(plan))}, chosen by {escape(plan.strategy)}. '
         f"Layer numbers are 0-based. {escape(summary.lineage_text(plan))} "
         f"{escape(summary.goals_text(plan, report.comparisons))} "
+        f"{escape(summary.quality_text(report))} "
         f"{escape(summary.engines_text(plan))}</p>\n"
         f'<div class="tiles">\n{"".join(tiles)}</div>\n'
         f'<ol class="stack" aria-label="The {depth} layers; removed: {removed}">{layers}'
@@ -184,8 +185,8 @@ def _healing(heal: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     caption = (
-        f"Held-out loss: {heal['full']:.4f} of the full model, {heal['cut']:.4f} of the pruned one "
-        "before healing"
+        f"Loss on held-out items of the healing's own: {heal['full']:.4f} of the full model, "
+        f"{heal['cut']:.4f} of the pruned one before healing"
     )
     return _table(caption, ("stage", "loss", "loss returned", "outcome"), rows)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..results import CONTEXT, Comparison, PruningPlan, PruningReport, cost_text
 
 MINUS = "\u2212"
+MUCH = 2.0  # times the full model's perplexity, from which on a model is of little use
 GROUPS = {  # of comparisons, in the order of every report, with their titles
     "size": "Size",
     "speed": "Speed",
@@ -223,6 +225,30 @@ def healing_stages(heal: Mapping[str, Any]) -> list[HealingStage]:
         outcome = "kept" if stage["kept"] else "no better, rolled back"
         stages.append(HealingStage(stage["method"], f"{stage['loss']:.4f}", returned, outcome))
     return stages
+
+
+def quality_text(report: PruningReport) -> str:
+    """Perplexity in short: what healing has given back of it, or that little is left without it."""
+    rows = {one.name: one for one in report.comparisons if one.group in ("text", "tasks")}
+    row, cut = rows.get("perplexity"), report.heal.get("cut_quality")
+    if row is None:
+        return ""
+    if cut is None:
+        times = row.after / row.before
+        return (
+            f"Perplexity is {times:.1f} times the full model's: remove fewer layers, or heal."
+            if times > MUCH
+            else ""
+        )
+    values = [f"{value:,.3f}" for value in (row.before, cut["perplexity"], row.after)]
+    text = f"Perplexity: {values[0]} of the full model, {values[1]} cut, {values[2]} healed"
+    lost = math.log(cut["perplexity"] / row.before)
+    if lost > 0:
+        back = math.log(cut["perplexity"] / row.after) / lost
+        text += f", which is {back:.0%} of the lost log-likelihood back"
+    if (mean := rows.get("task mean")) and cut["tasks"]:
+        text += f"; task mean: {mean.before:.3f}, {cut['tasks']['mean']:.3f}, {mean.after:.3f}"
+    return f"{text}."
 
 
 def label(entry: Comparison) -> str:
