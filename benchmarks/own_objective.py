@@ -46,9 +46,11 @@ def main() -> None:
     else:
         items = json_prompts(args.n_items)
     choosing, unseen = split_items(items, args.choosing)
-    options = {} if args.minutes is None else {"time_limit": 60 * args.minutes}
+    options: dict[str, Any] = {"batch_size": args.batch_size}
+    if args.minutes is not None:
+        options["time_limit"] = 60 * args.minutes
     stack = get_strategy(args.strategy)(model, tokenizer).layers
-    judges = {key: RemovalQuality(stack, tokenizer, unseen, objective=name)
+    judges = {key: RemovalQuality(stack, tokenizer, unseen, args.batch_size, objective=name)
               for key, name in {"nll": "nll", "own": own}.items()}  # fmt: skip
     print(f"{len(choosing)} items choose, {len(unseen)} others judge\n")
     print("| layers | chosen by | removed (0-based) | likelihood | own objective | seconds |")
@@ -106,6 +108,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--strategy", default="smart")
     parser.add_argument("--k", type=int, nargs="+", default=[3], help="how many layers go")
     parser.add_argument("--minutes", type=float, help="the most that each search may take")
+    parser.add_argument("--batch-size", type=int, default=32, help="items at a time")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)

@@ -48,8 +48,9 @@ def search_layers(
     ``-tolerance``, swaps first try to save it; if they fail, it is rolled back and the search ends
     (greater depths, which may be cheaper, are not tried).
 
-    When the deadline of `quality` has come, the search ends with the best set so far; one that has
-    fewer than `n_layers` is filled up by `scores`.
+    When the deadline of `quality` has come, the search ends with the best set so far. One that has
+    fewer than `n_layers` is filled up by `scores` or by what the layers have cost alone, whichever
+    is better on a little data, unless the set of lowest scores is better still.
 
     Args:
         quality: measures the model without layers.

@@ -94,22 +94,35 @@ class LayerSearch:
 
     def stop(self, why: str) -> LayerSet:
         """End where the search stands: the best set so far, with as many layers as are wanted."""
+        self.rough.deadline = self.quality.deadline = None
         cut = found = self.best
         if len(cut) < self.wanted:
-            filled = self._scores and self.sets.cheapest(self._scores, self.wanted, must=cut)
-            found = filled if filled and not self.quality.refusal(filled) else self.start
-            if not found:
+            whole = self._completed(cut)
+            if not whole:
                 raise InvalidPlanError(
                     f"Search: {why} before {self.wanted} layers were found: allow more time."
                 )
-            why = f"{why} after {len(cut)} of {self.wanted} cuts; the others by block influence"
+            subset = self.rough.subsets()[0]
+            self.rough.measure(whole, subset)
+            found = max(whole, key=lambda one: self.rough.change(one, subset))
+            why = f"{why} after {len(cut)} of {self.wanted} cuts; the best of {len(whole)} sets"
         logger.info("Search: %s.", why)
-        self.rough.deadline = self.quality.deadline = None
         known = not self.quality.work_for([found])
         judge, subset = (self.quality, None) if known else (self.rough, self.rough.subsets()[0])
         step: Step = {"action": "stop", "why": why, "change": judge.change(found, subset)}
         self.report(step | {"samples": judge.size(subset)}, kept=True, removed=found)
         return found
+
+    def _completed(self, cut: LayerSet) -> list[LayerSet]:
+        """Whole sets at hand: `cut` filled up by the scores or by what was measured, the first."""
+        measured = {layer: -_mean(gains) for layer, gains in self._gains.items()}
+        filled = [
+            self.sets.cheapest(costs, self.wanted, must=cut)
+            for costs in (self._scores, measured)
+            if {*self.sets.candidates} <= costs.keys()
+        ]
+        sets = dict.fromkeys(one for one in (*filled, self.start) if one)
+        return [one for one in sets if not self.quality.refusal(one)]
 
     def note(self) -> str:
         """How far the search has come, for the log."""
