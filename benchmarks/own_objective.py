@@ -50,12 +50,14 @@ def main() -> None:
     if args.minutes is not None:
         options["time_limit"] = 60 * args.minutes
     stack = get_strategy(args.strategy)(model, tokenizer).layers
-    judges = {key: RemovalQuality(stack, tokenizer, unseen, args.batch_size, objective=name)
-              for key, name in {"nll": "nll", "own": own}.items()}  # fmt: skip
+    judges = [
+        RemovalQuality(stack, tokenizer, unseen, objective=name, batch_size=args.batch_size)
+        for name in ("nll", own)
+    ]
     print(f"{len(choosing)} items choose, {len(unseen)} others judge\n")
     print("| layers | chosen by | removed (0-based) | likelihood | own objective | seconds |")
     print("|---|---|---|---|---|---|")
-    full = " | ".join(f"{judge():.3f}" for judge in judges.values())
+    full = " | ".join(f"{judge():.3f}" for judge in judges)
     print(f"| | full model | | {full} | |", flush=True)
     for k in args.k:
         for name in ("nll", own):
@@ -63,7 +65,7 @@ def main() -> None:
             pruner = get_strategy(args.strategy)(model, tokenizer, objective=name, **options)
             removed = pruner.plan(choosing, n_layers=k).remove
             spent = time.perf_counter() - begin
-            found = " | ".join(f"{judge(removed):.3f}" for judge in judges.values())
+            found = " | ".join(f"{judge(removed):.3f}" for judge in judges)
             layers = ", ".join(map(str, removed))
             shown = name.rpartition(":")[2]
             print(f"| {k} | `{shown}` | {layers} | {found} | {spent:.0f} |", flush=True)
