@@ -13,6 +13,7 @@ from typing import Any
 
 from .data.items import EvalItem, prompt_of
 from .data.sampling import DataSplit
+from .evaluation.cost_comparison import seconds_to_compare
 from .evaluation.generation import ModelEvaluator
 from .goals.budget import Budget
 from .healing.heal import RUN_BEFORE, SHARE_BEFORE
@@ -39,7 +40,7 @@ class Stage:
 
     Attributes:
         name: what is done.
-        passes: how many passes of the full model over the items it is worth.
+        passes: how many passes of the full model over the items it is worth; 0 without items.
         tokens: tokens of the items, padding included.
         seconds: by the clock.
     """
@@ -71,13 +72,16 @@ class Estimate:
 
     def text(self) -> str:
         """A short table."""
-        rows = [
-            f"  {one.name:<28} {one.passes:8.1f} passes over {one.tokens:>9,} tokens  "
-            f"about {duration(one.seconds)}"
+        work = [
+            f"{one.passes:8.1f} passes over {one.tokens:>9,} tokens" if one.tokens else ""
             for one in self.stages
         ]
+        rows = [
+            f"  {one.name:<28} {text:<37}  about {duration(one.seconds)}"
+            for one, text in zip(self.stages, work, strict=True)
+        ]
         lines = [
-            "What this will take on this machine, from one timed batch:",
+            "What this will take on this machine, once loaded, from one timed batch:",
             *rows,
             f"  in all                       about {duration(self.seconds)}",
             f"  memory                       about {format_bytes(self.memory)} at the peak",
@@ -95,10 +99,11 @@ def estimate(
 ) -> Estimate:
     """What choosing layers, healing and comparing both models will take.
 
-    About 1,024 tokens are run and timed, in reduced precision too where a search would use it, and
-    for items with references a batch of answers. The rest is arithmetic on the multiply-adds of
-    layers and head (`TokenCost`): how many swaps a search will try, and from which layer on is
-    healed, can only be guessed; a training may stop before its last step.
+    About 1,024 tokens are run and timed, in reduced precision too where a search would use it, for
+    items with references a batch of answers, and one generation of each kind that is timed in the
+    end. The rest is arithmetic on the multiply-adds of layers and head (`TokenCost`): how many
+    swaps a search will try, and from which layer on is healed, can only be guessed; a training may
+    stop before its last step.
 
     Raises:
         InvalidPlanError: an impossible amount.
@@ -128,6 +133,9 @@ def estimate(
         stages.append(Stage("comparing both models", passes, held_out.tokens, passes * each))
         if questions := [item for item in data.held_out if isinstance(item, dict)]:
             stages.append(_answers(pruner, questions, held_out.tokens))
+        if not (pruner.layers.offloaded or gguf_of(pruner.model)):
+            spent = seconds_to_compare(pruner.model, pruner.tokenizer, pruner.batch_size)
+            stages.append(Stage("timing both models", 0.0, 0, spent))
     layers = sum(count_bytes(layer) for layer in pruner.layers)
     gone = layers / count_bytes(pruner.model) * count / pruner.num_layers
     # Files in GGUF keep their bits, unless they are healed.

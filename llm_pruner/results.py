@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .errors import InvalidPlanError, NonFiniteError, UnknownNameError
 from .json_files import JsonFile, check_type
-from .utils import logger
+from .utils import counted, logger
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,9 +59,9 @@ class LayerScores(dict[int, float]):
         bad = [layer for layer, score in self.items() if not math.isfinite(score)]
         if bad:
             raise NonFiniteError(
-                f"{strategy} gives no finite score for layers {bad}: the model's weights or "
-                "activations there are NaN or overflow. Check the checkpoint, or load it with "
-                "dtype float32."
+                f"{strategy} gives no finite score for layers {bad}: a strategy of your own "
+                "computes it so, or the model's weights or activations there are NaN or overflow. "
+                "Check the checkpoint, or load it with dtype float32."
             )
         self.strategy, self.unit, self.removes, self.blocks = strategy, unit, removes, blocks
 
@@ -208,8 +208,8 @@ class PruningPlan(JsonFile):
 
     def __repr__(self) -> str:
         return (
-            f"PruningPlan({self.model_id!r}, {self.strategy}: without {list(self.remove)} of "
-            f"{self.num_layers} layers)"
+            f"PruningPlan({self.model_id or 'a model in memory'!r}, {self.strategy}: without "
+            f"{list(self.remove)} of {self.num_layers} layers)"
         )
 
     def __str__(self) -> str:
@@ -218,7 +218,9 @@ class PruningPlan(JsonFile):
             first = ", ".join(str(self.origin[layer]) for layer in self.remove)
             lines.append(f"  of {self.lineage[0].get('model_id')!r} these are layers {first}")
         if held := self.held_out:
-            lines.append(f"  costs {cost_text(held)}, {held['unit']}, {held['items']} items")
+            lines.append(
+                f"  costs {cost_text(held)}, {held['unit']}, {counted(held['items'], 'item')}"
+            )
         lines += [
             f"  {one['goal']}: {one['asked']} asked for, {one['predicted']:.6g} predicted"
             for one in self.options.get("goals", ())

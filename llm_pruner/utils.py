@@ -54,6 +54,11 @@ def get_device() -> torch.device:
     return torch.device("cpu")
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 item``, ``2 items``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def count_parameters(model: torch.nn.Module) -> int:
     """Number of parameters, each shared (tied) tensor counted once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -48,12 +48,13 @@ def test_memory_and_disk_and_both_models_are_counted(tokenizer):
         "choosing (bi)",
         "comparing both models",
         "both models' answers",
+        "timing both models",
     ]
     whole = sum(one.numel() * 4 for one in pruner.model.parameters())
     layer = sum(one.numel() * 4 for one in pruner.layers[0].parameters())
     assert found.disk == whole - 2 * layer
     assert found.memory > whole
-    assert found.text().count("\n") == 7
+    assert found.text().count("\n") == 8
 
 
 def test_healing_is_counted_by_its_tokens_its_steps_and_its_time(tokenizer):

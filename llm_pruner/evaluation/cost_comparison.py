@@ -101,6 +101,16 @@ def speeds(
     return [statistics.median(run[what] for run in of_model) for of_model in runs]
 
 
+def seconds_to_compare(model: Any, tokenizer: PreTrainedTokenizerBase, batch: int = 8) -> float:
+    """What timing it and a pruned model will take in `compare_cost`, from one run of each batch."""
+    room = position_limit(model)
+    tokens = min(TIMED_TOKENS, room // 2)
+    prompt, begin = _prompt(tokenizer, tokens), time.perf_counter()
+    for size in dict.fromkeys((1, batch)):
+        _run(model, [prompt] * size, min(tokens, room - tokens))
+    return 2 * (ENOUGH + 1) * (time.perf_counter() - begin)
+
+
 def _prompt(tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> list[int]:
     text = "Once upon a time there was a small town."
     return (list(tokenizer(text)["input_ids"]) * n_tokens)[:n_tokens]

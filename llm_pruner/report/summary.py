@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..results import CONTEXT, Comparison, PruningPlan, PruningReport, cost_text
+from ..utils import counted
 
 MINUS = "\u2212"
 MUCH = 2.0  # times the full model's perplexity, from which on a model is of little use
@@ -150,8 +151,7 @@ def _measured(plan: PruningPlan, goal: str, rows: Mapping[str, Comparison]) -> f
 
 def held_out_text(held_out: Mapping[str, Any]) -> str:
     """What a plan costs on held-out items, with its interval and unit, and on each kind of them."""
-    count = held_out["items"]
-    items = f"{count} held-out item{'' if count == 1 else 's'}"
+    items = counted(held_out["items"], "held-out item")
     text = f"{cost_text(held_out, '95 % interval ')}, {held_out['unit']}, {items}"
     kinds = [f"{kind} {cost_text(one)}" for kind, one in held_out.get("kinds", {}).items()]
     return f"{text}: {', '.join(kinds)}" if kinds else text

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from ..engines.layer_sets import Fits, LayerSets
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..progress import duration, job
-from ..utils import logger
+from ..utils import counted, logger
 from .moves import LayerSearch, OnStep, Step, obstacle
 from .passes import LayerSet
 from .removal_quality import RemovalQuality, TimeIsUp
@@ -120,12 +120,12 @@ def _cut(search: LayerSearch, most: int, tolerance: float | None) -> LayerSet:
             break
         removed = search.best = after
         logger.info(
-            "Cut %d of %s: %s, total change %+.4f on %d samples; %s so far",
+            "Cut %d of %s: %s, total change %+.4f on %s; %s so far",
             len(removed),
             most if tolerance is None else f"at most {most}",
             f"layer {step['layer']}" if "layer" in step else f"layers {step['layers']}",
             quality.change(removed) if swaps else step["change"],
-            step["samples"],
+            counted(step["samples"], "sequence"),
             duration(time.monotonic() - begin),
         )
     return removed

@@ -15,7 +15,7 @@ from typing import Any
 from ..engines.layer_sets import Fits, LayerSets
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..progress import duration
-from ..utils import logger
+from ..utils import counted, logger
 from .passes import LayerSet
 from .removal_quality import RemovalQuality, Subset
 
@@ -77,8 +77,9 @@ class LayerSearch:
         subset = self.rough.subsets()[0]
         step: Step = {"action": "start", "change": self.rough.change(found, subset)}
         step["samples"] = self.rough.size(subset)
-        message = "First result: layers %s, total change %+.4f on %d samples"
-        logger.info(message, list(found), step["change"], step["samples"])
+        message = "First result: layers %s, total change %+.4f on %s"
+        size = counted(step["samples"], "sequence")
+        logger.info(message, list(found), step["change"], size)
         self.start = found
         self.report(step, kept=True, removed=found)
 
