@@ -212,6 +212,14 @@ CASES = [
     ),
     Case("`prompt`, `completion`", jsonl({"prompt": ASKED, "completion": ANSWER}), [QUESTION]),
     Case(
+        "the same with a `label`, of which one is false",
+        jsonl(
+            {"prompt": ASKED, "completion": ANSWER, "label": True},
+            {"prompt": ASKED, "completion": "A bad answer", "label": False},
+        ),
+        [QUESTION],
+    ),
+    Case(
         "`prompt`, `completion` as turns",
         jsonl({"prompt": [USER], "completion": [ASSISTANT]}),
         [QUESTION],

@@ -36,6 +36,10 @@ ROLES = {
 MARKED = re.compile(r"\n\n(Human|Assistant):")  # how a transcript in one text names its speakers
 
 
+class UnfitRowError(InvalidDataError):
+    """A sound row with nothing in it to be learned from, which is left out and counted."""
+
+
 def from_messages(
     messages: object, system: object = None, tools: object = None, history: object = None
 ) -> Item:
@@ -52,8 +56,14 @@ def from_prompt(
     input: object = None,
     context: object = None,
     aliases: object = None,
+    label: object = None,
 ) -> Item:
-    """What is asked, with what is answered; either may be turns of a conversation."""
+    """What is asked, with what is answered; either may be turns of a conversation.
+
+    An answer whose `label` is false is one that people did not want.
+    """
+    if label is False or (isinstance(label, str) and label.strip().lower() == "false"):
+        raise UnfitRowError("its label is false: the answer is marked as a bad one.")
     if isinstance(answer, list) and answer and not any(isinstance(one, dict) for one in answer):
         answers: list[Any] = answer
         answer, aliases = answers[0], aliases or answers[1:]
@@ -148,9 +158,7 @@ def _content(number: int, said: object) -> str:
         parts = [part if isinstance(part, dict) else {"text": part} for part in said]
         if odd := [part for part in parts if part.get("type", "text") != "text"]:
             kind = shown(odd[0].get("type"))
-            raise InvalidDataError(
-                f"turn {number} holds {kind}: only text is read, leave such conversations out."
-            )
+            raise UnfitRowError(f"turn {number} holds {kind}: only text is read.")
         said = "\n".join(text_of(part.get("text"), f"turn {number}") for part in parts)
     return text_of(said, f"the text of turn {number}")
 
@@ -163,7 +171,7 @@ def _item(turns: list[dict[str, Any]], tools: object) -> Item:
         if turn["role"] == "assistant" and turn["content"] and "user" in roles[:place]
     ]
     if not answers:
-        raise InvalidDataError(
+        raise UnfitRowError(
             f"no turn of an assistant answers a user, so there is nothing to score: the roles are "
             f"{', '.join(roles)}."
         )

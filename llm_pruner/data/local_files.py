@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from ..errors import InvalidDataError, LoadError
 from ..json_files import parse_json
 from ..utils import regular_file, shown, user_path
+from .conversations import UnfitRowError
 from .row_formats import clash, to_item
-from .tables import SAVED, items_of_rows, read_table
+from .tables import SAVED, items_of_rows, read_table, say_passed_over
 
 if TYPE_CHECKING:
     from .items import EvalItem
@@ -172,14 +173,18 @@ def _read_file(
     reader = READERS.get(_type_of(path))
     if reader is None:
         raise InvalidDataError(f"Cannot read {path}: file types are {TYPES}.")
-    items = []
+    items, unfit = [], []
     for where, row in reader(path, _text_of(path)):
         try:
             items.append(to_item(row, name, fields))
+        except UnfitRowError as error:
+            unfit.append(f"{path}{where}: {error}")
         except InvalidDataError as error:
             raise InvalidDataError(f"{path}{where}: {error}") from None
     if not items:
-        raise InvalidDataError(f"{path} is empty: it must hold at least one item.")
+        empty = f"{path} is empty: it must hold at least one item."
+        raise InvalidDataError(unfit[0] if unfit else empty)
+    say_passed_over(path.name, unfit)
     return items
 
 

@@ -265,7 +265,7 @@ LAYOUTS = (
     Layout(from_prompt, ("question", "answer|answers", "system")),
     OPEN,
     Layout(qa_item, ("context", "continuation")),
-    Layout(from_prompt, (ASKED, SAID), ("context", *CHAT)),
+    Layout(from_prompt, (ASKED, SAID), ("context", "label", *CHAT)),
     Layout(from_chosen, ("chosen",), CHAT[:2]),
 )
 TEXT = "text|content|document"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidDataError, LoadError
-from ..utils import logger, shown
+from ..utils import counted, logger, shown
+from .conversations import UnfitRowError
 from .items import EvalItem
 from .row_formats import to_item
 
@@ -104,9 +105,16 @@ def items_of_rows(
             bad.append(f"row {index}: {error}")
     if not items:
         raise InvalidDataError(bad[0] if bad else "it has no rows.")
-    if bad:
-        logger.warning("%s: passed over %d unusable rows; the first is %s", name, len(bad), bad[0])
+    say_passed_over(name, bad)
     return [items[index] for index in (sorted(items) if ordered else items)]
+
+
+def say_passed_over(name: str, bad: Sequence[str]) -> None:
+    """How many rows of a source are left out, and why the first of them is."""
+    if bad:
+        logger.warning(
+            "%s: passed over %s; the first is %s", name, counted(len(bad), "unusable row"), bad[0]
+        )
 
 
 def items_of_object(
@@ -130,14 +138,17 @@ def items_of_object(
             f"data must be the name of a source, or rows: a list, a Dataset or a DataFrame, not "
             f"{shown(data)}."
         )
-    items = []
+    items, bad = [], []
     for number, row in enumerate(_drawn(data, k, seed)):
         try:
             items.append(to_item(row, "data", fields))
+        except UnfitRowError as error:
+            bad.append(f"row {number}: {error}")
         except InvalidDataError as error:
             raise InvalidDataError(f"data: row {number}: {error}") from None
     if not items:
-        raise InvalidDataError("data has no rows: at least one is needed.")
+        raise InvalidDataError(f"data: {bad[0]}" if bad else "data has no rows: one is needed.")
+    say_passed_over("data", bad)
     return items
 
 

@@ -103,9 +103,9 @@ class LayerSearch:
                 raise InvalidPlanError(
                     f"Search: {why} before {self.wanted} layers were found: allow more time."
                 )
-            subset = self.rough.subsets()[0]
-            self.rough.measure(whole, subset)
-            found = max(whole, key=lambda one: self.rough.change(one, subset))
+            few = self.rough.subsets()[0]
+            self.rough.measure(whole, few)
+            found = max(whole, key=lambda one: self.rough.change(one, few))
             why = f"{why} after {len(cut)} of {self.wanted} cuts; the best of {len(whole)} sets"
         logger.info("Search: %s.", why)
         known = not self.quality.work_for([found])

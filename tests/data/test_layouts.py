@@ -232,6 +232,37 @@ def test_rows_of_a_table_that_cannot_be_used_are_passed_over(caplog):
     assert "data: passed over 2 unusable rows" in caplog.text
 
 
+PICTURE = {"role": "user", "content": [{"type": "image", "image": "a.png"}]}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look"}}]}
+UNFIT = {
+    "its label is false": {"prompt": ASKED, "completion": "no", "label": False},
+    "turn 1 holds 'image': only text is read": {"messages": [PICTURE, ASSISTANT]},
+    "no turn of an assistant answers a user": {"messages": [USER, CALL]},
+}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "frame", "list"])
+@pytest.mark.parametrize("reason", UNFIT)
+def test_rows_with_nothing_to_learn_from_are_left_out(reason, ending, tmp_path, caplog):
+    def source(*rows):
+        path = tmp_path / f"rows.{ending}"
+        if ending == "jsonl":
+            path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        elif ending == "json":
+            path.write_text(json.dumps(rows))
+        objects = {"list": list, "frame": pandas.DataFrame}
+        return objects[ending](list(rows)) if ending in objects else str(path)
+
+    row = UNFIT[reason]
+    with caplog.at_level("WARNING", "llm_pruner"):
+        found = load_eval_dataset(9, source(row, QUESTION, row), up_to=True)
+    assert stripped(found) == [QUESTION]
+    assert "passed over 2 unusable rows" in caplog.text
+    assert reason in caplog.text
+    with pytest.raises(InvalidDataError, match=reason):
+        load_eval_dataset(9, source(row), up_to=True)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
