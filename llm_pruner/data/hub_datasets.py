@@ -14,18 +14,15 @@ from ..errors import InvalidDataError, LoadError
 from ..hub import failures, upload
 from ..utils import explain_load_failure
 from .row_formats import DATASETS, find_benchmarks
-from .tables import by_use, items_of_rows
+from .tables import by_use, items_of_rows, unreadable
 
 if TYPE_CHECKING:
     from .items import EvalItem
 
 
-def _hub_failures() -> tuple[type[Exception], ...]:
+def _download_failures() -> tuple[type[Exception], ...]:
     """What `datasets` raises for a source that cannot be had; StopIteration: an empty file."""
-    from datasets.exceptions import DatasetsError
-    from pyarrow.lib import ArrowException
-
-    return (*failures(), StopIteration, DatasetsError, ArrowException)
+    return (*failures(), *unreadable(), StopIteration)
 
 
 def _download(repo_id: str, subset: str | None, split: str | None) -> dict[str, Any]:
@@ -36,7 +33,7 @@ def _download(repo_id: str, subset: str | None, split: str | None) -> dict[str, 
         if split:
             return {split: datasets.load_dataset(repo_id, subset, split=split)}
         splits = datasets.load_dataset(repo_id, subset)
-    except _hub_failures() as error:
+    except _download_failures() as error:
         hint = " Choose one with subset=." if "config" in str(error).lower() else ""
         raise LoadError(explain_load_failure("dataset", repo_id, error) + hint) from error
     return {name: splits[name] for name in by_use(splits)}

@@ -108,9 +108,9 @@ def _check_dict(where: str, item: dict[str, Any]) -> None:
 def check_text(where: str, value: object) -> None:
     """Raise InvalidDataError, which says `where`, if `value` is not text a model can be given."""
     if not isinstance(value, str):
-        raise InvalidDataError(f"{where} is a {type(value).__name__}, not a string: {shown(value)}")
+        raise InvalidDataError(f"{where} is a {type(value).__name__}, not text: {shown(value)}.")
     if not value.strip():
-        raise InvalidDataError(f"{where} is empty: remove or fill the item.")
+        raise InvalidDataError(f"{where} is empty: remove or fill it.")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -196,15 +196,8 @@ def plain(value: object) -> str | None:
 def text_of(value: object, field: str) -> str:
     """`value` as stripped text; numbers become text."""
     text = plain(value)
-    if text is None:
-        raise InvalidDataError(f"{field} is a {type(value).__name__}, not text: {shown(value)}.")
-    if not text.strip():
-        raise InvalidDataError(f"{field} is empty: remove or fill it.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidDataError(f"{field} is not valid Unicode text: {error}.") from None
-    return text.strip()
+    check_text(field, value if text is None else text)
+    return str(text).strip()
 
 
 def bare_question(value: object, context: object = "") -> str:

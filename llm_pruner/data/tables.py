@@ -20,7 +20,7 @@ SPLITS = ("test", "validation", "train")  # in the order in which they are tried
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes into its folder
 
 
-def failures() -> tuple[type[Exception], ...]:
+def unreadable() -> tuple[type[Exception], ...]:
     """What `datasets` and `pyarrow` raise for what they cannot read."""
     from datasets.exceptions import DatasetsError
     from pyarrow.lib import ArrowException
@@ -50,7 +50,7 @@ def read_table(path: Path) -> Any:
                 source.seek(0)
                 table = ipc.open_file(source).read_all()
         return datasets.Dataset(table)
-    except failures() as error:
+    except unreadable() as error:
         reason = " ".join(str(error).split())
         raise LoadError(f"Cannot read {path}: {type(error).__name__}: {reason:.300}.") from error
 
