@@ -11,7 +11,8 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "errors": "LLMPrunerError",
-        "results": "LayerScores PruningPlan PruningReport",
+        "layer_scores": "LayerScores",
+        "results": "PruningPlan PruningReport",
         "hub": "push_to_hub",
         "utils": "clean_output count_parameters format_prompt get_device",
         "model.loading": "load_model",

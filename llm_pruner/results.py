@@ -8,107 +8,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from html import escape
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidPlanError, NonFiniteError, UnknownNameError
 from .json_files import JsonFile, check_type
+from .layer_scores import LayerScores, table_html
 from .utils import counted, logger
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Removes = Literal["lowest", "highest"]
-MOST_ROWS = 40  # of a table in a notebook
 MOST_LAYERS = 10_000  # a file that claims a deeper model is damaged
 IDENTITY = ("tensors", "weights", "sha256", "revision")  # in `PruningPlan.model`, the first first
 # What `PruningPlan.held_out` holds, if it holds anything.
 COST = {"change": float, "low": float | None, "high": float | None}
 HELD_OUT = {**COST, "unit": str, "items": int}
-
-
-class LayerScores(dict[int, float]):
-    """One finite number per layer (0-based), and what it means.
-
-    A plain ``dict[int, float]`` to everybody who does not ask for more.
-
-    Attributes:
-        strategy: name of the strategy that made the scores.
-        unit: what one number is, for axis labels.
-        removes: which end of the scale goes first, ``lowest`` or ``highest``.
-        blocks: where the strategy looks at runs of layers, the score of each run:
-            ``blocks[start][length - 1]``; otherwise None.
-
-    Raises:
-        NonFiniteError: a score is NaN or infinite; the message names the layers.
-        InvalidPlanError: `removes` is something else.
-    """
-
-    def __init__(
-        self,
-        scores: Mapping[int, float],
-        *,
-        strategy: str = "custom",
-        unit: str = "score",
-        removes: Removes = "lowest",
-        blocks: list[list[float]] | None = None,
-    ) -> None:
-        if removes not in get_args(Removes):
-            raise InvalidPlanError(f"removes={removes!r} must be 'lowest' or 'highest'.")
-        super().__init__({int(layer): float(score) for layer, score in sorted(scores.items())})
-        bad = [layer for layer, score in self.items() if not math.isfinite(score)]
-        if bad:
-            raise NonFiniteError(
-                f"{strategy} gives no finite score for layers {bad}: a strategy of your own "
-                "computes it so, or the model's weights or activations there are NaN or overflow. "
-                "Check the checkpoint, or load it with dtype float32."
-            )
-        self.strategy, self.unit, self.removes, self.blocks = strategy, unit, removes, blocks
-
-    def ranked(self) -> list[int]:
-        """Layers in the order of removal; of two equal scores the deeper layer goes first."""
-        sign = 1.0 if self.removes == "lowest" else -1.0
-        return sorted(self, key=lambda layer: (sign * self[layer], -layer))
-
-    def to_frame(self) -> pd.DataFrame:
-        """A table with one row per layer, ``layer`` its index, and the column ``score``."""
-        import pandas as pd
-
-        return pd.DataFrame({"score": self}).rename_axis("layer")
-
-    def _repr_html_(self) -> str:
-        """A table, in the order of removal."""
-        frame = self.to_frame().loc[self.ranked()]
-        return _html(f"{self.strategy}: {self.unit}, in the order of removal", frame)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict; `from_dict` is its inverse."""
-        return {
-            "strategy": self.strategy,
-            "unit": self.unit,
-            "removes": self.removes,
-            "scores": {str(layer): score for layer, score in self.items()},
-            "blocks": self.blocks,
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> LayerScores:
-        """The scores that `to_dict` described.
-
-        Raises:
-            InvalidPlanError: it described none.
-        """
-        try:
-            values = check_type(data, dict[str, Any], "scores")
-            scores = check_type(values.pop("scores"), dict[str, float], "scores")
-            texts = {name: values.pop(name) for name in ("strategy", "unit") if name in values}
-            blocks = check_type(values.pop("blocks", None), list[list[float]] | None, "blocks")
-            options: dict[str, Any] = {**check_type(texts, dict[str, str], "scores"), **values}
-            return cls({int(n): one for n, one in scores.items()}, blocks=blocks, **options)
-        except (KeyError, ValueError, TypeError) as error:
-            raise InvalidPlanError(str(error)) from error
-
-    of_data = from_dict
 
 
 CONTEXT = 4096  # tokens of a sequence whose cache a limit on memory counts, unless others
@@ -242,7 +156,7 @@ class PruningPlan(JsonFile):
     def _repr_html_(self) -> str:
         """What goes and what it costs, and the layers that go."""
         frame = self.to_frame()
-        return _html(str(self), frame[frame["removed"]])
+        return table_html(str(self), frame[frame["removed"]])
 
     def check_model(self, num_layers: int, identity: Mapping[str, str]) -> None:
         """Raise InvalidPlanError if the plan was made for another model.
@@ -373,7 +287,7 @@ class DepthCurve(JsonFile):
 
     def _repr_html_(self) -> str:
         """A table."""
-        return _html(repr(self), self.to_frame())
+        return table_html(repr(self), self.to_frame())
 
 
 @dataclass(frozen=True)
@@ -438,7 +352,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         """One line."""
-        return _html(str(self))
+        return table_html(str(self))
 
 
 @dataclass(frozen=True, repr=False)
@@ -502,7 +416,7 @@ class PruningReport(JsonFile):
         """What went, and the comparisons as a table."""
         columns = ["unit", "before", "after", "low", "high", "count"]
         frame = self.to_frame()[columns].rename(columns={"low": "change, low", "high": "high"})
-        return _html(str(self.plan), frame)
+        return table_html(str(self.plan), frame)
 
     def __contains__(self, name: object) -> bool:
         return any(row.name == name for row in self.comparisons)
@@ -524,16 +438,6 @@ def cost_text(cost: Mapping[str, Any], before: str = "") -> str:
     """A change in percent, and in brackets its 95 % interval with `before` before it."""
     change, *ends = (f"{cost[name]:+.1%}" for name in COST if cost[name] is not None)
     return f"{change} ({before}{' to '.join(ends) if ends else 'one item: no interval'})"
-
-
-def _html(text: str, frame: pd.DataFrame | None = None) -> str:
-    """A text and a table for a notebook, which are short."""
-    said = f"<p>{escape(text)}</p>".replace("\n", "<br>")
-    if frame is None:
-        return said
-    more = f"<p>and {len(frame) - MOST_ROWS} more</p>" if len(frame) > MOST_ROWS else ""
-    table = frame.head(MOST_ROWS).to_html(float_format="{:.4g}".format, na_rep="", border=0)
-    return f"{said}{table}{more}"
 
 
 def check_layers(layers: Any, num_layers: int) -> tuple[int, ...]:

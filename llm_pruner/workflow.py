@@ -15,6 +15,7 @@ from .atomic_output import check_output
 from .checkpoint.gguf import stored_bytes
 from .checkpoint.save import check_saveable, new_checkpoint
 from .data.items import (
+    MAX_LENGTH,
     EvalItem,
     check_items,
     fingerprint,
@@ -31,11 +32,11 @@ from .evaluation.similarity import load_embedder
 from .evaluation.tasks import HolisticEvaluator, item_kinds
 from .healing.job import Heal, Healing
 from .healing.lora_settings import LoraSettings
+from .layer_scores import LayerScores
 from .model.forward import require_language_model
 from .output_rules import FIGURES, PAGE_FILE, REPORT_FILE
 from .pruners.base import BasePruner
-from .results import DepthCurve, LayerScores, PruningPlan, PruningReport
-from .search.measures import MAX_LENGTH
+from .results import DepthCurve, PruningPlan, PruningReport
 from .storage.origin import read_for
 from .utils import logger, package_versions
 

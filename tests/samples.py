@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from llm_pruner.results import Comparison, DepthCurve, LayerScores, PruningPlan, PruningReport
+from llm_pruner.layer_scores import LayerScores
+from llm_pruner.results import Comparison, DepthCurve, PruningPlan, PruningReport
 
 UNIT = "angular distance (arccos(cos)/pi)"
 

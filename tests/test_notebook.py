@@ -10,8 +10,9 @@ import pytest
 from nbclient import NotebookClient
 
 from llm_pruner import get_strategy, load_data, load_model
+from llm_pruner.layer_scores import LayerScores
 from llm_pruner.model.layer_stack import LayerStack
-from llm_pruner.results import Comparison, DepthCurve, LayerScores, PruningPlan, PruningReport
+from llm_pruner.results import Comparison, DepthCurve, PruningPlan, PruningReport
 
 CELLS = {
     "pruner": """

@@ -16,7 +16,7 @@ PACKAGE = Path(llm_pruner.__file__).parent
 # Files at the top that every room may use; each may import those before it.
 GROUND = (
     "lazy_names errors plugins streams distributed chat_template utils output_rules atomic_output "
-    "progress json_files results stats hub"
+    "progress json_files layer_scores results stats hub"
 ).split()
 # What a room may import besides the ground. Nothing below a line imports anything above it.
 ROOMS = {

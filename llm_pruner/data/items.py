@@ -21,6 +21,7 @@ Item = dict[str, Any]
 EvalItem = Item | str
 Prompt = dict[str, Any] | str
 MAX_DIGITS = 1000  # of a number
+MAX_LENGTH = 512  # tokens of a sequence, unless another length is asked for
 NOTHING: tuple[object, ...] = (None, "", [])  # what stands where a row has no value
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InvalidDataError, LoadError, UnknownNameError
 from ..utils import DEMO_DIR, DEMO_MODEL, logger, user_path
 from .hub_datasets import read_hub_dataset
-from .items import EvalItem, check_items, kind_of, of_kind, prompt_keys, prompt_of
+from .items import MAX_LENGTH, EvalItem, check_items, kind_of, of_kind, prompt_keys, prompt_of
 from .local_files import is_data_name, name_of, read_local
 from .row_formats import DATASETS, DEFAULT_SOURCES, digest, find_benchmarks
 from .tables import items_of_object
@@ -320,7 +320,7 @@ class DataSplit:
         )
 
     def within(
-        self, tokenizer: PreTrainedTokenizerBase, n_tokens: int, max_length: int = 512
+        self, tokenizer: PreTrainedTokenizerBase, n_tokens: int, max_length: int = MAX_LENGTH
     ) -> DataSplit:
         """The same with no more items to score on, nor held out, than have `n_tokens` tokens.
 

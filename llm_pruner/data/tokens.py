@@ -13,7 +13,7 @@ import torch
 
 from ..errors import InvalidDataError
 from ..utils import logger, render_prompt, render_turns, turns_of
-from .items import EvalItem, Prompt, check_items
+from .items import MAX_LENGTH, EvalItem, Prompt, check_items
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +68,7 @@ def encode_sequences(
     tokenizer: PreTrainedTokenizerBase,
     eval_data: Sequence[EvalItem],
     *,
-    max_length: int = 512,
+    max_length: int = MAX_LENGTH,
     closed: bool = True,
     stride: int | None = None,
 ) -> list[TokenSequence]:
@@ -129,7 +129,7 @@ def encode_batches(
     eval_data: Sequence[EvalItem],
     *,
     batch_size: int = 8,
-    max_length: int = 512,
+    max_length: int = MAX_LENGTH,
     closed: bool = True,
 ) -> list[Batch]:
     """`encode_sequences`, padded into batches of similar length."""

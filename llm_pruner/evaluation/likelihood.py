@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data.items import EvalItem
+from ..data.items import MAX_LENGTH, EvalItem
 from ..data.tokens import Batch, encode_batches
 from ..errors import InvalidDataError, NonFiniteError
 from ..model.forward import HINT, evaluating, position_limit
@@ -72,7 +72,7 @@ def encode_for(
     tokenizer: PreTrainedTokenizerBase,
     eval_data: Sequence[EvalItem],
     batch_size: int = 8,
-    max_length: int = 512,
+    max_length: int = MAX_LENGTH,
 ) -> list[Batch]:
     """`encode_batches` with `max_length` lowered to what the model has positions for."""
     length = min(max_length, position_limit(model))
@@ -91,7 +91,7 @@ def mean_nll(
     eval_data: Sequence[EvalItem],
     *,
     batch_size: int = 8,
-    max_length: int = 512,
+    max_length: int = MAX_LENGTH,
 ) -> float:
     """Mean negative log-likelihood of references or running texts, in nats per token.
 

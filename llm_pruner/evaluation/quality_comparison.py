@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data.items import EvalItem, check_items
+from ..data.items import MAX_LENGTH, EvalItem, check_items
 from ..data.tokens import TokenSequence, encode_sequences, pad_sequences
 from ..errors import NonFiniteError
 from ..model.forward import evaluating, position_limit
@@ -45,7 +45,7 @@ def compare_quality(
     *,
     batch_size: int = 8,
     seed: int = 0,
-    window: int = 512,
+    window: int = MAX_LENGTH,
     stride: int | None = None,
     max_new_tokens: int = 64,
     embedder: Any = None,

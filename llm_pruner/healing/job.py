@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from ..data.items import EvalItem, fingerprint
+from ..data.items import MAX_LENGTH, EvalItem, fingerprint
 from ..data.sampling import split_items
 from ..data.tokens import Batch, TokenSequence, encode_sequences, pad_sequences
 from ..distributed import on_first
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 TRAIN, VALIDATION = 0.6, 0.5  # fractions: of all items to train on; of the rest to validate on
 MIN_ITEMS = 20  # fewer cannot be divided into three meaningful parts
-MAX_LENGTH = 512  # tokens of a sequence
 BATCH_SIZE = 8
 WARMUP = 1 / 20  # of a training
 ENOUGH = (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..data.items import EvalItem
 from ..errors import InvalidPlanError
-from ..results import LayerScores
+from ..layer_scores import LayerScores
 from ..stats import RunningMean, RunningVariance, merged, real_tokens, sequence_means
 from .base import BasePruner
 from .registry import register_strategy

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..config.outer_rules import injected_layers
-from ..data.items import EvalItem, check_items, fingerprint, prompt_keys
+from ..data.items import MAX_LENGTH, EvalItem, check_items, fingerprint, prompt_keys
 from ..errors import InvalidPlanError
 from ..goals.budget import Budget, Removable, serving_of
 from ..goals.choice import Conditions, goals_of
+from ..layer_scores import LayerScores, Removes
 from ..model.forward import refuse_adapters, require_loaded
 from ..offload.offloaded_stack import layers_of
-from ..results import DepthCurve, LayerScores, PruningPlan, Removes, check_layers
+from ..results import DepthCurve, PruningPlan, check_layers
 from ..search.mixture import warn_of_kinds
 from ..search.removal_quality import RemovalQuality
 from ..utils import logger, package_versions
@@ -69,7 +70,7 @@ class BasePruner(LayerRemover, ABC):
         *,
         protect: tuple[int, int] | None = None,
         batch_size: int = 8,
-        max_length: int = 512,
+        max_length: int = MAX_LENGTH,
         layers_path: str | None = None,
         serve_with: Sequence[str] = (),
     ) -> None:

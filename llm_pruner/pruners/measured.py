@@ -14,8 +14,9 @@ from ..engines.layer_sets import Fits
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..goals.budget import Budget
 from ..healing.job import Healing
+from ..layer_scores import LayerScores
 from ..model.layer_stack import LayerStack
-from ..results import LayerScores, check_layers
+from ..results import check_layers
 from ..search.layer_search import depth_curve, search_layers, single_removals
 from ..search.mixture import OverKinds, kinds_apart
 from ..search.objectives import ObjectiveLike, parse_objective

@@ -12,7 +12,7 @@ import torch
 from ..data.items import EvalItem
 from ..errors import InvalidPlanError
 from ..goals.budget import Budget
-from ..results import LayerScores
+from ..layer_scores import LayerScores
 from ..stats import AngularDistances, CosineSimilarities, last_real_token, merged, real_tokens
 from .base import BasePruner
 from .registry import register_strategy

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-MAX_LENGTH = 512  # tokens of a sequence
 # A comparison begins on a block of the data: at least so many sequences, or scored tokens.
 BLOCK = 16
 # On an accelerator more of them: on an H100 a pass of SmolLM2 takes 26 ms, over 256 or over 960.

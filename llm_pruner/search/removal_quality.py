@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data.items import EvalItem, fingerprint, kind_of
+from ..data.items import MAX_LENGTH, EvalItem, fingerprint, kind_of
 from ..distributed import gather, portion, working_together
 from ..errors import NonFiniteError, ProcessGroupError, UnsupportedModelError
 from ..model.forward import HINT, evaluating, position_limit, require_language_model
@@ -23,7 +23,7 @@ from ..results import check_layers
 from ..stats import paired_draws, percentiles
 from ..utils import at_least_one, logger, tokenizer_fingerprint
 from .journal import Journal
-from .measures import COMPARING, MAX_LENGTH, EncodedData, Measure
+from .measures import COMPARING, EncodedData, Measure
 from .mixture import Mixture, OverKinds
 from .objectives import OBJECTIVES, ObjectiveLike, parse_objective
 from .passes import LayerSet, TokenCost, executions, in_tree_order

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidDataError
-from ..results import LayerScores, check_layers
+from ..layer_scores import LayerScores
+from ..results import check_layers
 from . import style
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidDataError, InvalidPlanError
-from ..results import LayerScores
+from ..layer_scores import LayerScores
 from . import style
 from .style import BLUE, ORANGE
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from llm_pruner.errors import InvalidPlanError
 from llm_pruner.goals.budget import Budget
+from llm_pruner.layer_scores import LayerScores
 from llm_pruner.pruners.similarity import BlockInfluencePruner, PruneMePruner
-from llm_pruner.results import LayerScores
 
 EVERY_BLOCK = pytest.mark.parametrize("kind", [PruneMePruner, BlockInfluencePruner])
 

@@ -17,8 +17,9 @@ from samples import block_scores, make_depth_curve
 
 import llm_pruner
 from llm_pruner.errors import InvalidDataError, NonFiniteError, OutputError
+from llm_pruner.layer_scores import LayerScores
 from llm_pruner.model.layer_stack import LayerStack
-from llm_pruner.results import Comparison, LayerScores
+from llm_pruner.results import Comparison
 from llm_pruner.visualization.style import file_bytes
 
 LONG = "a_strategy_with a name that is long, costs $5 and $6^{, \u4f60 and\nmore"

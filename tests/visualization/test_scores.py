@@ -8,7 +8,7 @@ from drawn import cells, legend_texts, legends, points
 from matplotlib.colors import to_hex
 
 from llm_pruner.errors import InvalidDataError, InvalidPlanError
-from llm_pruner.results import LayerScores
+from llm_pruner.layer_scores import LayerScores
 from llm_pruner.visualization.scores import plot_layer_importance, plot_score_comparison
 from llm_pruner.visualization.style import BLUE, ORANGE
 
