@@ -1,23 +1,25 @@
 """An objective of one's own against likelihood: what each keeps, on items that neither has seen.
 
     python benchmarks/own_objective.py --model smollm2 --strategy smart --k 3
-    python benchmarks/own_objective.py --model smollm2 --tasks data/arc_easy.jsonl --k 6
+    python benchmarks/own_objective.py --model smollm2 --rows arc_easy.jsonl --k 4 --n-items 400
 
 The first objective is that of `examples/valid_json.py`, on prompts that are made here: facts that
-are to be written as one JSON object, with one example. The other is the score of tasks of lm-eval.
-Layers are chosen on a part of the items by either objective, and both measure both choices on the
-others.
+are to be written as one JSON object, with one example. The other is the score of a task of lm-eval
+over the rows of a file, see `lm_eval_command.py`. Layers are chosen on a part of the items by
+either objective, and both measure both choices on the others.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval_command import definition
 
 from llm_pruner import get_strategy, load_eval_dataset, load_model, register_objective
 from llm_pruner.data.sampling import split_items
@@ -37,8 +39,10 @@ def main() -> None:
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
     own = VALID_JSON
     items: Any
-    if args.tasks:
-        tasks = LmEvalTasks(args.tasks, limit=args.n_items)
+    if args.rows:
+        with tempfile.TemporaryDirectory() as folder:
+            task = str(definition(args.rows, Path(folder)))
+            tasks = LmEvalTasks([task], limit=args.n_items, batch_size=args.batch_size)
         own, items = "tasks", tasks.items
         register_objective(own)(tasks)
     elif args.items:
@@ -46,6 +50,8 @@ def main() -> None:
     else:
         items = json_prompts(args.n_items)
     choosing, unseen = split_items(items, args.choosing)
+    if not (args.rows or args.items):
+        unseen += json_prompts(args.more, seed=1)
     options: dict[str, Any] = {"batch_size": args.batch_size}
     if args.minutes is not None:
         options["time_limit"] = 60 * args.minutes
@@ -59,6 +65,10 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     full = " | ".join(f"{judge():.3f}" for judge in judges)
     print(f"| | full model | | {full} | |", flush=True)
+    for removed in args.judge:
+        found = " | ".join(f"{judge(removed):.3f}" for judge in judges)
+        layers = ", ".join(map(str, removed))
+        print(f"| {len(removed)} | | {layers} | {found} | |", flush=True)
     for k in args.k:
         for name in ("nll", own):
             begin = time.perf_counter()
@@ -102,13 +112,16 @@ def _json(person: tuple[str, int, str, str]) -> str:
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--tasks", nargs="+", help="of lm-eval, as LmEvalTasks takes them")
+    parser.add_argument("--rows", type=Path, help="of a task of lm-eval: query, choices, gold")
     parser.add_argument("--items", help="items of one's own, for --objective")
     parser.add_argument("--objective", default=VALID_JSON)
     parser.add_argument("--n-items", type=int, default=60)
     parser.add_argument("--choosing", type=float, default=0.4, help="share of them that choose")
+    parser.add_argument("--more", type=int, default=0, help="prompts for JSON that judge as well")
     parser.add_argument("--strategy", default="smart")
-    parser.add_argument("--k", type=int, nargs="+", default=[3], help="how many layers go")
+    parser.add_argument("--k", type=int, nargs="*", default=[3], help="how many layers go")
+    parser.add_argument("--judge", nargs="+", default=[], help="sets of layers, such as 4,7,25",
+                        type=lambda text: tuple(map(int, text.split(","))))  # fmt: skip
     parser.add_argument("--minutes", type=float, help="the most that each search may take")
     parser.add_argument("--batch-size", type=int, default=32, help="items at a time")
     parser.add_argument("--device", default="cpu")
