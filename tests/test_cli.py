@@ -241,7 +241,7 @@ def test_healing(run, saved, tmp_path, heal):
     values = row["before"], report["heal"]["cut_quality"]["perplexity"], row["after"]
     full, cut, healed = (math.log(value) for value in values)
     said = "Perplexity: {:,.3f} of the full model, {:,.3f} cut, {:,.3f} healed".format(*values)
-    if cut > full:  # not always, in a random model
+    if cut - full > 0.01:  # not always, in a random model
         said += f", which is {(cut - healed) / (cut - full):.0%} of the lost log-likelihood back"
     assert lines[1 + len(stages)].startswith(said)
 

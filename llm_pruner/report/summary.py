@@ -10,6 +10,7 @@ from ..results import CONTEXT, Comparison, PruningPlan, PruningReport, cost_text
 from ..utils import counted
 
 MINUS = "\u2212"
+LITTLE = 0.01  # nats per token, of which no share is given
 MUCH = 2.0  # times the full model's perplexity, from which on a model is of little use
 GROUPS = {  # of comparisons, in the order of every report, with their titles
     "size": "Size",
@@ -243,7 +244,7 @@ def quality_text(report: PruningReport) -> str:
     values = [f"{value:,.3f}" for value in (row.before, cut["perplexity"], row.after)]
     text = f"Perplexity: {values[0]} of the full model, {values[1]} cut, {values[2]} healed"
     lost = math.log(cut["perplexity"] / row.before)
-    if lost > 0:
+    if lost > LITTLE:
         back = math.log(cut["perplexity"] / row.after) / lost
         text += f", which is {back:.0%} of the lost log-likelihood back"
     if (mean := rows.get("task mean")) and cut["tasks"]:
