@@ -23,7 +23,7 @@ from llm_pruner.errors import (
     UnsupportedModelError,
 )
 from llm_pruner.evaluation.likelihood import batch_nll
-from llm_pruner.healing import heal, linear, lora
+from llm_pruner.healing import heal, linear, lora, lora_settings
 from llm_pruner.healing import job as job_module
 from llm_pruner.healing.heal import HEALERS, RUN_BEFORE, heal_model
 from llm_pruner.healing.job import Healing, HealingJob, Pace
@@ -271,6 +271,19 @@ def test_a_healing_that_has_no_time_leaves_a_whole_model(llama, tokenizer, metho
     again = batch_nll(healed, encode_batches(tokenizer, items(10)))
     assert 0 < again < 20
     assert all(stage.get("steps", 0) < 40 for stage in record["stages"])
+
+
+@pytest.mark.parametrize("minutes", [None, 60])
+def test_only_a_training_without_a_limit_of_time_has_one_of_steps(
+    minutes, llama, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(lora_settings, "MAX_STEPS", 3)
+    monkeypatch.setattr(lora_settings, "EPOCHS", 2)
+    stack, how = LayerStack(llama), Healing("lora", minutes=minutes)
+    given = stack, REMOVED, stack.remove(REMOVED), tokenizer, how, items(60)
+    _, record = heal_model(*given, lora=LoraSettings(patience=99))
+    steps = record["stages"][-1]["steps"]
+    assert steps == 3 if minutes is None else steps > 3
 
 
 def test_time_that_runs_short_is_spread_over_the_layers(llama, tokenizer, monkeypatch):
