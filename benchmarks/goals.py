@@ -27,6 +27,7 @@ from llm_pruner.utils import count_bytes, count_parameters
 
 SHARES = (0.9, 0.75, 0.6)
 FACTORS = (1.1, 1.3)
+KINDS = ("sizes", "speeds", "drops")
 
 
 def main() -> None:
@@ -43,6 +44,25 @@ def main() -> None:
         data = load_data(args.model, args.n_items)
         choosing, held_out = data.scoring, data.held_out
     pruner = get_strategy(args.strategy)(model, tokenizer)
+    print("| goal | layers that go | asked | predicted | measured |\n|---|---|---|---|---|")
+    for budget in _budgets(model) if "sizes" in args.only else []:
+        _sizes_and_speeds(pruner, choosing, budget)
+    for what in ("decode", "prefill") if "speeds" in args.only else ():
+        for factor in FACTORS:
+            budget = Budget(target_speedup=factor, speedup_of=what)
+            _sizes_and_speeds(pruner, choosing, budget)
+    if "drops" not in args.only:
+        return
+    tasks = sorted({str(item["task"]) for item in held_out if isinstance(item, dict)})
+    limits = [{"perplexity": "10%"}, {"perplexity": "30%"}, {"perplexity": "100%"}]
+    limits += [{tasks[0]: 0.05}, {tasks[0]: 0.02, "perplexity": "50%"}] if tasks else []
+    for limit in limits:
+        for confident in (False, True):
+            _drops(pruner, choosing, held_out, Budget(max_drop=limit, confident=confident))
+
+
+def _budgets(model: Any) -> list[Budget]:
+    """Goals of size, of parameters and of memory, as shares of what the model has."""
     bytes_, parameters, cache = count_bytes(model), count_parameters(model), cache_bytes(model)
     budgets = [Budget(target_size=round(share * bytes_)) for share in SHARES]
     budgets += [Budget(target_params=round(share * parameters)) for share in SHARES]
@@ -50,17 +70,7 @@ def main() -> None:
     for context in (1024, 8192):
         memory = bytes_ + context * cache
         budgets.append(Budget(target_memory=round(0.75 * memory), context=context))
-    for what in ("decode", "prefill"):
-        budgets += [Budget(target_speedup=factor, speedup_of=what) for factor in FACTORS]
-    print("| goal | layers that go | asked | predicted | measured |\n|---|---|---|---|---|")
-    for budget in budgets:
-        _sizes_and_speeds(pruner, choosing, budget)
-    tasks = sorted({str(item["task"]) for item in held_out if isinstance(item, dict)})
-    limits = [{"perplexity": "10%"}, {"perplexity": "30%"}, {"perplexity": "100%"}]
-    limits += [{tasks[0]: 0.05}, {tasks[0]: 0.02, "perplexity": "50%"}] if tasks else []
-    for limit in limits:
-        for confident in (False, True):
-            _drops(pruner, choosing, held_out, Budget(max_drop=limit, confident=confident))
+    return budgets
 
 
 def _sizes_and_speeds(pruner: Any, items: Sequence[Any], budget: Budget) -> None:
@@ -113,6 +123,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--questions", default="", help="and items with choices")
     parser.add_argument("--n-items", type=int, default=200, help="of each, or of the demo's own")
     parser.add_argument("--strategy", default="bi")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--threads", type=int, default=2)
     return parser
 
