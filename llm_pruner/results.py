@@ -43,9 +43,9 @@ class PruningPlan(JsonFile):
         data: what the choice rests on: ``items`` (how many), ``fingerprint`` of all of them, and
             ``prompts``, a short hash of each, so that they are not used for something else.
         held_out: what the choice costs on data that played no part in it: ``change`` (relative),
-            ``low`` and ``high`` (95 % paired bootstrap interval), ``unit``, ``items``,
-            ``fingerprint``; from several sources ``kinds``, ``change``, ``low`` and ``high`` of
-            each; empty if that was not measured.
+            ``low`` and ``high`` (95 % paired bootstrap interval; None for one item), ``unit``,
+            ``items``, ``fingerprint``; from several sources ``kinds``, ``change``, ``low`` and
+            ``high`` of each; empty if that was not measured.
         versions: of the packages that made it.
         model: what tells the model's checkpoint from others (`Checkpoint.identity`); empty for a
             model that was not loaded from one.
