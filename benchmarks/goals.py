@@ -11,6 +11,7 @@ drops are measured on items that neither chose the layers nor checked the drop. 
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from llm_pruner import get_strategy, load_data, load_eval_dataset, load_model
 from llm_pruner.data.sampling import split_items
 from llm_pruner.errors import InvalidPlanError
-from llm_pruner.evaluation.cost_comparison import cache_bytes, speeds
+from llm_pruner.evaluation.cost_comparison import cache_bytes, speedup
 from llm_pruner.goals.budget import Budget
 from llm_pruner.goals.drops import Drops
 from llm_pruner.report.summary import PARAMETERS, SPEEDUP, figure
@@ -79,10 +80,8 @@ def _sizes_and_speeds(pruner: Any, items: Sequence[Any], budget: Budget) -> None
     for one in plan.options["goals"]:
         goal = one["goal"]
         if goal == SPEEDUP:
-            both = [pruner.model, pruned]
-            timed = [speeds(both, pruner.tokenizer, pruner.batch_size, budget.speedup_of)
-                     for _ in range(3)]  # fmt: skip
-            measured = sorted(less / full for full, less in timed)[1]
+            how = pruner.tokenizer, pruner.batch_size, budget.speedup_of
+            measured = statistics.median(speedup(pruner.model, pruned, *how) for _ in range(3))
         elif goal in PARAMETERS:
             measured = count_parameters(pruned)
         else:

@@ -23,7 +23,7 @@ from lm_eval_command import definition
 
 from llm_pruner import get_strategy, load_eval_dataset, load_model, register_objective
 from llm_pruner.data.sampling import split_items
-from llm_pruner.evaluation.lm_eval_backend import LmEvalTasks
+from llm_pruner.lm_eval.task_items import LmEvalTasks
 from llm_pruner.search.removal_quality import RemovalQuality
 
 VALID_JSON = f"{Path(__file__).parents[1] / 'examples' / 'valid_json.py'}:valid-json"

@@ -37,8 +37,8 @@ from .utils import DEMO_MODEL, logger, user_path
 
 if TYPE_CHECKING:
     from .data.sampling import DataSplit
-    from .evaluation.lm_eval_backend import LmEvalTasks
     from .healing.lora_settings import LoraSettings
+    from .lm_eval.task_items import LmEvalTasks
     from .pruners.base import BasePruner
 
 N_SAMPLES, N_TOKENS = 80, 4096  # to choose layers on, at most, unless one of them is given
@@ -263,13 +263,13 @@ def _estimated(request: Request, pruner: BasePruner, data: DataSplit, lora: Lora
 
 def _tasks(request: Request) -> LmEvalTasks:
     """The tasks that were named; as an objective, too, if they are to choose layers."""
-    from .evaluation.lm_eval_backend import LmEvalTasks
+    from .lm_eval.task_items import LmEvalTasks
     from .search.objectives import register_objective
 
     limit, batch_size = request.n_samples, request.batch_size
     tasks = LmEvalTasks(request.tasks, limit=limit, batch_size=batch_size)
     if request.chooses_on_tasks:
-        register_objective(TASKS, unit=f"score of {', '.join(request.tasks)}")(tasks)
+        register_objective(TASKS, unit=f"score in {', '.join(request.tasks)}")(tasks)
     return tasks
 
 

@@ -15,14 +15,15 @@ def lazy_names(
 
     Args:
         package: its ``__name__``.
-        homes: module inside the package -> the names that it defines, separated by spaces.
+        homes: module, as in a relative import without its first dot -> the names that it defines,
+            separated by spaces.
     """
     home = {name: module for module, names in homes.items() for name in names.split()}
 
     def load(name: str) -> Any:
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+        return getattr(importlib.import_module(f".{home[name]}", package), name)
 
     def names() -> list[str]:
         return sorted({*vars(sys.modules[package]), *home})

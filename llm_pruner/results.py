@@ -434,10 +434,15 @@ class PruningReport(JsonFile):
             yield name, json.loads(value.to_json()) if isinstance(value, PruningPlan) else value
 
 
-def cost_text(cost: Mapping[str, Any], before: str = "") -> str:
+def cost_texts(cost: Mapping[str, Any], before: str = "") -> tuple[str, str]:
     """A change in percent, and in brackets its 95 % interval with `before` before it."""
     change, *ends = (f"{cost[name]:+.1%}" for name in COST if cost[name] is not None)
-    return f"{change} ({before}{' to '.join(ends) if ends else 'one item: no interval'})"
+    return change, f"({before}{' to '.join(ends) if ends else 'one item: no interval'})"
+
+
+def cost_text(cost: Mapping[str, Any], before: str = "") -> str:
+    """`cost_texts` in one line."""
+    return " ".join(cost_texts(cost, before))
 
 
 def check_layers(layers: Any, num_layers: int) -> tuple[int, ...]:

@@ -26,13 +26,13 @@ from .data.items import (
 from .distributed import on_first
 from .evaluation.cost_comparison import compare_cost, machine
 from .evaluation.likelihood import perplexity
-from .evaluation.lm_eval_backend import TaskResult, compare_results
 from .evaluation.quality_comparison import DRAWS, compare_quality
 from .evaluation.similarity import load_embedder
 from .evaluation.tasks import HolisticEvaluator, item_kinds
 from .healing.job import Heal, Healing
 from .healing.lora_settings import LoraSettings
 from .layer_scores import LayerScores
+from .lm_eval.task_results import TaskResult, compare_results
 from .model.forward import require_language_model
 from .output_rules import FIGURES, PAGE_FILE, REPORT_FILE
 from .pruners.base import BasePruner

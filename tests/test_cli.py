@@ -22,8 +22,9 @@ from llm_pruner import BasePruner, cli, load_model, workflow
 from llm_pruner.checkpoint.save import write_model
 from llm_pruner.cli import main
 from llm_pruner.errors import MissingDependencyError, OutputError
-from llm_pruner.evaluation.lm_eval_backend import LmEvalTasks, run_tasks
 from llm_pruner.healing import lora
+from llm_pruner.lm_eval.harness import run_tasks
+from llm_pruner.lm_eval.task_items import LmEvalTasks
 from llm_pruner.model.layer_stack import LayerStack
 from llm_pruner.offload import offloaded_stack
 from llm_pruner.results import DepthCurve, PruningPlan, PruningReport

@@ -26,7 +26,8 @@ ROOMS = {
     "model": "config storage",
     "offload": "config storage model",
     "data": "",
-    "evaluation": "model data",
+    "lm_eval": "model",
+    "evaluation": "model data lm_eval",
     "search": "engines model data evaluation",
     "healing": "model data evaluation",
     "visualization": "model data evaluation",
@@ -35,14 +36,15 @@ ROOMS = {
     "goals": "config engines storage model data evaluation search report checkpoint",
     "pruners": "config engines storage model offload data evaluation search healing checkpoint "
     "goals",
-    "workflow": "storage model data evaluation healing visualization report checkpoint pruners",
+    "workflow": "storage model data lm_eval evaluation healing visualization report checkpoint "
+    "pruners",
     "estimate": "storage model data evaluation search healing goals pruners",
     "cli_request": "goals healing",
     "cli_values": "engines goals",
     "cli_arguments": "engines goals pruners cli_request cli_values",
     "cli_checks": "storage search pruners cli_request",
-    "cli_jobs": "config storage model offload data evaluation search healing visualization report "
-    "checkpoint pruners workflow estimate cli_request",
+    "cli_jobs": "config storage model offload data lm_eval evaluation search healing "
+    "visualization report checkpoint pruners workflow estimate cli_request",
     "cli": "cli_request cli_arguments cli_checks cli_jobs",
 }
 MODULES = {

@@ -1,6 +1,6 @@
 """What a model is worth: likelihood, answers, tasks, speed; two models compared.
 
-Imports the ground, model, data.
+Imports the ground, model, data, lm_eval.
 """
 
 from ..lazy_names import lazy_names
@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "similarity": "similarity_floor",
         "quality_comparison": "compare_quality",
         "cost_comparison": "compare_cost",
-        "lm_eval_backend": "compare_results run_tasks",
+        ".lm_eval.harness": "run_tasks",
+        ".lm_eval.task_results": "compare_results",
     },
 )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 ENOUGH = 6  # paired runs whose range holds the median difference with at least 95 %
+PREFILLS = 24  # as long as ENOUGH runs that generate
 CACHE_TOKENS = 16
 TIMED_TOKENS = 32  # of a prompt, and of its continuation
 
@@ -65,14 +66,7 @@ def compare_cost(
     """
     at_least_one(batch=batch, prompt_tokens=prompt_tokens, repeats=repeats)
     models = [original, pruned]
-    room = min(map(position_limit, models))
-    prompt_tokens = min(prompt_tokens, room // 2)
-    new_tokens = min(new_tokens, room - prompt_tokens)
-    if new_tokens < 2:
-        raise InvalidDataError(
-            f"new_tokens={new_tokens} (the models have {room} positions) must be at least 2: the "
-            "time between new tokens is measured."
-        )
+    prompt_tokens, new_tokens = _that_fit(models, prompt_tokens, new_tokens)
     prompt = _prompt(tokenizer, prompt_tokens)
     comparisons = _sizes(models, prompt[0], layers_path, stored)
     if stored is not None:
@@ -84,31 +78,51 @@ def compare_cost(
     return comparisons
 
 
-def speeds(
-    models: Sequence[Any], tokenizer: PreTrainedTokenizerBase, batch: int, what: str
-) -> list[float]:
-    """Tokens per second of each model, the median of runs in turns, timed as `compare_cost` does.
+def speedup(
+    original: Any, pruned: Any, tokenizer: PreTrainedTokenizerBase, batch: int, what: str
+) -> float:
+    """How many times as fast the pruned model is: the median of paired runs, as in `compare_cost`.
 
     Args:
-        models: causal language models.
+        original, pruned: causal language models.
         tokenizer: their tokenizer.
         batch: sequences generated together.
-        what: ``decode`` or ``prefill``.
+        what: ``decode`` or ``prefill``, which is short and therefore timed more often.
+
+    Raises:
+        InvalidDataError: a model has fewer than four positions.
     """
-    room = min(map(position_limit, models))
-    tokens = min(TIMED_TOKENS, room // 2)
-    runs = _runs(models, [_prompt(tokenizer, tokens)] * batch, min(tokens, room - tokens), ENOUGH)
-    return [statistics.median(run[what] for run in of_model) for of_model in runs]
+    models, prefill = [original, pruned], what == "prefill"
+    prompt_tokens, new_tokens = _that_fit(models, TIMED_TOKENS, 2 if prefill else TIMED_TOKENS)
+    prompts = [_prompt(tokenizer, prompt_tokens)] * batch
+    before, after = _runs(models, prompts, new_tokens, PREFILLS if prefill else ENOUGH)
+    return statistics.median(new[what] / old[what] for old, new in zip(before, after, strict=True))
 
 
 def seconds_to_compare(model: Any, tokenizer: PreTrainedTokenizerBase, batch: int = 8) -> float:
-    """What timing it and a pruned model will take in `compare_cost`, from one run of each batch."""
-    room = position_limit(model)
-    tokens = min(TIMED_TOKENS, room // 2)
-    prompt, begin = _prompt(tokenizer, tokens), time.perf_counter()
+    """What timing it and a pruned model will take in `compare_cost`, from one run of each batch.
+
+    Raises:
+        InvalidDataError: the model has fewer than four positions.
+    """
+    prompt_tokens, new_tokens = _that_fit([model], TIMED_TOKENS, TIMED_TOKENS)
+    prompt, begin = _prompt(tokenizer, prompt_tokens), time.perf_counter()
     for size in dict.fromkeys((1, batch)):
-        _run(model, [prompt] * size, min(tokens, room - tokens))
+        _run(model, [prompt] * size, new_tokens)
     return 2 * (ENOUGH + 1) * (time.perf_counter() - begin)
+
+
+def _that_fit(models: Sequence[Any], prompt_tokens: int, new_tokens: int) -> tuple[int, int]:
+    """Prompt and new tokens, lowered to what the models have positions for."""
+    room = min(map(position_limit, models))
+    prompt_tokens = min(prompt_tokens, room // 2)
+    new_tokens = min(new_tokens, room - prompt_tokens)
+    if new_tokens < 2:
+        raise InvalidDataError(
+            f"new_tokens={new_tokens} (the models have {room} positions) must be at least 2: the "
+            "time between new tokens is measured."
+        )
+    return prompt_tokens, new_tokens
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> list[int]:

@@ -17,12 +17,13 @@ from ..data.items import EvalItem, check_items, check_text
 from ..data.sampling import safe_sample
 from ..data.tokens import Batch, encode_batches
 from ..errors import InvalidDataError, LoadError, UnknownNameError
+from ..lm_eval.harness import run_tasks
+from ..lm_eval.task_results import TaskResult
 from ..model.forward import position_limit
 from ..progress import progress
 from ..utils import at_least_one, shown
 from .generation import ModelEvaluator, check_answers, question_items
 from .likelihood import sequence_nll
-from .lm_eval_backend import TaskResult, run_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

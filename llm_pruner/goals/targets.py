@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.gguf import GgufModel, read_gguf_model
 from ..errors import InvalidPlanError
-from ..evaluation.cost_comparison import cache_bytes, speeds
+from ..evaluation.cost_comparison import cache_bytes, speedup
 from ..model.layer_stack import LayerStack
 from ..report.summary import CACHED, PARAMETERS, SPEEDUP, figure
 from ..storage.origin import gguf_of
@@ -107,15 +107,15 @@ class Gauge:
             InvalidPlanError: the model is no faster without them.
         """
         logger.info("Timing the model with and without %d layers", len(self.some))
-        both = [self.stack.model, self.stack.remove(self.some)]
-        full, less = speeds(both, self.tokenizer, self.batch_size, self.speedup_of)
-        if not full < less:
+        both = self.stack.model, self.stack.remove(self.some)
+        factor = speedup(*both, self.tokenizer, self.batch_size, self.speedup_of)
+        if factor <= 1:
             raise InvalidPlanError(
                 f"target_speedup: without {len(self.some)} of {len(self.stack)} layers the model "
-                f"is no faster here ({full:,.0f} and {less:,.0f} tokens/s, {self.speedup_of}): ask "
-                "for a size instead."
+                f"is no faster here ({factor:.2f} times as fast, {self.speedup_of}): ask for a "
+                "size instead."
             )
-        return (1 - full / less) / len(self.some)
+        return (1 - 1 / factor) / len(self.some)
 
 
 @dataclass(frozen=True)

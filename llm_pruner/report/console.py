@@ -6,7 +6,7 @@ import shlex
 import textwrap
 
 from ..output_rules import PLAN_FILE
-from ..results import Comparison, DepthCurve, PruningPlan, PruningReport, cost_text
+from ..results import Comparison, DepthCurve, PruningPlan, PruningReport, cost_texts
 from ..storage.manifest import Manifest
 from . import summary
 from .summary import VERDICTS, held_out_text, label
@@ -43,7 +43,7 @@ def curve_text(curve: DepthCurve) -> str:
     for point in curve.points:
         row = f"{point['n_layers']:6d}{point['change']:>+12.1%}"
         if held := point["held_out"]:
-            change, interval = cost_text(held).split(maxsplit=1)
+            change, interval = cost_texts(held)
             row += f"{change:>11} {interval}"
         lines.append(f"{row}  {point['removed']}")
     return "\n".join(lines) + "\n"

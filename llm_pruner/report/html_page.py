@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..atomic_output import write_atomically
 from ..errors import InvalidDataError
-from ..results import Comparison, DepthCurve, PruningPlan, PruningReport, cost_text
+from ..results import Comparison, DepthCurve, PruningPlan, PruningReport, cost_texts
 from ..visualization.style import COLUMN, file_bytes
 from . import summary
 from .figures import TEXTS, report_figures, words
@@ -97,7 +97,7 @@ def _summary(report: PruningReport) -> str:
         name = "cost of the cut, before healing" if healed else "cost of the cut"
         kinds = {f"{name}: {kind}": one for kind, one in held.get("kinds", {}).items()}
         for title, cost in {name: held, **kinds}.items():
-            change, interval = cost_text(cost).replace("-", summary.MINUS).split(maxsplit=1)
+            change, interval = (text.replace("-", summary.MINUS) for text in cost_texts(cost))
             tiles.append(_tile(title, change, f"{cost.get('unit', '')} {interval}".strip()))
     return (
         f"<header>\n<h1>{escape(plan.model_id or 'A model')}, pruned</h1>\n"

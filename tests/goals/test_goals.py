@@ -106,12 +106,12 @@ def test_speed_follows_from_two_timed_models(speedup_of, tokenizer, monkeypatch)
     """A layer takes a tenth of a token's time here: 1 / (1 - k / 10) is at least 1.5 for k = 4."""
     timed = []
 
-    def speeds(models, tokenizer, batch, what):
+    def speedup(original, pruned, tokenizer, batch, what):
         timed.append((batch, what))
-        seconds = [0.2 + 0.1 * one.config.num_hidden_layers for one in models]
-        return [1 / each for each in seconds]
+        full, less = (0.2 + 0.1 * one.config.num_hidden_layers for one in (original, pruned))
+        return full / less
 
-    monkeypatch.setattr(targets, "speeds", speeds)
+    monkeypatch.setattr(targets, "speedup", speedup)
     budget = Budget(target_speedup=1.5, speedup_of=speedup_of)
     plan = pruner(tiny_llama(), tokenizer, batch_size=3).plan(items(), budget=budget)
     assert len(plan.remove) == 4
@@ -120,7 +120,7 @@ def test_speed_follows_from_two_timed_models(speedup_of, tokenizer, monkeypatch)
 
 
 def test_a_model_that_is_no_faster_with_fewer_layers_is_refused(tokenizer, monkeypatch):
-    monkeypatch.setattr(targets, "speeds", lambda *_: [5.0, 5.0])
+    monkeypatch.setattr(targets, "speedup", lambda *_: 1.0)
     with pytest.raises(InvalidPlanError, match="no faster here"):
         pruner(tiny_llama(), tokenizer).plan(items(), budget=Budget(target_speedup=1.1))
 

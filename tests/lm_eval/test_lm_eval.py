@@ -28,8 +28,10 @@ from llm_pruner.errors import (
     ProcessGroupError,
     UnknownNameError,
 )
-from llm_pruner.evaluation.lm_eval_backend import LmEvalTasks, compare_results, run_tasks
 from llm_pruner.evaluation.tasks import HolisticEvaluator, choice_losses
+from llm_pruner.lm_eval.harness import run_tasks
+from llm_pruner.lm_eval.task_items import LmEvalTasks
+from llm_pruner.lm_eval.task_results import compare_results
 from llm_pruner.utils import format_prompt
 
 POSITIONS = 128
@@ -473,13 +475,31 @@ def test_a_chat_template_is_rendered_as_lm_eval_does(llama, definition):
     assert found.scores["acc"] == [sample["acc"] for sample in samples]
 
 
+def right_chances(model, tokenizer, rows):
+    """The probability of the right answer among the choices, from losses of choices."""
+    items = [
+        {
+            "prompt": row["question"],
+            "choices": row["choices"]["text"],
+            "reference": row["choices"]["text"]["ABCD".index(row["answerKey"])],
+        }
+        for row in rows
+    ]
+    found = []
+    for item, losses in zip(items, choice_losses(model, tokenizer, items, 4), strict=True):
+        chances = [math.exp(-loss) for loss in losses]
+        found.append(chances[item["choices"].index(item["reference"])] / sum(chances))
+    return found
+
+
 def test_items_of_tasks_are_scored_alone_as_in_the_whole_task(arc, items, tmp_path):
     model, tokenizer = tiny_llama(), word_tokenizer()
     tasks = LmEvalTasks([str(arc[0] / "arc_easy.jsonl")])
     whole = run_tasks(model, tokenizer, ["arc_easy"], arc[0])["arc_easy"]
     assert tasks.results(model, tokenizer)["arc_easy"].scores == whole.scores
     drawn = random.Random(1).sample(tasks.items, 7)
-    assert tasks(model, tokenizer, drawn) == [whole.item_scores[item["doc"]] for item in drawn]
+    rows = [arc[1][item["doc"]] for item in drawn]
+    assert tasks(model, tokenizer, drawn) == pytest.approx(right_chances(model, tokenizer, rows))
     assert [item["reference"] for item in tasks.items] == [
         row["choices"]["text"]["ABCD".index(row["answerKey"])] for row in arc[1]
     ]
@@ -500,7 +520,46 @@ def test_layers_are_chosen_by_the_scores_of_a_task(arc):
         scores = pruner.compute_layer_scores(tasks.items)
     finally:
         del OBJECTIVES["arc of this test"]
-    full = run_tasks(model, tokenizer, ["arc_easy"], arc[0])["arc_easy"].means["acc"]
+    full = fmean(right_chances(model, tokenizer, arc[1]))
     for layer in (2, 5):
-        cut = run_tasks(pruner.layers.remove([layer]), tokenizer, ["arc_easy"], arc[0])
-        assert scores[layer] == pytest.approx((cut["arc_easy"].means["acc"] - full) / full)
+        cut = fmean(right_chances(pruner.layers.remove([layer]), tokenizer, arc[1]))
+        assert scores[layer] == pytest.approx((cut - full) / full)
+
+
+MUTUAL = {"metric": "acc_mutual_info", "aggregation": "mean", "higher_is_better": True}
+CHOOSING = {  # what differs from `definition`
+    "index": {},
+    "text": {"doc_to_target": "{{options[gold]}}"},
+    "contexts": {"doc_to_text": "gold", "doc_to_choice": "options", "doc_to_target": "text"},
+    "without the question, too": {"metric_list": [MUTUAL]},
+}
+
+
+@pytest.mark.parametrize("kind", CHOOSING)
+def test_the_chance_of_a_choice_is_the_one_that_lm_eval_has_for_its_brier_score(
+    kind, llama, tokenizer, definition, tmp_path
+):
+    brier = {"metric": "brier_score", "aggregation": "brier_score", "higher_is_better": False}
+    task = {**definition, **CHOOSING[kind]}
+    task["metric_list"] = [*task["metric_list"], brier]
+    task["dataset_kwargs"]["data_files"]["test"] = str(tmp_path / "two.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "pick.jsonl").read_text().splitlines()]
+    write_rows(tmp_path / "two.jsonl", [row for row in rows if len(row["options"]) == 3])
+    (tmp_path / "pick.yaml").write_text(json.dumps(task))
+    tasks = LmEvalTasks([str(tmp_path / "pick.yaml")])
+    found = lm_eval_alone(llama, tokenizer, {**task, "metric_list": [brier]}, bootstrap_iters=0)
+    theirs = []
+    for sample in sorted(found["samples"]["pick"], key=lambda sample: sample["doc_id"]):
+        gold, chances = sample["brier_score"]
+        theirs.append(chances[gold])
+    assert len(theirs) == 8
+    assert tasks(llama, tokenizer, tasks.items) == pytest.approx(theirs, abs=1e-6)
+
+
+def test_other_tasks_are_scored_by_their_first_metric(llama, tokenizer, tmp_path):
+    task = answering(tmp_path)
+    (tmp_path / "say.yaml").write_text(json.dumps(task))
+    tasks = LmEvalTasks([str(tmp_path / "say.yaml")])
+    found = run_tasks(llama, tokenizer, [task])["say"]
+    assert tasks(llama, tokenizer, tasks.items[1:4]) == found.item_scores[1:4]
+    assert found.likelihoods == []

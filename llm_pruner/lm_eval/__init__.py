@@ -1,0 +1,4 @@
+"""Tasks of lm-eval, EleutherAI's evaluation harness: run, compared, and choosing layers.
+
+Imports the ground, model.
+"""
