@@ -171,6 +171,11 @@ CASES = [
         [_chat(*WITH_TOOLS, tools=[TOOL])],
     ),
     Case(
+        "`messages` that end in a call",
+        jsonl({"messages": WITH_TOOLS[:2], "tools": [TOOL]}),
+        [_chat(USER, tools=[TOOL], answer=json.dumps(CALL["function"])) | {"tool_calls": [CALL]}],
+    ),
+    Case(
         "ShareGPT: `conversations`, `from`, `value`",
         jsonl(
             {

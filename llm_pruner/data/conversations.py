@@ -1,8 +1,8 @@
 """Rows of chats, instructions and preferences as evaluation items.
 
 A conversation of one question and its answer becomes the item that the same question has in any
-other layout. A longer one keeps its turns, as chat templates take them; what follows the last
-thing that the assistant says is left out.
+other layout. A longer one keeps its turns, as chat templates take them; what follows the
+assistant's last turn is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import InvalidDataError
 from ..json_files import parse_json
 from ..utils import shown
-from .items import NOTHING, Item, bare_question, qa_item, text_of
+from .items import NOTHING, Item, bare_question, calls_text, qa_item, text_of
 
 ROLES = {
     "system": "system",
@@ -145,8 +145,10 @@ def _read_turn(number: int, message: object) -> dict[str, Any]:
         raise InvalidDataError(
             f"turn {number} has the role {shown(speaker)}: roles are {known}, in 'role' or 'from'."
         )
-    if isinstance(calls := given.get("tool_calls"), list) and not calls:
-        del given["tool_calls"]
+    if not isinstance(calls := given.get("tool_calls", []), list):
+        raise InvalidDataError(f"turn {number} has tool_calls that are no list: {shown(calls)}.")
+    if not calls:
+        given.pop("tool_calls", None)
     if said in (None, "") and role == "assistant" and "tool_calls" in given:
         return {"role": role, "content": "", **given}
     return {"role": role, "content": _content(number, said), **given}
@@ -166,22 +168,21 @@ def _content(number: int, said: object) -> str:
 def _item(turns: list[dict[str, Any]], tools: object) -> Item:
     roles = [turn["role"] for turn in turns]
     answers = [
-        place
-        for place, turn in enumerate(turns)
-        if turn["role"] == "assistant" and turn["content"] and "user" in roles[:place]
+        place for place, role in enumerate(roles) if role == "assistant" and "user" in roles[:place]
     ]
     if not answers:
         raise UnfitRowError(
             f"no turn of an assistant answers a user, so there is nothing to score: the roles are "
             f"{', '.join(roles)}."
         )
-    last = answers[-1]
-    before, reference = turns[:last], turns[last]["content"]
+    before, answer = turns[: answers[-1]], turns[answers[-1]]
+    calls = {"tool_calls": answer["tool_calls"]} if "tool_calls" in answer else {}
+    reference = answer["content"] or calls_text(answer["tool_calls"])
     listed = _tools(tools)
     if len(before) == 1 and not listed:
-        return qa_item(before[0]["content"], reference)
-    prompt: dict[str, Any] = {"messages": before}
-    return {"prompt": prompt | ({"tools": listed} if listed else {}), "reference": reference}
+        return qa_item(before[0]["content"], reference) | calls
+    prompt = {"messages": before, **({"tools": listed} if listed else {})}
+    return {"prompt": prompt, "reference": reference, **calls}
 
 
 def _tools(tools: object) -> list[Any]:

@@ -2,7 +2,9 @@
 
 An item is running text, a string, or a question, a dict with `prompt` and `reference`. The prompt
 is a text, or a conversation: ``{"messages": [...]}``, dicts with `role` and `content` as chat
-templates take them, up to the turn that the reference is; with `tools` where it has any.
+templates take them, up to the turn that the reference is; with `tools` where it has any. A turn
+that calls tools has its `tool_calls` beside the reference, which is what is said with them, or else
+the calls as JSON.
 """
 
 from __future__ import annotations
@@ -95,6 +97,8 @@ def _check_dict(where: str, item: dict[str, Any]) -> None:
             )
     check_prompt(f"{where}['prompt']", item["prompt"])
     check_text(f"{where}['reference']", item["reference"])
+    if not isinstance(calls := item.get("tool_calls", []), list):
+        raise InvalidDataError(f"{where}['tool_calls'] must be a list of calls: {shown(calls)}.")
     task, aliases = item.get("task"), item.get("aliases")
     if not isinstance(task, str | int | float | None):
         raise InvalidDataError(f"{where}['task'] must be a string: {shown(task)}.")
@@ -215,6 +219,12 @@ def accepted(answers: Iterable[object]) -> list[str]:
     given = (answer for answer in answers if not (isinstance(answer, str) and not answer.strip()))
     texts = [text_of(answer, "an answer") for answer in given]
     return list(dict.fromkeys(texts))
+
+
+def calls_text(calls: Sequence[Any]) -> str:
+    """Calls of tools as text, one JSON object a line."""
+    called = [call.get("function", call) if isinstance(call, dict) else call for call in calls]
+    return "\n".join(json.dumps(call, ensure_ascii=False) for call in called)
 
 
 def qa_item(prompt: object, reference: object, aliases: object = None) -> Item:

@@ -30,9 +30,17 @@ def digest(*parts: object) -> bytes:
     return hashlib.sha256(repr(parts).encode()).digest()
 
 
-def _given(prompt: object, reference: object, choices: object = None, **rest: object) -> Item:
+def _given(
+    prompt: object,
+    reference: object,
+    choices: object = None,
+    tool_calls: object = None,
+    **rest: object,
+) -> Item:
     """An item as this package has it."""
     item = from_prompt(prompt, reference, **rest)
+    if tool_calls not in NOTHING:
+        item["tool_calls"] = tool_calls
     if choices not in NOTHING:
         item["choices"] = _choice_texts(choices)[0]
         if item["reference"] not in item["choices"]:
@@ -239,7 +247,7 @@ QUESTION, ANSWER = "question|question_stem|query|prompt", "answerkey|gold|answer
 ASKED = "prompt|question|query|input|inputs|problem"
 SAID = "completion|chosen|response|output|answer|target|targets|solution"
 CHAT = ("system|system_prompt", "tools", "history")
-ITEM = Layout(_given, ("prompt", "reference"), ("choices", "aliases"))
+ITEM = Layout(_given, ("prompt", "reference"), ("choices", "aliases", "tool_calls"))
 SCIQ = Layout(_shuffle, ("question", "correct_answer", "distractor1", "distractor2", "distractor3"))
 TRUTHFULQA = Layout(_truthfulqa, ("question", "mc1_targets"))
 TRUTHFULQA_GEN = Layout(_truthfulqa_gen, ("question", "best_answer", "correct_answers"))

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import InvalidDataError
 from ..utils import logger, render_prompt, render_turns, turns_of
-from .items import MAX_LENGTH, EvalItem, Prompt, check_items
+from .items import MAX_LENGTH, EvalItem, Prompt, calls_text, check_items
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -172,15 +172,27 @@ def encode_pair(
 
 
 def _rendered(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, continuation: str, closed: bool
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    continuation: str,
+    closed: bool,
+    calls: Sequence[Any] = (),
 ) -> tuple[str, str]:
     """The text of a prompt, and that of the prompt with its continuation."""
     text = render_prompt(tokenizer, prompt)
     seam = "" if text[-1:].isspace() else " "
     if closed and getattr(tokenizer, "chat_template", None):
         turns, tools = turns_of(prompt)
-        answer = {"role": "assistant", "content": continuation}
-        rendered = render_turns(tokenizer, [*turns, answer], tools).rstrip()
+
+        def answered(said: str, **more: Any) -> str:
+            answer = {"role": "assistant", "content": said, **more}
+            return render_turns(tokenizer, [*turns, answer], tools).rstrip()
+
+        rendered = answered(continuation)
+        if calls:
+            said = "" if continuation == calls_text(calls) else continuation
+            called = answered(said, tool_calls=calls)
+            rendered = called if called != answered(said) else rendered  # not all write calls
         if rendered.startswith(text):  # some templates write past turns differently
             return text, rendered
     return text, text + seam + continuation
@@ -195,7 +207,7 @@ def _answers(
     that turn is read as it was when the assistant had just said it.
     """
     prompt, reference = item["prompt"], item["reference"]
-    text, full = _rendered(tokenizer, prompt, reference, closed)
+    text, full = _rendered(tokenizer, prompt, reference, closed, item.get("tool_calls") or ())
     whole = _encode(tokenizer, full)
     start = min(_shared(tokenizer, text, whole), len(whole) - 1)
     labels = [IGNORED] * start + whole[start:]

@@ -25,6 +25,7 @@ CHAT = (
     "{% if m['tool_calls'] %}{{ m['tool_calls'] | length }} calls{% endif %}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+CALLS_UNWRITTEN = CHAT.replace("m['tool_calls']", "false")
 FORGETFUL = CHAT.replace(  # what the assistant thought is written for its last turn alone
     "{{ m['content'] }}",
     "{{ m['content'] if loop.last or m['role'] != 'assistant' "
@@ -137,6 +138,25 @@ def test_calls_of_tools_are_turns_of_the_assistant(chat_tokenizer):
         encode_sequences(chat_tokenizer, [item])
 
 
+def test_a_call_at_the_end_is_what_is_scored(chat_tokenizer):
+    """As the template writes it, or as JSON where the template writes none."""
+    for turns, said in (
+        (WITH_TOOLS[:2], []),
+        ([USER, {**WITH_TOOLS[1], "content": "SAT"}], ["SAT"]),
+    ):
+        item = normalize_item({"messages": turns}, "x")
+        for template, written in ((CHAT, ["1", "calls"]), (CALLS_UNWRITTEN, None)):
+            chat_tokenizer.chat_template = template
+            (one,) = encode_sequences(chat_tokenizer, [item])
+            kept = [chat_tokenizer.decode([label]) for label in one.labels if label != IGNORED]
+            expected = [*said, *(written or [])]
+            if not expected:
+                expected = chat_tokenizer.tokenize(json.dumps(layouts.CALL["function"]))
+            assert kept == [*expected, "<eos>"]
+    with pytest.raises(InvalidDataError, match="turn 2 has tool_calls that are no list: 'look'"):
+        normalize_item({"messages": [USER, {"role": "assistant", "tool_calls": "look"}]}, "x")
+
+
 def test_without_a_template_a_conversation_is_questions_and_answers(chat_tokenizer):
     chat_tokenizer.chat_template = None
     item = chat(("s", "the"), ("u", "cat"), ("a", "SAT ON"), ("u", "mat"), ("a", "A MAT"))
@@ -233,11 +253,10 @@ def test_rows_of_a_table_that_cannot_be_used_are_passed_over(caplog):
 
 
 PICTURE = {"role": "user", "content": [{"type": "image", "image": "a.png"}]}
-CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look"}}]}
 UNFIT = {
     "its label is false": {"prompt": ASKED, "completion": "no", "label": False},
     "turn 1 holds 'image': only text is read": {"messages": [PICTURE, ASSISTANT]},
-    "no turn of an assistant answers a user": {"messages": [USER, CALL]},
+    "no turn of an assistant answers a user": {"messages": [ASSISTANT, USER]},
 }
 
 
