@@ -154,7 +154,6 @@ def _make_pruner(request: Request) -> BasePruner:
     """The strategy on the loaded model, with those options that were given and that it has."""
     from .pruners.measured import MeasuredPruner
 
-    model, tokenizer = _load(request)
     cls = get_strategy(request.strategy)
     for name in request.option:
         if name not in option_names(cls):
@@ -179,7 +178,36 @@ def _make_pruner(request: Request) -> BasePruner:
             f"--objective has no meaning for {request.strategy!r}, which reads activations: leave "
             "it out, or use ablation or smart."
         )
+    model, tokenizer = _load(request)
     return cls(model, tokenizer, **{**options, **request.option})
+
+
+def _check_model(request: Request, named: bool) -> None:
+    """Refuse a model that is not there, or an amount that is not for it, before data is read.
+
+    The layers are counted in the model without its weights. What restricts their choice beyond
+    that, such as engines, is known when it is loaded.
+
+    Args:
+        named: the layers to remove are known.
+    """
+    from .checkpoint.gguf import read_gguf_model
+    from .goals.budget import Removable
+    from .model.layer_stack import LayerStack
+    from .model.loading import empty_model, model_class
+    from .storage.gguf_models import find_gguf
+
+    _silence_transformers(request)
+    if paths := find_gguf(request.model):
+        depth = read_gguf_model(paths).names.num_layers
+    elif named or request.trust_remote_code:  # foreign code may need the weights
+        model_class(request.model, trust_remote_code=request.trust_remote_code)
+        return
+    else:
+        empty = empty_model(request.model, trust_remote_code=False)
+        depth = len(LayerStack(empty, request.layers_path))
+    if not named:
+        request.budget.count(Removable.of(depth, request.protect))
 
 
 def _given_plan(request: Request) -> PruningPlan | None:
@@ -194,6 +222,7 @@ def run_in_memory(request: Request) -> None:
 
     given = _given_plan(request)
     named = request.layers is not None or given is not None
+    _check_model(request, named)
     data = DataSplit([], [], [])
     tasks = _tasks(request) if request.tasks else None
     if not (named and request.dry_run):

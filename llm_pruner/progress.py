@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from io import StringIO
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from .utils import logger
 
 T = TypeVar("T")
+Limit: TypeAlias = Callable[[], float]
 FIRST, EVERY = 2.0, 30.0  # seconds before the first line of a log, and between lines
 _bars = True
 _notes: list[Callable[[], str]] = []  # what the work as a whole has to say, the innermost last
@@ -28,10 +30,14 @@ class Progress:
         total: how much there is to do.
         counts: whether `total` is a number of things, to be shown, or an amount of work of which
             only the share means something.
+        limit: says how many seconds it may still take at the most.
     """
 
-    def __init__(self, description: str, total: float, *, counts: bool = True) -> None:
+    def __init__(
+        self, description: str, total: float, *, counts: bool = True, limit: Limit | None = None
+    ) -> None:
         self._description, self._total, self._counts = description, total, counts
+        self._limit = limit or (lambda: math.inf)
         self._done = 0.0
         self._started = time.monotonic()
         self._bar: Any = None
@@ -86,15 +92,18 @@ class Progress:
         if _notes:
             said.append(_notes[-1]())
         elif share:
-            said.append(f"about {duration(spent * (1 - share) / share)} left")
+            left = min(spent * (1 - share) / share, self._limit())
+            said.append(f"about {duration(left)} left")
         return f"{self._description}: {', '.join(filter(None, said))}"
 
 
-def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+def progress(
+    items: Iterable[T], description: str, total: int | None = None, limit: Limit | None = None
+) -> Iterator[T]:
     """`items`, of which it is said how many are done: see `Progress`."""
     held = items if total is not None else list(items)
     count = total if total is not None else len(held)  # type: ignore[arg-type]
-    with Progress(description, count) as stage:
+    with Progress(description, count, limit=limit) as stage:
         for item in held:
             yield item
             stage.advance()

@@ -331,6 +331,27 @@ def test_what_does_not_fit_the_model_gets_a_clear_error(run, tmp_path, words, co
     assert not (tmp_path / "pruned_model").exists()
 
 
+@pytest.mark.parametrize("words", ["--n-layers 5", "--ratio 0.9", "--protect 4,4 --n-layers 1"])
+def test_an_amount_that_the_depth_does_not_allow_is_refused_before_data_and_weights_are_read(
+    run, words, monkeypatch, saved
+):
+    from llm_pruner import cli_jobs
+
+    for name in ("_load_data", "_load"):
+        monkeypatch.setattr(cli_jobs, name, lambda *_: pytest.fail("too early"))
+    code, _, err = run(*words.split())
+    assert code == 2
+    assert "the model has 8 layers" in err or "all of the model's 8 layers" in err
+
+
+def test_a_model_that_is_not_there_is_said_before_data_that_is_not_there(run):
+    for model in ("./nowhere", "nobody/no-such-model"):
+        code, _, err = run("--n-layers", "1", "--dry-run", model=model, data="absent.jsonl")
+        assert code == 3
+        assert f"{model!r}" in err
+        assert "absent.jsonl" not in err
+
+
 def test_a_mistake_is_told_without_the_usage(run):
     code, out, err = run("--modle", "x", model="nobody/no-such-model")
     assert (code, out) == (2, "")

@@ -41,6 +41,13 @@ def test_a_log_has_a_line_after_two_seconds_and_then_every_half_minute(clock, li
     ]
 
 
+def test_no_more_time_is_left_than_there_is(clock, lines):
+    seconds = iter(range(100, 0, -1))
+    for _ in progress(range(100), "Working", limit=lambda: next(seconds)):
+        clock(30)
+    assert lines()[1] == "Working: 2 of 100, 1 min so far, about 1 min 39 s left"
+
+
 def test_short_work_says_nothing(clock, lines):
     assert list(progress(iter("ab"), "Working")) == ["a", "b"]
     assert lines() == []

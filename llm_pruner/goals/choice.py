@@ -10,6 +10,7 @@ from ..data.items import EvalItem
 from ..data.sampling import split_items
 from ..errors import InvalidPlanError
 from ..model.layer_stack import LayerStack
+from ..utils import counted
 from .budget import Budget, Removable
 from .drops import Drops
 from .targets import Gauge, Goals
@@ -120,7 +121,7 @@ def choose_within(
     least = 1 if goals is None else goals.count()
     if count is not None and least > count:
         raise InvalidPlanError(
-            f"n_layers={count} does not reach the goals: at least {least} layers have to go."
+            f"n_layers={count} does not reach the goals, which take at least {least} layers."
         )
     removed = _first_that_meets(goals, count, [n for n in sizes if n >= (count or least)], choose)
     if drops is None or drops.holds(removed):
@@ -130,10 +131,10 @@ def choose_within(
     reachable = "no layer can go"
     if good is not None:
         reached = f", which leaves {goals.text(choose(good))}" if goals else ""
-        reachable = f"{good} layers can go{reached}"
+        reachable = f"{counted(good, 'layer')} can go{reached}"
     raise InvalidPlanError(
-        f"{len(removed)} layers would have to go, and without them {drops.said(removed)}. Within "
-        f"max_drop {reachable}."
+        f"{counted(len(removed), 'layer')} would have to go, and then {drops.said(removed)}. "
+        f"Within max_drop {reachable}."
     )
 
 
@@ -151,8 +152,8 @@ def _first_that_meets(
         if len(removed) < size or count is not None:  # a tolerance, or a number, allows no more
             break
     raise InvalidPlanError(
-        f"The goals are not reached: without layers {removed}, the choice of {len(removed)}, there "
-        f"are {goals.text(removed)}. Ask for less, or allow a greater loss."
+        f"The goals are not reached: without layers {removed}, the choice of {len(removed)}, the "
+        f"model has {goals.text(removed)}. Ask for less, or allow a greater loss."
     )
 
 

@@ -12,7 +12,7 @@ from ..evaluation.likelihood import perplexity
 from ..evaluation.tasks import HolisticEvaluator, item_kinds, task_of
 from ..model.layer_stack import LayerStack
 from ..search.removal_quality import RemovalQuality
-from ..utils import logger
+from ..utils import counted, logger
 from .budget import Drop
 
 if TYPE_CHECKING:
@@ -103,7 +103,8 @@ class Drops:
                 f"{name} {self.text(name, one['drop'])} (at most {self.text(name, one['high'])})"
                 for name, one in found.items()
             )
-            logger.info("Without %d layers the drop is: %s", len(layers), ", ".join(said))
+            without = counted(len(layers), "layer")
+            logger.info("Without %s the drop is: %s", without, ", ".join(said))
         return self._known[layers]
 
     def _of_perplexity(self, layers: tuple[int, ...]) -> dict[str, float]:

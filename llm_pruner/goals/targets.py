@@ -17,7 +17,7 @@ from ..evaluation.cost_comparison import cache_bytes, speedup
 from ..model.layer_stack import LayerStack
 from ..report.summary import CACHED, PARAMETERS, SPEEDUP, figure
 from ..storage.origin import gguf_of
-from ..utils import count_bytes, count_parameters, logger
+from ..utils import count_bytes, count_parameters, counted, logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -173,10 +173,11 @@ class Goals:
         for size in self.sizes:
             if not self._unmet(self._average(size)):
                 return size
+        most = self.sizes[-1]
         raise InvalidPlanError(
-            f"This cannot be reached: without {self.sizes[-1]} layers, the most that can go, there "
-            f"are {self._said(self._average(self.sizes[-1]))}. Ask for less, or protect fewer "
-            "layers (--protect)."
+            f"This cannot be reached: without {counted(most, 'layer')}, the most that can go, the "
+            f"model has {self._said(self._average(most))}. Ask for less, or protect fewer layers "
+            "(--protect)."
         )
 
     def _average(self, size: int) -> dict[str, float]:

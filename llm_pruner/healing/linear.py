@@ -87,9 +87,13 @@ def heal_linear(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
     streams = train, validation
     loss = validation_loss(validation, first)
     start, todo = time.monotonic(), range(first, len(layers))
+
+    def limit() -> float:
+        return job.seconds_left
+
     records: list[dict[str, Any]] = []
     ridges: dict[str, float] = {}  # of each part the last one chosen, where the next search begins
-    for done, index in enumerate(progress(todo, "Healing (linear)")):
+    for done, index in enumerate(progress(todo, "Healing (linear)", limit=limit)):
         if done and job.deadline < math.inf:
             needed = (time.monotonic() - start) / done * (len(todo) - done)
             if not train.keep(on_first(partial(operator.truediv, job.seconds_left, needed))):
@@ -114,6 +118,7 @@ def heal_linear(job: HealingJob, pruned: Any) -> tuple[Any, dict[str, Any]]:
             records.append({**fit, "loss": after, "kept": after < loss})
             note = "" if after < loss else ", undone"
             rest = (time.monotonic() - start) / (done + 1) * (len(todo) - done - 1)
+            rest = min(rest, job.seconds_left)
             left = f"; {duration(rest)} left" if done + 1 < len(todo) else ""
             logger.info("Layer %d: validation loss %.4f%s%s", kept[index], after, note, left)
             if after < loss:
