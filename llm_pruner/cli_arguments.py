@@ -253,8 +253,8 @@ def _add_amount(group: _Options) -> None:
     )
     add(
         "--layers",
-        type=cli_values.numbers,
-        metavar="3,7,11",
+        type=cli_values.layers,
+        metavar="3,7-11",
         help="remove these layers; nothing is scored. Alone, this copies bytes on disk and loads "
         "no model; with --eval-dataset, --heal, --visualize or --export-yaml it does",
     )

@@ -14,6 +14,8 @@ from .engines.verdict import check_engines
 from .goals.budget import SPEEDS, Drop
 from .utils import parse_bytes, parse_seconds
 
+MOST_LAYERS = 10_000  # of a range
+
 
 def _value(what: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
     """A type of argument: `read`, whose ValueError means that the text is not `what`."""
@@ -86,6 +88,18 @@ def _engine_names(text: str) -> tuple[str, ...]:
     return check_engines(part.strip() for part in text.split(","))
 
 
+def _layers(text: str) -> tuple[int, ...]:
+    """Numbers and ranges, both ends of which belong to them."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().rpartition("-")
+        begin, end = (int(first), int(last)) if dash and first else (int(part), int(part))
+        if not 0 <= end - begin < MOST_LAYERS:
+            raise ValueError
+        found += range(begin, end + 1)
+    return tuple(found)
+
+
 def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
@@ -108,7 +122,7 @@ def _name_and_value(text: str) -> tuple[str, Any]:
 
 count = _value("a whole number of at least 1", _at_least_one)
 seed = _value(f"a whole number from 0 to {2**32 - 1}", _random_seed)
-numbers = _value("whole numbers separated by commas, e.g. 3,7,11", _integers)
+layers = _value("layers separated by commas, e.g. 3,7,11 or 3,7-11", _layers)
 engines = _engine_names
 words = _value("names separated by commas", _listed)
 ratio = _value("a share, e.g. 0.25 or 25%", _share)

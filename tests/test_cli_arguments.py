@@ -28,6 +28,7 @@ def test_a_request_is_typed_and_frozen():
         "--layers 7,2 --protect 1,0 --max-memory 4GiB --option contiguous=false --option name=x"
     )
     assert request.layers == (7, 2)
+    assert parsed("--layers 9,2-4,-1").layers == (9, 2, 3, 4, -1)
     assert request.protect == (1, 0)
     assert request.max_memory == 4 * 2**30
     assert request.option == {"contiguous": False, "name": "x"}
@@ -88,7 +89,12 @@ def test_what_needs_the_model_in_memory(words, needs):
         ("--tolerance -1", "tolerance=-1.0 must be a number from 0, e.g. 0.015"),
         ("--seed -1", "--seed: '-1' must be a whole number from 0 to 4294967295"),
         ("--protect 1", "--protect: '1' must be two whole numbers, A,B"),
-        ("--layers 3-5", "--layers: '3-5' must be whole numbers separated by commas, e.g. 3,7,11"),
+        (
+            "--layers 5-3",
+            "--layers: '5-3' must be layers separated by commas, e.g. 3,7,11 or 3,7-11",
+        ),
+        ("--layers 3-", "--layers: '3-' must be layers separated by commas"),
+        ("--layers 0-999999999999", "--layers: '0-999999999999' must be layers"),
         ("--max-memory 4pies", "--max-memory: '4pies' must be a size of memory, e.g. 4GiB, 500MB"),
         ("--option contiguous", "--option: 'contiguous' must be NAME=VALUE"),
         ("--heal twice", "--heal: invalid choice: 'twice'"),
