@@ -440,19 +440,21 @@ def _make_plan(
         given.check_model(pruner.num_layers, pruner.identity)
         return given
     logger.info("Scoring %d layers: %s", pruner.num_layers, pruner.description())
+    partial_plan = request.beside("partial_plan.json")
     try:
         plan = pruner.plan(
             data.scoring, model_id=request.model, budget=request.budget, held_out=data.held_out
         )
+        if request.resume and not request.dry_run:
+            on_first(lambda: partial_plan.unlink(missing_ok=True))
         source = request.eval_dataset or "default"
         return replace(plan, data={**plan.data, "source": source, "seed": request.seed})
     except BaseException:
         if pruner.partial_plan and not request.dry_run and rank() == 0:
-            path = request.beside("partial_plan.json")
-            pruner.partial_plan.save(path)
+            pruner.partial_plan.save(partial_plan)
             resumable = request.beside("journal.jsonl").exists()
             say_aside(
                 f"\nThe search had come to {len(pruner.partial_plan.remove)} layers: use them with "
-                f"--plan {path}{', or go on with --resume' if resumable else ''}."
+                f"--plan {partial_plan}{', or go on with --resume' if resumable else ''}."
             )
         raise

@@ -79,6 +79,8 @@ class Progress:
                 self._bar.set_postfix_str(_notes[-1](), refresh=False)
             self._bar.update(amount)
             return
+        if self._done >= self._total and len(_jobs) == 1:
+            return  # what comes next will speak
         now = time.monotonic()
         if now >= (_last + EVERY if _last > _jobs[0] else _jobs[0] + FIRST):
             _last = now

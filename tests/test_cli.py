@@ -493,9 +493,12 @@ def test_an_interrupted_search_resumes(run, tmp_path, readings, stop):
     assert ("Resume with: llm-pruner" in err) == (stop > 0), "if there is something to take up"
     assert err.rstrip().endswith("--resume" if stop else "nothing half-written.")
     assert not (tmp_path / "out").exists()
+    partial = tmp_path / "out.partial_plan.json"
+    assert partial.exists() == (stop > 0)
     readings.update(n=0, stop=math.inf)
     code, resumed, _ = run(*words, "--resume", "--json")
     assert code == 0
+    assert not partial.exists()
     some = readings["n"]
     readings["n"] = 0
     code, fresh, _ = run(*words, "--overwrite", "--json")

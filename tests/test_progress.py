@@ -50,6 +50,8 @@ def test_no_more_time_is_left_than_there_is(clock, lines):
 
 def test_short_work_says_nothing(clock, lines):
     assert list(progress(iter("ab"), "Working")) == ["a", "b"]
+    for _ in progress(["one step, however long"], "Working"):
+        clock(50)
     assert lines() == []
 
 
