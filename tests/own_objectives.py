@@ -23,6 +23,11 @@ def too_few(model, tokenizer, items):
     return [1.0]
 
 
+def no_list(model, tokenizer, items):
+    """A number alone."""
+    return 1.0
+
+
 def fails(model, tokenizer, items):
     """Asks for a field that is not there."""
     return [item["absent"] for item in items]

@@ -369,8 +369,8 @@ class FunctionMeasure(Measure):
             ) from error
         if len(numbers) != len(items):
             raise InvalidDataError(
-                f"Objective {name!r} must return one number per item: {len(numbers)} for "
-                f"{len(items)} items."
+                f"Objective {name!r} must return a list of one number per item: it returned "
+                f"{found!r:.80} for {len(items)} items."
             )
         return numbers
 

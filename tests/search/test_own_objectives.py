@@ -127,7 +127,8 @@ def test_plug_ins_and_registered_functions_go_by_name(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("too_few", InvalidDataError, "must return one number per item: 1 for"),
+        ("too_few", InvalidDataError, r"one number per item: it returned \[1.0\] for \d items"),
+        ("no_list", InvalidDataError, r"one number per item: it returned 1.0 for \d items"),
         ("fails", InvalidDataError, "failed on .* items: KeyError: 'absent'"),
         ("not_a_number", NonFiniteError, "NaN or infinite"),
     ],
