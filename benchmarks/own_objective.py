@@ -4,24 +4,34 @@
     python benchmarks/own_objective.py --model smollm2 --rows arc_easy.jsonl --k 4 --n-items 400
 
 The first objective is that of `examples/valid_json.py`, on prompts that are made here: facts that
-are to be written as one JSON object, with one example. The other is the score of a task of lm-eval
-over the rows of a file, see `lm_eval_command.py`. Layers are chosen on a part of the items by
-either objective, and both measure both choices on the others.
+are to be written as one JSON object, with one example. The other is a task of lm-eval over the rows
+of a file, see `lm_eval_command.py`: the probability of the right choice, beside which the accuracy
+is shown. Layers are chosen on a part of the items by either objective, and both measure both
+choices on the others.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval_command import definition
 
-from llm_pruner import get_strategy, load_eval_dataset, load_model, register_objective
+from llm_pruner import (
+    LayerStack,
+    get_strategy,
+    load_eval_dataset,
+    load_model,
+    register_objective,
+)
 from llm_pruner.data.sampling import split_items
 from llm_pruner.lm_eval.task_items import LmEvalTasks
 from llm_pruner.search.removal_quality import RemovalQuality
@@ -37,7 +47,7 @@ def main() -> None:
     args = _options().parse_args()
     torch.set_num_threads(args.threads)
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
-    own = VALID_JSON
+    own, tasks = VALID_JSON, None
     items: Any
     if args.rows:
         with tempfile.TemporaryDirectory() as folder:
@@ -56,13 +66,16 @@ def main() -> None:
     if args.minutes is not None:
         options["time_limit"] = 60 * args.minutes
     stack = get_strategy(args.strategy)(model, tokenizer).layers
-    judges = [
+    judges: list[Callable[..., float]] = [
         RemovalQuality(stack, tokenizer, unseen, objective=name, batch_size=args.batch_size)
         for name in ("nll", own)
     ]
+    if tasks:
+        judges.append(partial(accuracy, tasks, stack, tokenizer, unseen))
     print(f"{len(choosing)} items choose, {len(unseen)} others judge\n")
-    print("| layers | chosen by | removed (0-based) | likelihood | own objective | seconds |")
-    print("|---|---|---|---|---|---|")
+    columns = ["likelihood", "own objective", *(["accuracy"] if tasks else []), "seconds"]
+    print(f"| layers | chosen by | removed (0-based) | {' | '.join(columns)} |")
+    print("|---" * (3 + len(columns)) + "|")
     full = " | ".join(f"{judge():.3f}" for judge in judges)
     print(f"| | full model | | {full} | |", flush=True)
     for removed in args.judge:
@@ -79,6 +92,15 @@ def main() -> None:
             layers = ", ".join(map(str, removed))
             shown = name.rpartition(":")[2]
             print(f"| {k} | `{shown}` | {layers} | {found} | {spent:.0f} |", flush=True)
+
+
+def accuracy(
+    tasks: LmEvalTasks, stack: LayerStack, tokenizer: Any, items: Any, removed: Any = ()
+) -> float:
+    """The mean over tasks of the first metric of each, without layers."""
+    model = stack.remove(removed) if removed else stack.model
+    results = tasks.results(model, tokenizer, items).values()
+    return statistics.fmean(next(iter(one.means.values())) for one in results)
 
 
 def json_prompts(count: int, seed: int = 0) -> list[dict[str, str]]:
