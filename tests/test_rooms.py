@@ -44,7 +44,7 @@ ROOMS = {
     "cli_arguments": "engines goals pruners cli_request cli_values",
     "cli_checks": "storage search pruners cli_request",
     "cli_jobs": "config storage model offload data lm_eval evaluation search healing "
-    "visualization report checkpoint pruners workflow estimate cli_request",
+    "visualization report checkpoint goals pruners workflow estimate cli_request",
     "cli": "cli_request cli_arguments cli_checks cli_jobs",
 }
 MODULES = {
