@@ -19,7 +19,7 @@ FIRST, EVERY = 2.0, 30.0  # seconds before the first line of a log, and between 
 _bars = True
 _notes: list[Callable[[], str]] = []  # what the work as a whole has to say, the innermost last
 _jobs: list[float] = []  # when each job began, of those that are within one another
-_last = 0.0  # when a line was written
+_last = -math.inf  # when a line was written
 
 
 class Progress:
@@ -44,6 +44,10 @@ class Progress:
 
     def __enter__(self) -> Progress:
         _jobs.append(self._started)
+        self._open()
+        return self
+
+    def _open(self) -> None:
         if _bars and sys.stderr.isatty():
             from tqdm.auto import tqdm
 
@@ -57,7 +61,6 @@ class Progress:
                 file=sys.stderr,
                 bar_format=form + "[{elapsed}<{remaining}{postfix}]",
             )
-        return self
 
     def __exit__(
         self,
@@ -65,7 +68,10 @@ class Progress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        _jobs.pop()
+        _jobs.remove(self._started)
+        self._close()
+
+    def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -79,18 +85,22 @@ class Progress:
                 self._bar.set_postfix_str(_notes[-1](), refresh=False)
             self._bar.update(amount)
             return
-        if self._done >= self._total and len(_jobs) == 1:
+        if self._done >= self._total and len(_jobs) <= 1:
             return  # what comes next will speak
         now = time.monotonic()
-        if now >= (_last + EVERY if _last > _jobs[0] else _jobs[0] + FIRST):
+        if now >= max(_last + EVERY, self._began() + FIRST):
             _last = now
             logger.info("%s", self._line(now))
+
+    def _began(self) -> float:
+        """When the work began of which this is a part."""
+        return min([*_jobs, self._started])
 
     def _line(self, now: float) -> str:
         spent = now - self._started
         share = min(1.0, self._done / self._total) if self._total else 1.0
         said = [f"{self._done:.0f} of {self._total:.0f}" if self._counts else f"{share:.0%}"]
-        said.append(f"{duration(now - _jobs[0])} so far")
+        said.append(f"{duration(now - self._began())} so far")
         if _notes:
             said.append(_notes[-1]())
         elif share:
@@ -102,13 +112,21 @@ class Progress:
 def progress(
     items: Iterable[T], description: str, total: int | None = None, limit: Limit | None = None
 ) -> Iterator[T]:
-    """`items`, of which it is said how many are done: see `Progress`."""
+    """`items`, of which it is said how many are done: see `Progress`.
+
+    A loop that ends with an error leaves its iterator open for as long as the error is held. So
+    this stage, unlike a `Progress` of its own, is none that others can be a part of.
+    """
     held = items if total is not None else list(items)
     count = total if total is not None else len(held)  # type: ignore[arg-type]
-    with Progress(description, count, limit=limit) as stage:
+    stage = Progress(description, count, limit=limit)
+    stage._open()
+    try:
         for item in held:
             yield item
             stage.advance()
+    finally:
+        stage._close()
 
 
 @contextmanager
@@ -119,13 +137,14 @@ def job(note: Callable[[], str] | None = None) -> Iterator[None]:
         note: what to say behind each line and bar, such as the time that all stages will take;
             instead of the time that is left to the stage.
     """
-    _jobs.append(time.monotonic())
+    began = time.monotonic()
+    _jobs.append(began)
     if note:
         _notes.append(note)
     try:
         yield
     finally:
-        _jobs.pop()
+        _jobs.remove(began)
         if note:
             _notes.remove(note)
 

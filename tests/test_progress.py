@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 
 import pytest
@@ -16,7 +17,7 @@ def clock(monkeypatch):
     """A clock that the test moves on."""
     now = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(module, "_last", 0.0)
+    monkeypatch.setattr(module, "_last", -math.inf)
 
     def move(seconds):
         now[0] += seconds
@@ -77,6 +78,30 @@ def test_an_error_ends_the_stage(clock, lines):
         clock(3)
         stage.advance()
     assert lines() == ["Other: 1 of 4, 3 s so far, about 9 s left"]
+
+
+def test_a_loop_that_ended_badly_is_no_part_of_what_comes_after(clock, lines):
+    """Whoever holds the error holds the loop's iterator, which is still open."""
+    held = progress(range(4), "One")
+    next(held)
+    clock(1000)
+    with Progress("Other", 4) as stage:
+        clock(3)
+        stage.advance()
+    assert lines() == ["Other: 1 of 4, 3 s so far, about 9 s left"]
+    next(held)  # it is indeed open
+
+
+def test_stages_that_follow_one_another_quickly_share_the_lines(clock, lines):
+    for stage in range(20):
+        for _ in progress(range(2), f"Stage {stage}"):
+            clock(3)
+    assert lines() == [
+        "Stage 0: 1 of 2, 3 s so far, about 3 s left",
+        "Stage 5: 1 of 2, 3 s so far, about 3 s left",
+        "Stage 10: 1 of 2, 3 s so far, about 3 s left",
+        "Stage 15: 1 of 2, 3 s so far, about 3 s left",
+    ]
 
 
 def test_a_terminal_has_bars_and_no_lines(clock, lines, monkeypatch):

@@ -22,7 +22,7 @@ from ..errors import UnsupportedModelError
 from ..model.bypass import Bypass
 from ..model.forward import owner, tensors_in, work_for
 from ..model.layer_stack import LayerStack, Observer
-from ..progress import progress
+from ..progress import Progress
 from .activation_store import ActivationStore
 from .weight_store import EMBEDDING, Stations
 
@@ -54,13 +54,10 @@ class Scheduler:
         with self._stations.loaded(None):
             jobs = self.add(calls, alike)
             try:
-                for station in progress(self._next_stations(), "Layers", len(self.stack) + 2):
-                    with self._stations.loaded(station):
-                        if station == EMBEDDING:  # a model may look at it before it calls it
-                            while self._new:
-                                self._resume(self._new.popleft())
-                            self._stations.check_untouched()
-                        self._serve_all(station)
+                with Progress("Layers", len(self.stack) + 2) as stage:
+                    for station in self._next_stations():
+                        self._serve(station)
+                        stage.advance()
             except BaseException:
                 self.stopping = True
                 for job in reversed(self._jobs):
@@ -91,6 +88,14 @@ class Scheduler:
             busy += [EMBEDDING] if self._new else []
             station = min((other for other in busy if other > station), default=min(busy))
             yield station
+
+    def _serve(self, station: int) -> None:
+        with self._stations.loaded(station):
+            if station == EMBEDDING:  # a model may look at it before it calls it
+                while self._new:
+                    self._resume(self._new.popleft())
+                self._stations.check_untouched()
+            self._serve_all(station)
 
     def _serve_all(self, station: int) -> None:
         heap = self._waiting.setdefault(station, [])
