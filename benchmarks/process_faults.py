@@ -176,7 +176,7 @@ def few_texts(path: Path) -> None:
     """The first texts that the demo is healed with."""
     import llm_pruner
 
-    whole = Path(llm_pruner.__file__).parent / "demo" / "healing.jsonl"
+    whole = Path(llm_pruner.__file__).parent / "data" / "demo" / "healing.jsonl"
     path.write_text("".join(whole.read_text().splitlines(keepends=True)[:240]))
 
 

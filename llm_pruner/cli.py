@@ -35,6 +35,7 @@ from .utils import logger
 
 INTERRUPTED = 130
 NO_MEMORY = ("allocate memory", "out of memory", "can't start new thread")  # how libraries say it
+SIGNALLED = 128  # plus the number of the signal that ended a process
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
 
 
@@ -130,6 +131,21 @@ def _end_by_exceptions() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _exit)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _send_again
+
+
+def _send_again(lost: sys.UnraisableHookArgs) -> None:
+    """Send a signal again whose exception was lost: one raised while garbage is collected is."""
+    error = lost.exc_value
+    if isinstance(error, KeyboardInterrupt):
+        number = int(signal.SIGINT)
+    elif isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > SIGNALLED:
+        number = error.code - SIGNALLED
+    else:
+        sys.__unraisablehook__(lost)
+        return
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
 
 
 def _how_to_resume(request: Request) -> str:
@@ -154,7 +170,7 @@ def _print_error(message: str) -> None:
 
 def _exit(number: int, frame: object) -> None:
     """End by an exception, so that what was begun is cleaned up."""
-    raise SystemExit(128 + number)
+    raise SystemExit(SIGNALLED + number)
 
 
 def _push(request: Request, repo_id: str) -> None:

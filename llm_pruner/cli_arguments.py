@@ -6,6 +6,8 @@ Nothing heavy is imported here, so that help and mistakes answer at once.
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
@@ -408,7 +410,11 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("argument "):
             raise InvalidPlanError(f"{message.removeprefix('argument ')}.")
-        raise InvalidPlanError(f"{message}; see {self.prog} --help.")
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        known = [name for action in self._actions for name in action.option_strings]
+        near = difflib.get_close_matches(unknown[1], known, n=1) if unknown else []
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise InvalidPlanError(f"{message}.{hint} See {self.prog} --help-all.")
 
 
 def parse_request(words: Sequence[str]) -> Request:

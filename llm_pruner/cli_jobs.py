@@ -219,13 +219,16 @@ def run_in_memory(request: Request) -> None:
     """Load the model, choose layers unless they are given, and carry the choice out."""
     from .data.sampling import DataSplit
     from .healing.lora_settings import LoraSettings
+    from .search.objectives import parse_objective
 
     given = _given_plan(request)
     named = request.layers is not None or given is not None
     _check_model(request, named)
     data = DataSplit([], [], [])
     tasks = _tasks(request) if request.tasks else None
-    if not (named and request.dry_run):
+    if request.objective is not None:
+        parse_objective(request.objective)  # names that are unknown are refused here
+    if not (named and request.dry_run and request.eval_dataset is None):
         data = on_first(lambda: _load_data(request, given, tasks))
     pruner = _make_pruner(request)
     n_tokens = request.n_tokens or (N_TOKENS if request.n_samples is None else None)
@@ -285,7 +288,8 @@ def _estimated(request: Request, pruner: BasePruner, data: DataSplit, lora: Lora
     """What the request would take, as text or JSON."""
     from .estimate import estimate
 
-    found = estimate(pruner, data, request.budget, _healing(request), lora)
+    given = pruner, data, request.budget, _healing(request), lora
+    found = estimate(*given, figures=request.visualize)
     values = {**asdict(found), "seconds": found.seconds}
     return json.dumps(values, indent=2) + "\n" if request.json else found.text()
 
@@ -435,9 +439,11 @@ def _make_plan(
     request: Request, pruner: BasePruner, data: DataSplit, given: PruningPlan | None
 ) -> PruningPlan:
     if request.layers is not None:
-        return pruner.manual_plan(request.layers, request.model)
+        given = pruner.manual_plan(request.layers, request.model)
     if given is not None:
         given.check_model(pruner.num_layers, pruner.identity)
+        if request.dry_run and data.held_out:  # otherwise it is measured when it is carried out
+            given = replace(given, held_out=pruner.measure_choice(given.remove, data.held_out))
         return given
     logger.info("Scoring %d layers: %s", pruner.num_layers, pruner.description())
     partial_plan = request.beside("partial_plan.json")

@@ -23,6 +23,7 @@ from .healing.lora_settings import STEP_RUNS, TRAININGS, LoraSettings, default_s
 from .model.layer_stack import LayerStack
 from .progress import duration
 from .pruners.base import BasePruner
+from .pruners.measured import SmartPruner
 from .search.passes import reduced
 from .search.removal_quality import RemovalQuality
 from .storage.origin import gguf_of
@@ -96,6 +97,8 @@ def estimate(
     budget: Budget,
     heal: Heal = "none",
     lora: LoraSettings | None = None,
+    *,
+    figures: bool = False,
 ) -> Estimate:
     """What choosing layers, healing and comparing both models will take.
 
@@ -104,6 +107,9 @@ def estimate(
     end. The rest is arithmetic on the multiply-adds of layers and head (`TokenCost`): how many
     swaps a search will try, and from which layer on is healed, can only be guessed; a training may
     stop before its last step.
+
+    Args:
+        figures: whether the scores of all layers are drawn, which a search does without.
 
     Raises:
         InvalidPlanError: an impossible amount.
@@ -114,15 +120,15 @@ def estimate(
     count = budget.count(pruner.removable) or max(1, len(pruner.candidates) // 4)
     exact, rough = pruner.expected_passes(quality, count)
     full, bytes_on_top = _seconds(pruner, pruner.layers, data.scoring, quality), 0
-    seconds = exact * full
-    half = reduced(pruner.layers) if rough else None
+    half, faster = reduced(pruner.layers) if rough else None, full
     if half is not None:
-        seconds += rough * _seconds(pruner, half, data.scoring, quality)
+        faster = _seconds(pruner, half, data.scoring, quality)
         bytes_on_top = count_bytes(half.model)
-    else:
-        seconds += rough * full
     tokens, name = quality.tokens, f"choosing ({pruner.name})"
-    stages = [Stage(name, exact + rough, tokens, seconds * tokens)]
+    stages = [Stage(name, exact + rough, tokens, (exact * full + rough * faster) * tokens)]
+    if figures and isinstance(pruner, SmartPruner) and budget.threshold is None:
+        passes = pruner.passes_of_scores(quality)
+        stages.append(Stage("layer scores for figures", passes, tokens, passes * faster * tokens))
     how = Healing.of(heal)
     if how.heals:
         stages += _healing(pruner, data.healing, how, lora, full)

@@ -101,11 +101,16 @@ class LayerScores(dict[int, float]):
     of_data = from_dict
 
 
+def _short(number: float) -> str:
+    """Four digits; of a large number all before the point."""
+    return f"{number:,.0f}" if abs(number) >= 1e4 else f"{number:.4g}"
+
+
 def table_html(text: str, frame: pd.DataFrame | None = None) -> str:
     """A text and a table for a notebook, which are short."""
     said = f"<p>{escape(text)}</p>".replace("\n", "<br>")
     if frame is None:
         return said
     more = f"<p>and {len(frame) - MOST_ROWS} more</p>" if len(frame) > MOST_ROWS else ""
-    table = frame.head(MOST_ROWS).to_html(float_format="{:.4g}".format, na_rep="", border=0)
+    table = frame.head(MOST_ROWS).to_html(float_format=_short, na_rep="", border=0)
     return f"{said}{table}{more}"

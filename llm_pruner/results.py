@@ -154,9 +154,8 @@ class PruningPlan(JsonFile):
         return pd.DataFrame(columns, index=pd.RangeIndex(self.num_layers, name="layer"))
 
     def _repr_html_(self) -> str:
-        """What goes and what it costs, and the layers that go."""
-        frame = self.to_frame()
-        return table_html(str(self), frame[frame["removed"]])
+        """What goes and what it costs, and by layer the scores if there are any."""
+        return table_html(str(self), None if self.scores is None else self.to_frame())
 
     def check_model(self, num_layers: int, identity: Mapping[str, str]) -> None:
         """Raise InvalidPlanError if the plan was made for another model.
@@ -334,11 +333,16 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """``better``, ``worse``, or ``unclear`` where the interval holds 0; empty without both."""
-        if self.higher_is_better is None or self.low is None or self.high is None:
+        """``better``, ``worse``, or ``unclear`` where the interval holds 0.
+
+        Empty without an interval, and for a clear change of what is neither good nor bad.
+        """
+        if self.low is None or self.high is None:
             return ""
         if self.low <= 0 <= self.high:
             return "unclear"
+        if self.higher_is_better is None:
+            return ""
         return "better" if (self.low > 0) == self.higher_is_better else "worse"
 
     def __str__(self) -> str:
@@ -373,7 +377,7 @@ class PruningReport(JsonFile):
         versions: of the packages that made it.
         machine: what it ran on: ``cpu``, ``cores``, ``threads``, ``gpu``, ``device``, ``dtype``.
         protocol: how it was measured: ``seed``, ``items``, ``bootstrap_draws``, ``batch_size``, ...
-        seconds: duration of the whole run.
+        seconds: how long it took to remove, heal, write and compare, once layers were chosen.
 
     Raises:
         InvalidPlanError: two comparisons of one name.
@@ -414,18 +418,20 @@ class PruningReport(JsonFile):
 
     def _repr_html_(self) -> str:
         """What went, and the comparisons as a table."""
-        columns = ["unit", "before", "after", "low", "high", "count"]
-        frame = self.to_frame()[columns].rename(columns={"low": "change, low", "high": "high"})
-        return table_html(str(self.plan), frame)
+        columns = ["unit", "before", "after", "change", "low", "high", "count"]
+        names = {"low": "change from", "high": "change to"}
+        return table_html(str(self.plan), self.to_frame()[columns].rename(columns=names))
 
     def __contains__(self, name: object) -> bool:
         return any(row.name == name for row in self.comparisons)
 
     def to_frame(self) -> pd.DataFrame:
-        """The comparisons as a table, one row each, ``name`` its index."""
+        """The comparisons as a table, one row each, ``name`` its index, with ``change``."""
         import pandas as pd
 
-        return pd.DataFrame([asdict(row) for row in self.comparisons]).set_index("name")
+        frame = pd.DataFrame([asdict(row) for row in self.comparisons]).set_index("name")
+        frame.insert(frame.columns.get_loc("after") + 1, "change", frame["after"] - frame["before"])
+        return frame
 
     def _items(self) -> Iterator[tuple[str, Any]]:
         for name, value in super()._items():

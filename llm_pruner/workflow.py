@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .atomic_output import check_output
-from .checkpoint.gguf import stored_bytes
-from .checkpoint.save import check_saveable, new_checkpoint
+from .checkpoint.save import check_saveable, new_checkpoint, stored_bytes
 from .data.items import (
     MAX_LENGTH,
     EvalItem,
@@ -36,6 +35,8 @@ from .lm_eval.task_results import TaskResult, compare_results
 from .model.forward import require_language_model
 from .output_rules import FIGURES, PAGE_FILE, REPORT_FILE
 from .pruners.base import BasePruner
+from .report.model_card import pruned_gguf
+from .report.summary import IN_GGUF
 from .results import DepthCurve, PruningPlan, PruningReport
 from .storage.origin import read_for
 from .utils import logger, package_versions
@@ -125,8 +126,7 @@ def carry_out(
     def finish() -> PruningReport:
         files = pruned, pruner.tokenizer, plan, output_dir
         with new_checkpoint(*files, overwrite=overwrite) as stage:
-            stored = stored_bytes(stage)
-            report = _compared(pruner, pruned, plan, held_out, seed, stored, tasks)
+            report = _compared(pruner, pruned, plan, held_out, seed, stage, tasks)
             report = replace(
                 report,
                 output_dir=str(output_dir),
@@ -145,6 +145,7 @@ def with_scores(
     """`plan` with the layer scores that its figures show, computed if its search did without."""
     if plan.scores is not None or plan.strategy != pruner.name:
         return plan
+    logger.info("Measuring each layer alone, which the search did not, for the figures")
     scores = pruner.compute_layer_scores(calibration)
     return replace(plan, scores=scores if isinstance(scores, LayerScores) else LayerScores(scores))
 
@@ -155,10 +156,11 @@ def _compared(
     plan: PruningPlan,
     held_out: Sequence[EvalItem],
     seed: int,
-    stored: tuple[int, int] | None,
+    folder: Path,
     tasks: MeasureTasks | None,
 ) -> PruningReport:
-    """Both models on the same items, and what each of them costs to run."""
+    """Both models on the same items, and what each of them costs to keep and to run."""
+    elsewhere = bool(pruned_gguf(folder))
     model, tokenizer, batch_size = pruner.model, pruner.tokenizer, pruner.batch_size
     logger.info("Comparing both models")
     quality, before, after = compare_quality(
@@ -181,7 +183,7 @@ def _compared(
         unhealed = pruner.layers.remove(plan.remove)
         how = batch_size, pruner.max_length
         healing["cut_quality"] = measure_quality(unhealed, tokenizer, held_out, *how)
-    if stored is None:
+    if not elsewhere:
         logger.info("Measuring speed")
     cost = compare_cost(
         model,
@@ -189,7 +191,8 @@ def _compared(
         tokenizer,
         batch=batch_size,
         layers_path=pruner.layers.paths[0],
-        stored=stored,
+        stored=stored_bytes(pruned, folder),
+        timed=not elsewhere,
     )
     return PruningReport(
         plan=plan,
@@ -206,7 +209,7 @@ def _compared(
             "batch_size": batch_size,
             "bootstrap_draws": DRAWS,
             "interval": "95 %, paired",
-            "checkpoint": "reloaded and verified" if stored is None else "in GGUF, re-read",
+            "checkpoint": IN_GGUF if elsewhere else "reloaded and verified",
         },
     )
 

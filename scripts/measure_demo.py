@@ -189,13 +189,14 @@ def search(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "llm_pruner" / "demo")
+    parser.add_argument("--items", type=Path, default=ROOT / "llm_pruner" / "data" / "demo")
     parser.add_argument("--samples", action="store_true", help="also print some answers")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    calibration = load_items(args.model / "calibration.jsonl")
-    evaluation = load_items(args.model / "evaluation.jsonl")
+    calibration = load_items(args.items / "calibration.jsonl")
+    evaluation = load_items(args.items / "evaluation.jsonl")
 
     full = score(model, tokenizer, evaluation)
     print(header(list(full.per_task)), row("full", full), sep="\n")

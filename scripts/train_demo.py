@@ -1,9 +1,9 @@
 """Train the embedded demo model from generated text and put it into place.
 
 Run ``python scripts/train_demo.py``. It makes the tokenizer, trains a small Llama from scratch on
-the CPU, writes model, tokenizer and items (``calibration.jsonl``, ``evaluation.jsonl``,
-``healing.jsonl``) to a staging folder and moves them into ``--output``; a README.md that is
-already there stays.
+the CPU, writes model and tokenizer to a staging folder and moves them into ``--output``; a
+README.md that is already there stays. The items (``calibration.jsonl``, ``evaluation.jsonl``,
+``healing.jsonl``) are written into ``--items``.
 """
 
 from __future__ import annotations
@@ -208,14 +208,11 @@ def write_items(path: Path, items: list[dict[str, object]]) -> None:
 
 
 def save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write everything the demo consists of, except its README."""
+    """Write the model and its tokenizer."""
     model.config._name_or_path = ""
     model.generation_config.max_new_tokens = 24
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_items(folder / "calibration.jsonl", demo_corpus.calibration_items())
-    write_items(folder / "evaluation.jsonl", demo_corpus.evaluation_items())
-    write_items(folder / "healing.jsonl", demo_corpus.healing_items())
     config = folder / "tokenizer_config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # also known to transformers 4
@@ -228,6 +225,7 @@ def save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "llm_pruner" / "demo")
+    parser.add_argument("--items", type=Path, default=ROOT / "llm_pruner" / "data" / "demo")
     parser.add_argument("--layers", type=int, default=12, help="an even number")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--steps", type=int, default=5400)
@@ -258,7 +256,11 @@ def main() -> None:
         staging = Path(name)
         save(staging, model, tokenizer)
         reloaded = LlamaForCausalLM.from_pretrained(staging).eval()
-        items = load_items(staging / "evaluation.jsonl")
+        args.items.mkdir(parents=True, exist_ok=True)
+        write_items(args.items / "calibration.jsonl", demo_corpus.calibration_items())
+        write_items(args.items / "evaluation.jsonl", demo_corpus.evaluation_items())
+        write_items(args.items / "healing.jsonl", demo_corpus.healing_items())
+        items = load_items(args.items / "evaluation.jsonl")
         print(accuracy_report(reloaded, AutoTokenizer.from_pretrained(staging), items))
         args.output.mkdir(parents=True, exist_ok=True)
         for file in staging.iterdir():

@@ -10,6 +10,7 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # where transformers copies
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 
+from llm_pruner import workflow
+from llm_pruner.evaluation.cost_comparison import compare_cost
 from llm_pruner.utils import logger
 
 torch.set_num_threads(1)
@@ -53,6 +56,17 @@ def _log_level():
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+def time_shortly(patch: pytest.MonkeyPatch) -> None:
+    """Let reports time four tokens; tests/evaluation/test_cost_comparison.py times more."""
+    short = partial(compare_cost, prompt_tokens=4, new_tokens=4)
+    patch.setattr(workflow, "compare_cost", short)
+
+
+@pytest.fixture(autouse=True)
+def _short_timings(monkeypatch):
+    time_shortly(monkeypatch)
 
 
 @pytest.fixture

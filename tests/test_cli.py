@@ -355,7 +355,8 @@ def test_a_model_that_is_not_there_is_said_before_data_that_is_not_there(run):
 def test_a_mistake_is_told_without_the_usage(run):
     code, out, err = run("--modle", "x", model="nobody/no-such-model")
     assert (code, out) == (2, "")
-    assert err == "error: unrecognized arguments: --modle x; see llm-pruner --help.\n"
+    want = "unrecognized arguments: --modle x. Did you mean --model? See llm-pruner --help-all."
+    assert err == f"error: {want}\n"
 
 
 @pytest.mark.parametrize(
@@ -783,3 +784,25 @@ def task_rows(path):
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", -2)])
+def test_a_signal_that_comes_while_garbage_is_collected_is_not_lost(name, code):
+    """Python prints what is raised in ``__del__``, and goes on as if nothing had been."""
+    script = f"""
+import os, signal, time
+from llm_pruner import cli
+
+class Garbage:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+        for _ in range(1000):  # the signal's handler runs here
+            pass
+
+cli._end_by_exceptions()
+Garbage()
+time.sleep(20)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == code
+    assert "Exception ignored" not in done.stderr

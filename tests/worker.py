@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from conftest import N_LAYERS, items, tiny_llama, word_tokenizer
+from conftest import N_LAYERS, items, time_shortly, tiny_llama, word_tokenizer
 
 from llm_pruner import BasePruner, cli, distributed, get_strategy, workflow
 from llm_pruner.checkpoint import save
@@ -151,6 +152,7 @@ def write(folder: Path, results: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    time_shortly(pytest.MonkeyPatch())
     task, place = sys.argv[1], Path(sys.argv[2])
     if task == "library":
         library(place)

@@ -205,12 +205,6 @@ def write_pruned_gguf(
     return manifest
 
 
-def stored_bytes(folder: Path) -> tuple[int, int] | None:
-    """Bytes of the weights before and after the cut that made a folder; None if it is no GGUF."""
-    manifest = Manifest.load(folder / MANIFEST_FILE) if any(folder.glob("*.gguf")) else None
-    return (manifest.bytes_before, manifest.bytes_after) if manifest else None
-
-
 def _new_name(name: str, names: LayerNames, plan: PruningPlan) -> str | None:
     """What a tensor is called without the layers of a plan; None if it goes with them."""
     return None if plan.drop_mtp and is_mtp(name, names) else names.rename(name, plan.keep)

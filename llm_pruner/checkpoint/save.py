@@ -28,14 +28,14 @@ from ..errors import UnsupportedModelError
 from ..model.architecture_rules import as_stored, loadable_config
 from ..model.layer_stack import LayerStack
 from ..model.loading import quantization_method, stored_tensors
-from ..output_rules import PLAN_FILE
+from ..output_rules import MANIFEST_FILE, PLAN_FILE
 from ..report.model_card import CARD_FILE, card_text, original_card, pruned_gguf
 from ..results import PruningPlan
-from ..storage.gguf_models import GgufCheckpoint
-from ..storage.manifest import kept_tensors
-from ..storage.origin import loaded_from, original_checkpoint, read_for
-from ..storage.safetensors_files import Checkpoint, Kept
-from ..storage.sources import with_all_files
+from ..storage.gguf_models import GgufCheckpoint, read_gguf_checkpoint
+from ..storage.manifest import Manifest, kept_tensors
+from ..storage.origin import gguf_of, loaded_from, original_checkpoint, read_for
+from ..storage.safetensors_files import Checkpoint, Kept, read_checkpoint
+from ..storage.sources import LocalFolder, with_all_files
 from ..utils import count_bytes, logger
 from .gguf import GgufModel, write_pruned_gguf
 from .on_disk import carry_along, check_manifest, write_checkpoint, write_json
@@ -105,6 +105,19 @@ def save_checkpoint(
     with new_checkpoint(pruned, tokenizer, plan, output_dir, overwrite=overwrite) as stage:
         card = card_text(plan, original_card(plan.model_id), gguf=pruned_gguf(stage))
         (stage / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def stored_bytes(pruned: PreTrainedModel, folder: Path) -> tuple[int, int] | None:
+    """Bytes of the weights in the files that a model was loaded from, and in those of a new folder.
+
+    None if it was not loaded from files whose tensors can be counted.
+    """
+    if (folder / MANIFEST_FILE).is_file():
+        manifest = Manifest.load(folder / MANIFEST_FILE)
+        return manifest.bytes_before, manifest.bytes_after
+    if paths := gguf_of(pruned):  # healed
+        return read_gguf_checkpoint(paths).bytes, read_checkpoint(LocalFolder(folder)).bytes
+    return None
 
 
 def check_saveable(model: Any, num_layers: int, *, heals: bool = False) -> Checkpoint | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidDataError, LoadError, UnknownNameError
-from ..utils import DEMO_DIR, DEMO_MODEL, logger, user_path
+from ..utils import DEMO_MODEL, logger, user_path
 from .hub_datasets import read_hub_dataset
 from .items import MAX_LENGTH, EvalItem, check_items, kind_of, of_kind, prompt_keys, prompt_of
 from .local_files import is_data_name, name_of, read_local
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Source = str | os.PathLike[str] | Iterable[Any]  # a name of a source, or rows themselves
+DEMO_DATA = Path(__file__).parent / "demo"
 DEMO_FILES = {
     "demo": "calibration.jsonl",
     "demo-eval": "evaluation.jsonl",
@@ -73,7 +74,7 @@ class _Reading:
     def _named(self, source: str, k: int, subset: str | None, split: str | None) -> list[EvalItem]:
         if not find_benchmarks(source):
             demo = source in DEMO_FILES
-            path = DEMO_DIR / DEMO_FILES[source] if demo else user_path(source)
+            path = DEMO_DATA / DEMO_FILES[source] if demo else user_path(source)
             if demo or os.path.exists(path) or is_data_name(path):
                 return read_local(path, k, self.seed, self.fields)
             if "/" not in source:
@@ -381,7 +382,8 @@ def load_data(
     elif healing and heal_source is None:
         scoring, rest = split_items(pool, len(pool) // 2, seed=seed)
     if len(scoring) < n_samples:
-        logger.info("%d items choose, %d are held out.", len(scoring), len(held_out))
+        counts = len(scoring), len(held_out), n_samples
+        logger.info("%d items choose, %d are held out; up to %d each were wanted.", *counts)
     if not healing:
         return DataSplit(scoring, [], held_out)
     if heal_source is not None:

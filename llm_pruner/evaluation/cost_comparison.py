@@ -40,6 +40,7 @@ def compare_cost(
     repeats: int = ENOUGH,
     layers_path: str | None = None,
     stored: tuple[int, int] | None = None,
+    timed: bool = True,
 ) -> list[Comparison]:
     """Compare two models by size, and by the time and memory that generation takes.
 
@@ -57,8 +58,10 @@ def compare_cost(
         prompt_tokens, new_tokens: per sequence, lowered to what the models have positions for.
         repeats: timed runs of each model.
         layers_path: dotted name of the layer list, where it is not found.
-        stored: bytes of the weights of both, where the models in memory only stand in for what
-            is run elsewhere (GGUF); no speed is measured then.
+        stored: bytes of the weights of both in their files, if they are to be compared instead of
+            those in memory.
+        timed: whether speed and cache are measured, which say nothing where the models in memory
+            only stand in for what is run elsewhere (GGUF).
 
     Raises:
         InvalidDataError: a count below 1, or fewer than 2 new tokens.
@@ -68,9 +71,12 @@ def compare_cost(
     models = [original, pruned]
     prompt_tokens, new_tokens = _that_fit(models, prompt_tokens, new_tokens)
     prompt = _prompt(tokenizer, prompt_tokens)
-    comparisons = _sizes(models, prompt[0], layers_path, stored)
-    if stored is not None:
+    comparisons = _sizes(models, layers_path, stored)
+    if not timed:
         return comparisons
+    before, after = (cache_bytes(model, prompt[0]) for model in models)
+    if before and after:  # of some architectures it does not grow
+        comparisons.append(Comparison("cache per token", "size", "bytes", before, after, False))
     for size in dict.fromkeys((1, batch)):
         runs = _runs(models, [prompt] * size, new_tokens, repeats)
         note = f"batch {size}, {prompt_tokens} prompt and {new_tokens} new tokens"
@@ -142,20 +148,16 @@ def _runs(
 
 
 def _sizes(
-    models: Sequence[Any], token: int, layers_path: str | None, stored: tuple[int, int] | None
+    models: Sequence[Any], layers_path: str | None, stored: tuple[int, int] | None
 ) -> list[Comparison]:
     values: list[tuple[str, str, list[float], bool | None]] = [
         ("layers", "", [len(LayerStack(model, layers_path)) for model in models], None),
         ("parameters", "", [count_parameters(model) for model in models], False),
         ("weights", "MB", [size / 1e6 for size in stored or map(count_bytes, models)], False),
     ]
-    if stored is None:
-        cache = [cache_bytes(model, token) for model in models]
-        values.append(("cache per token", "bytes", cache, False))
     return [
         Comparison(name, "size", unit, before, after, better)
         for name, unit, (before, after), better in values
-        if before and after  # where there is no cache to grow
     ]
 
 

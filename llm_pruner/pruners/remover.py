@@ -75,6 +75,11 @@ class LayerRemover:
             UnsupportedModelError: the architecture cannot express the pruned model, or be healed.
             VerificationError: the written checkpoint does not compute what it should.
         """
+        if isinstance(layers, PruningPlan):
+            raise InvalidPlanError(
+                "prune_and_save takes a plan's layers, and the plan for the record: "
+                "prune_and_save(plan.remove, ..., plan=plan)."
+            )
         plan = plan or self.manual_plan(layers, model_id)
         if tuple(sorted(layers)) != plan.remove or not plan.remove:
             raise InvalidPlanError(

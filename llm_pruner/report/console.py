@@ -12,6 +12,7 @@ from . import summary
 from .summary import VERDICTS, held_out_text, label
 
 UNCLEAR = "~"
+UNMEASURED = "What this costs was not measured: use --eval-dataset."
 
 
 def plan_text(plan: PruningPlan) -> str:
@@ -27,8 +28,7 @@ def plan_text(plan: PruningPlan) -> str:
         change = f"total change {step['change']:+.4f} on {step['samples']} items"
         lines.append(f"{summary.step_text(step)}: {change}{rolled_back}")
     lines.append(_headline("Would remove", plan))
-    if plan.held_out:
-        lines.append(f"Its cost: {held_out_text(plan.held_out)}")
+    lines.append(f"Its cost: {held_out_text(plan.held_out)}" if plan.held_out else UNMEASURED)
     lines += filter(None, [summary.goals_text(plan), summary.engines_text(plan)])
     return "\n".join(lines) + "\n"
 
@@ -98,7 +98,7 @@ def saved_text(plan: PruningPlan, output_dir: str) -> str:
 def _cost(plan: PruningPlan, note: str = "") -> str:
     if plan.held_out:
         return f"Cost of the cut{note}: {held_out_text(plan.held_out)}."
-    return "What this costs was not measured: use --eval-dataset."
+    return UNMEASURED
 
 
 def _headline(verb: str, plan: PruningPlan) -> str:
@@ -128,7 +128,7 @@ def output_text(
     asked = [f"{name}={value}" for name, value in plan.options.items() if name != "goals"]
     lines = [
         f"Made from {plan.model_id or 'a model in memory'} ({plan.num_layers} layers).",
-        *[f"Asked for: {', '.join(asked)}." for _ in asked[:1]],
+        *[f"Chosen with: {', '.join(asked)}." for _ in asked[:1]],
         *[f"Chosen on {plan.data['items']} items of {source}." for _ in [source] if source],
         *[f"Made by: {report.command}" for report in [report] if report and report.command],
         "To do it again:",
@@ -200,7 +200,7 @@ def _footnote(report: PruningReport) -> str:
         *filter(None, [summary.goals_text(report.plan, report.comparisons)]),
         _cost(report.plan, " (not healed)" if healing else ""),
         *healing,
-        *filter(None, [summary.quality_text(report)]),
+        *summary.remarks(report),
         f"Quality on {summary.evaluated_on(report)}.",
         *filter(None, [summary.engines_text(report.plan)]),
         f"Checkpoint, {checked}: {report.output_dir}",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..atomic_output import write_atomically
 from ..errors import InvalidDataError
+from ..progress import duration
 from ..results import Comparison, DepthCurve, PruningPlan, PruningReport, cost_texts
 from ..visualization.style import COLUMN, file_bytes
 from . import summary
@@ -104,7 +105,7 @@ def _summary(report: PruningReport) -> str:
         f'<p class="soft">{escape(summary.removed_text(plan))}, chosen by {escape(plan.strategy)}. '
         f"Layer numbers are 0-based. {escape(summary.lineage_text(plan))} "
         f"{escape(summary.goals_text(plan, report.comparisons))} "
-        f"{escape(summary.quality_text(report))} "
+        f"{escape(' '.join(summary.remarks(report)))} "
         f"{escape(summary.engines_text(plan))}</p>\n"
         f'<div class="tiles">\n{"".join(tiles)}</div>\n'
         f'<ol class="stack" aria-label="The {depth} layers; removed: {removed}">{layers}'
@@ -120,7 +121,8 @@ def _tile(name: str, number: str, note: str, look: str = "soft") -> str:
 
 
 def _count_verdicts(comparisons: Iterable[Comparison]) -> str:
-    verdicts = [entry.verdict for entry in comparisons if entry.group not in ("size", "speed")]
+    measures = [entry for entry in comparisons if entry.group not in ("size", "speed")]
+    verdicts = [entry.verdict for entry in measures if entry.higher_is_better is not None]
     names = {"worse": "worse", "unclear": "without a clear difference", "better": "better"}
     counts = {verdict: verdicts.count(verdict) for verdict in names}
     if not any(counts.values()):
@@ -175,9 +177,10 @@ def _choice(plan: PruningPlan) -> str:
     for step in plan.steps:
         change = step.get("change")
         cost = f"{change:+.2%}" if isinstance(change, float) else ""
-        rows.append((summary.step_text(step), cost, "kept" if step.get("kept") else "rolled back"))
-    caption = "The search, step by step, on the items of the choice"
-    return body + _table(caption, ("step", "total change", "outcome"), rows)
+        outcome = "kept" if step.get("kept") else "rolled back"
+        rows.append((summary.step_text(step), cost, str(step.get("samples", "")), outcome))
+    caption = "The search, step by step: changes on different sequences cannot be compared"
+    return body + _table(caption, ("step", "total change", "sequences", "outcome"), rows)
 
 
 def _healing(heal: Mapping[str, Any]) -> str:
@@ -238,7 +241,7 @@ def _reproduce(report: PruningReport) -> str:
     data = {f"choice: {k}": v for k, v in plan.data.items() if k != "prompts"}
     data |= {f"evaluation: {k}": v for k, v in report.evaluation_data.items()}
     parts = {
-        "Protocol": {**report.protocol, "duration": f"{report.seconds:,.0f} s"},
+        "Protocol": {**report.protocol, "carried out and compared in": duration(report.seconds)},
         "Data": data,
         "Versions": report.versions or plan.versions,
         "Machine": report.machine,

@@ -239,12 +239,22 @@ def _usage(name: str, gguf: str) -> str:
     folder = re.sub(r"[^\w./-]", "_", name, flags=re.ASCII)
     if gguf:
         file = re.sub(r"[^\w./-]", "_", gguf, flags=re.ASCII)
-        return f"```bash\nllama-cli -m path/to/{file}\n```"
+        return f"""```bash
+llama-cli -m path/to/{file}
+```
+
+In transformers, which reads GGUF of many architectures:
+
+{_loading(f'"path/to", gguf_file="{file}"')}"""
+    return _loading(f'"path/to/{folder}"')
+
+
+def _loading(what: str) -> str:
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/{folder}")
-tokenizer = AutoTokenizer.from_pretrained("path/to/{folder}")
+model = AutoModelForCausalLM.from_pretrained({what})
+tokenizer = AutoTokenizer.from_pretrained({what})
 ```"""
 
 
@@ -262,6 +272,8 @@ def _cost(plan: PruningPlan, report: PruningReport | None) -> str:
         lines += [f"| {' | '.join(map(inert, summary.cells(entry)))} |" for entry in entries]
         source = summary.evaluated_on(report)
         lines += ["", summary.CLEAR + (f" Measured on {source}." if source else "")]
+    if report is not None:
+        lines += [f"\n{inert(text)}" for text in summary.remarks(report)]
     return "\n".join(lines) or "This was not measured."
 
 
@@ -287,6 +299,6 @@ def inert(text: object) -> str:
     """`text` on one line, read as plain text by Markdown, also in a table, and by HTML."""
     line = " ".join(str(text).split())
     line = "".join(c for c in line if c.isprintable())
-    escaped = re.sub(r"([\\`*_\[\]|~:@$]|^[#+=>-]|(?<=\bwww)\.)", r"\\\1", line)
+    escaped = re.sub(r"([\\`*_\[\]|~@$]|:(?! )|^[#+=>-]|(?<=\bwww)\.)", r"\\\1", line)
     escaped = re.sub(r"^(\d+)([.)])(?= |$)", r"\1\\\2", escaped)
     return escaped.replace("&", "&amp;").replace("<", "&lt;")

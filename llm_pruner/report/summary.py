@@ -20,6 +20,11 @@ GROUPS = {  # of comparisons, in the order of every report, with their titles
     "answers": "Answers",
 }
 VERDICTS = {"worse": "worse", "better": "better", "unclear": "no clear difference"}
+IN_GGUF = "in GGUF, re-read"  # how such a checkpoint was checked, in a report's protocol
+UNTIMED = (
+    "Speed was not measured: transformers computes with the file's weights dequantised, and "
+    "llama.cpp's speed is what counts (llama-bench)."
+)
 CLEAR = (
     "A difference is called clear where its 95 % interval, paired item by item, does not contain 0."
 )
@@ -250,6 +255,28 @@ def quality_text(report: PruningReport) -> str:
     if (mean := rows.get("task mean")) and cut["tasks"]:
         text += f"; task mean: {mean.before:.3f}, {cut['tasks']['mean']:.3f}, {mean.after:.3f}"
     return f"{text}."
+
+
+def weights_text(report: PruningReport) -> str:
+    """Why the output is larger than its source, if it is; empty otherwise."""
+    row = next((one for one in report.comparisons if one.name == "weights"), None)
+    if row is None or row.after <= row.before:
+        return ""
+    dtype = report.machine.get("dtype", "")
+    smaller = " --dtype bfloat16 halves them;" if dtype == "float32" else ""
+    return (
+        f"The weights take more room than before, {number_text(row.before)} MB then and "
+        f"{number_text(row.after)} MB now: what has changed is written in {dtype or 'full'}, not "
+        f"in the precision of the source.{smaller} quantise the result to make it smaller still."
+    ).replace(". quantise", ". Quantise")
+
+
+def remarks(report: PruningReport) -> list[str]:
+    """What has to be known to read the numbers of a report, a sentence or two each."""
+    untimed = "" if any(one.group == "speed" for one in report.comparisons) else UNTIMED
+    gguf = report.protocol.get("checkpoint") == IN_GGUF
+    found = quality_text(report), weights_text(report), untimed if gguf else ""
+    return [text for text in found if text]
 
 
 def label(entry: Comparison) -> str:

@@ -437,7 +437,7 @@ def test_missing_file_and_unknown_name(tmp_path):
 
 
 def test_demo_sets_are_the_packages_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling, "DEMO_DIR", tmp_path)
+    monkeypatch.setattr(sampling, "DEMO_DATA", tmp_path)
     write(tmp_path / "calibration.jsonl", qa(3))
     write(tmp_path / "evaluation.jsonl", qa(3, 10))
     assert [item["prompt"] for item in load_eval_dataset(3, "demo")] == ["q0", "q1", "q2"]

@@ -70,7 +70,7 @@ def planted(seed: int = 0) -> nn.Module:
 
 def planted_and_needed(tokenizer, data) -> nn.Module:
     """As `planted`, where removing layer 3 or 4 costs something, alone and together."""
-    for seed in range(100):
+    for seed in range(8, 108):  # the first that does, where this was written
         model = planted(seed)
         if all(slow_change(model, tokenizer, data, cut) < -0.03 for cut in ([3], [4], [3, 4])):
             return model
@@ -146,7 +146,7 @@ def test_every_trial_of_smart_is_the_change_of_a_rebuilt_model(interacting, toke
 
 def costly(tokenizer, data, rounds: int) -> tuple[nn.Module, list[float]]:
     """A model in which the first `rounds` greedy cuts cost ever more, and those changes."""
-    for seed in range(200):
+    for seed in range(34, 234):  # the first that does, where this was written
         model = random_llama(seed)
         _, changes = slow_greedy(model, tokenizer, data, range(1, 5), rounds)
         best = [slow_best(model, tokenizer, data, count)[0] for count in range(1, rounds + 1)]

@@ -39,4 +39,7 @@ def test_a_report_for_people():
 
 def test_plan_and_report_read_well():
     plan = PruningPlan("demo", 12, (3, 4), strategy="smart")
-    assert plan_text(plan).endswith("layers (0-based): [3, 4]  [smart]\n")
+    want = (
+        "layers (0-based): [3, 4]  [smart]\nWhat this costs was not measured: use --eval-dataset.\n"
+    )
+    assert plan_text(plan).endswith(want)
