@@ -43,13 +43,15 @@ def check_request(request: Request) -> None:
             f"--output {request.output} must be a folder, into which a pruned GGUF is written with "
             "its plan and card: name one without .gguf."
         )
+    of_file = request.budget.target_size is not None and request.heal != "none"
     for name, asked, why in (
         ("--max-memory", request.max_memory is not None, "it is dequantised as a whole"),
         ("--export-yaml", request.export_yaml is not None, "MergeKit does not read it"),
+        ("--target-size with --heal", of_file, "healed weights are not written in its precision"),
     ):
         if asked and find_gguf(request.model):
             raise UnsupportedModelError(
-                f"{name} is not for a model in GGUF: {why}. Leave {name} out."
+                f"{name} is not for a model in GGUF: {why}. Leave {name.split()[0]} out."
             )
     if request.heal == "lora" and importlib.util.find_spec("peft") is None:
         raise MissingDependencyError("--heal lora needs peft: pip install 'llm_pruner[heal]'.")

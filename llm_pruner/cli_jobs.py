@@ -33,7 +33,7 @@ from .report.console import (
 from .results import PruningPlan, PruningReport
 from .search.journal import Journal
 from .streams import say, say_aside
-from .utils import DEMO_MODEL, logger, user_path
+from .utils import DEMO_MODEL, count_bytes, format_bytes, logger, user_path
 
 if TYPE_CHECKING:
     from .data.sampling import DataSplit
@@ -220,6 +220,7 @@ def run_in_memory(request: Request) -> None:
     from .data.sampling import DataSplit
     from .healing.lora_settings import LoraSettings
     from .search.objectives import parse_objective
+    from .storage.origin import gguf_of
 
     given = _given_plan(request)
     named = request.layers is not None or given is not None
@@ -247,6 +248,13 @@ def run_in_memory(request: Request) -> None:
 
         check_saveable(pruner.model, pruner.num_layers, heals=request.heal != "none")
         check_comparable(data.held_out)
+        if request.heal != "none" and gguf_of(pruner.model):
+            logger.warning(
+                "Healed weights are written as safetensors in %s: before the cut these would have "
+                "%s, whatever the GGUF file has.",
+                str(pruner.model.dtype).removeprefix("torch."),
+                format_bytes(count_bytes(pruner.model)),
+            )
     if not request.resume and not request.dry_run:
         on_first(lambda: _clear(request))
     if request.heal_data == OWN_WORDS and not (named and request.dry_run):

@@ -411,7 +411,7 @@ class PruningReport(JsonFile):
         raise UnknownNameError.of("comparison", name, [row.name for row in self.comparisons])
 
     def __repr__(self) -> str:
-        return f"PruningReport({self.plan!r}, {len(self.comparisons)} comparisons)"
+        return f"PruningReport({self.plan!r}, {counted(len(self.comparisons), 'comparison')})"
 
     def __str__(self) -> str:
         return "\n".join([str(self.plan), *(f"  {row}" for row in self.comparisons)])

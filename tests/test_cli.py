@@ -175,6 +175,19 @@ def test_layers_alone_are_removed_on_disk(run, saved, tmp_path, monkeypatch):
     assert all(torch.equal(tensor, disk[name]) for name, tensor in memory.items())
 
 
+def test_named_layers_are_judged_without_being_written(run, tmp_path):
+    code, out, _ = run("--layers", "2,5", "--dry-run", "--json")
+    plan = PruningPlan.from_json(out)
+    assert (code, plan.remove, plan.held_out["items"]) == (0, (2, 5), 8)
+    assert "Its cost: " in run("--layers", "2,5", "--dry-run")[1]
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    again = PruningPlan.from_json(run("--plan", "plan.json", "--dry-run", "--json")[1])
+    assert again.held_out["change"] == pytest.approx(plan.held_out["change"])
+    out = run("--layers", "2,5", "--dry-run", data=None)[1]
+    assert "What this costs was not measured: use --eval-dataset." in out
+    assert not (tmp_path / "pruned_model").exists()
+
+
 def test_a_plan_alone_is_carried_out_on_disk(run, saved, tmp_path):
     _, out, _ = run("--strategy", "pruneme", "--n-layers", "2", "--dry-run", "--json")
     (tmp_path / "plan.json").write_text(out)

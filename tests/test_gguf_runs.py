@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import gguf
@@ -12,10 +13,13 @@ from gguf_twin import write_demo_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_pruner import BlockInfluencePruner, check_manifest, load_model
+from llm_pruner.checkpoint.gguf import read_gguf_model
 from llm_pruner.cli import main
 from llm_pruner.errors import InvalidPlanError, LoadError, UnsupportedModelError
 from llm_pruner.goals.budget import serving_of
 from llm_pruner.results import PruningPlan, PruningReport
+from llm_pruner.storage.safetensors_files import read_checkpoint
+from llm_pruner.storage.sources import LocalFolder
 
 pytestmark = pytest.mark.slow
 LAYERS = [2, 7, 8]
@@ -79,6 +83,12 @@ def test_the_command_chooses_cuts_and_reports(file, tmp_path, capsys):
     card = (out / "README.md").read_text()
     assert "llama-cli -m path/to/demo.Q8_0-pruned.gguf" in card
     assert "library_name: gguf" in card
+    [code] = re.findall(r"```python\n(.*?)```", card, re.S)
+    names: dict = {}
+    exec(code.replace("path/to", str(out)), names)
+    torch.testing.assert_close(logits(names["model"]), logits(load_model(str(path))[0]))
+    assert "Speed was not measured: transformers computes" in " ".join(printed.split())
+    assert "Speed was not measured" in (out / "report.html").read_text()
     assert (out / "report.html").exists()
     again, _ = load_model(str(path), device="cpu")
     model, tokenizer = load_model(str(file), device="cpu")
@@ -118,7 +128,7 @@ def test_in_a_script(file, loaded, tmp_path):
 def test_healed_it_is_a_folder_of_safetensors(file, tmp_path, capsys):
     out = tmp_path / "out"
     words = ["--model", str(file), "--eval-dataset", "demo", "--strategy", "bi", "--n-layers", "3"]
-    words += ["--n-samples", "12", "--heal", "linear", "--output", str(out), "--quiet"]
+    words += ["--n-samples", "12", "--heal", "linear", "--output", str(out)]
     assert main(words) == 0
     names = {path.name for path in out.iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "pruning_plan.json"} <= names
@@ -134,12 +144,16 @@ def test_healed_it_is_a_folder_of_safetensors(file, tmp_path, capsys):
     card = (out / "README.md").read_text()
     assert "AutoModelForCausalLM" in card
     assert "llama-cli" not in card
+    weights = PruningReport.load(out / "pruning_report.json")["weights"]
+    assert 1e6 * weights.before == read_gguf_model([file]).checkpoint.bytes
+    assert 1e6 * weights.after == read_checkpoint(LocalFolder(out)).bytes
 
 
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
         ("--n-layers 3 --max-memory 4GiB", 3, "Leave --max-memory out"),
+        ("--target-size 2MB --heal linear", 3, "Leave --target-size out"),
         ("--n-layers 3 --export-yaml recipe.yaml", 3, "MergeKit does not read it"),
         ("--layers 2,3 --output pruned.gguf", 4, "must be a folder, into which a pruned GGUF"),
         ("--layers 2,3 --link", 2, "is for safetensors"),

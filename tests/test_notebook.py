@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import re
+from dataclasses import replace
+from html import escape
 
 import nbformat
 import pytest
@@ -121,9 +123,20 @@ def test_a_curve_and_a_report_are_tables(plan):
     assert str(row) == "perplexity: 2 to 3 (+1, 95 % interval +0.5 to +1.5): worse"
     assert "perplexity: 2 to 3" in row._repr_html_()
     report = PruningReport(plan, "out", [row])
-    assert repr(report) == f"PruningReport({plan!r}, 1 comparisons)"
+    assert repr(report) == f"PruningReport({plan!r}, 1 comparison)"
     assert str(report).endswith(f"\n  {row}")
-    assert "<td>2</td>" in report._repr_html_()
+    html = report._repr_html_()
+    heads = re.findall(r"<th>(.*?)</th>", html)
+    assert "unit before after change change from change to count" in " ".join(heads)
+    assert re.findall(r"<td>(.*?)</td>", html) == ["", "2", "3", "1", "0.5", "1.5", "5"]
+    large = replace(row, name="parameters", before=2_100_352.0, after=1_608_064.0)
+    assert "<td>2,100,352</td>" in PruningReport(plan, "out", [large])._repr_html_()
+
+
+def test_a_plan_is_a_table_where_it_has_scores(plan):
+    assert plan._repr_html_().count("<tr") == 1 + 12 + 1
+    by_hand = PruningPlan("x", 4, (1,))
+    assert by_hand._repr_html_() == f"<p>{escape(str(by_hand))}</p>"
 
 
 def test_a_stack_says_where_it_is():

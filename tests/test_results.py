@@ -270,7 +270,7 @@ def test_tables(plan):
     assert list(scores.itertuples()) == [(0, 2.0), (1, 0.5)]
     report = PruningReport(plan, "out", [Comparison("perplexity", "text", "", 2.0, 3.0, False)])
     row = report.to_frame().loc["perplexity"]
-    assert (row["before"], row["after"], row["group"]) == (2.0, 3.0, "text")
+    assert (row["before"], row["after"], row["group"], row["change"]) == (2.0, 3.0, "text", 1.0)
 
 
 def test_a_plan_fits_one_depth(plan):
@@ -389,6 +389,7 @@ def test_a_report_is_asked_by_name(plan):
         (-0.1, 0.1, True, "unclear"),
         (0.0, 0.0, False, "unclear"),
         (0.1, 0.2, None, ""),
+        (-0.1, 0.1, None, "unclear"),
         (None, None, True, ""),
     ],
 )

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 from conftest import WORDS
 
-from llm_pruner import PruneMePruner, carry_out, load_data
+from llm_pruner import PruneMePruner, carry_out, load_data, load_model
 from llm_pruner.data.items import prompt_keys
 from llm_pruner.errors import InvalidDataError, InvalidPlanError
 from llm_pruner.evaluation.likelihood import perplexity
+from llm_pruner.report.summary import remarks
 from llm_pruner.results import PruningPlan, PruningReport
 
 TEXTS = [f"{a} {b} on the {c}" for a in WORDS for b in WORDS for c in WORDS[:3]]
@@ -37,6 +38,26 @@ def test_no_item_serves_two_purposes(source, n, healing):
     assert len(data.held_out) <= n
     if n == 4:
         assert (len(data.scoring), len(data.held_out)) == (4, 4)
+
+
+def test_weights_are_compared_as_files_hold_them(tmp_path):
+    """Healed in another precision than it was stored in, a model can become larger."""
+    demo, tokenizer = load_model("demo", device="cpu", dtype="bfloat16")
+    for part in (demo, tokenizer):
+        part.save_pretrained(tmp_path / "half")
+    stored = (tmp_path / "half" / "model.safetensors").stat().st_size
+    data = load_data("demo", 8)
+    for dtype, folder in (("float32", "out"), ("bfloat16", "same")):
+        model, _ = load_model(str(tmp_path / "half"), device="cpu", dtype=dtype)
+        pruner = PruneMePruner(model, tokenizer)
+        plan = pruner.manual_plan([3, 4], str(tmp_path / "half"))
+        report, _ = carry_out(pruner, plan, tmp_path / folder, data.held_out)
+        row = report["weights"]
+        written = (tmp_path / folder / "model.safetensors").stat().st_size
+        assert 1e6 * row.before == pytest.approx(stored, rel=0.01)
+        assert 1e6 * row.after == pytest.approx(written, rel=0.01)
+        larger = [text for text in remarks(report) if text.startswith("The weights take more")]
+        assert bool(larger) == (dtype == "float32")
 
 
 def test_the_demo_is_judged_on_its_own_evaluation_set():

@@ -229,6 +229,7 @@ def write_checkpoint(
     *,
     link: bool = False,
     hashed: bool = False,
+    bytes_before: int | None = None,
 ) -> Manifest:
     """Write a pruned checkpoint with all that is carried along, but for its card.
 
@@ -242,9 +243,11 @@ def write_checkpoint(
         files: where the files beside the weights are copied from.
         link: hard-link files that stay as they are.
         hashed: record a hash of every tensor.
+        bytes_before: see `new_manifest`.
     """
     shards = new_shards(kept)
-    manifest = new_manifest(checkpoint, names, plan, shards, hashed=hashed)
+    how: dict[str, Any] = {"hashed": hashed, "bytes_before": bytes_before}
+    manifest = new_manifest(checkpoint, names, plan, shards, **how)
     _write_shards(checkpoint, stage, shards, link=link)
     if list(shards) != [SINGLE_FILE]:
         _write_index(stage / INDEX_FILE, shards, manifest.bytes_after)

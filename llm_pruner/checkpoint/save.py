@@ -172,7 +172,8 @@ def _write_pruned(original: Checkpoint, pruned: Any, plan: PruningPlan, stage: P
         both, chosen = put_over(original, kept, pruned, Path(folder), dtype)
         if str(pruned.dtype).removeprefix("torch.") != dtype:
             _name_dtype(config, str(pruned.dtype).removeprefix("torch."))
-        write_checkpoint(stage, both, names, plan, chosen, config, files)
+        given = stage, both, names, plan, chosen, config, files
+        write_checkpoint(*given, bytes_before=original.bytes)
     return _not_loaded(pruned, chosen)
 
 

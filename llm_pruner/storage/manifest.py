@@ -150,6 +150,7 @@ def new_manifest(
     shards: dict[str, list[Pair]],
     *,
     hashed: bool = False,
+    bytes_before: int | None = None,
 ) -> Manifest:
     """What a checkpoint without the layers of `plan` holds.
 
@@ -159,6 +160,7 @@ def new_manifest(
         plan: which of them are removed.
         shards: the new files by name: tensors of the original, with their new names.
         hashed: hash every tensor.
+        bytes_before: size of the original's tensors, where `checkpoint` holds other ones too.
     """
     files = {
         file: {
@@ -178,7 +180,7 @@ def new_manifest(
         num_layers=plan.num_layers,
         remove=plan.remove,
         prefixes=names.prefixes,
-        bytes_before=checkpoint.bytes,
+        bytes_before=checkpoint.bytes if bytes_before is None else bytes_before,
         bytes_after=sum(old.size for pairs in shards.values() for old, _ in pairs),
         tensors=sum(map(len, shards.values())),
         files=files,

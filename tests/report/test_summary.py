@@ -1,5 +1,7 @@
 """The words of all reports, and the figures that page and files share."""
 
+from dataclasses import replace
+
 import pytest
 from samples import COMPARISONS, make_depth_curve, make_report
 
@@ -8,11 +10,13 @@ from llm_pruner.report.console import curve_text, plan_text
 from llm_pruner.report.figures import report_figures, save_figures
 from llm_pruner.report.html_page import write_html
 from llm_pruner.report.summary import (
+    IN_GGUF,
     by_group,
     change_text,
     healing_stages,
     highlights,
     number_text,
+    remarks,
     step_text,
     verdict_text,
 )
@@ -44,6 +48,22 @@ def test_numbers_for_people(value, text):
 def test_a_change_in_words(entry, change, verdict):
     assert change_text(entry) == change
     assert verdict_text(entry) == verdict
+
+
+def test_an_output_larger_than_its_source_is_explained():
+    grown = Comparison("weights", "size", "MB", 96.6, 439.2, False)
+    report = replace(make_report(), comparisons=[grown], machine={"dtype": "float32"})
+    assert remarks(report) == [
+        "The weights take more room than before, 96.60 MB then and 439.2 MB now: what has changed "
+        "is written in float32, not in the precision of the source. --dtype bfloat16 halves them; "
+        "quantise the result to make it smaller still."
+    ]
+    half = replace(report, machine={"dtype": "bfloat16"})
+    assert "bfloat16, not in the precision of the source. Quantise the" in remarks(half)[0]
+    shrunk = replace(grown, before=500.0)
+    assert remarks(replace(report, comparisons=[shrunk])) == []
+    in_gguf = replace(report, comparisons=[shrunk], protocol={"checkpoint": IN_GGUF})
+    assert remarks(in_gguf)[0].startswith("Speed was not measured: ")
 
 
 @pytest.mark.parametrize(
