@@ -128,7 +128,8 @@ class LayerSearch:
     def note(self) -> str:
         """How far the search has come, for the log."""
         said = [f"best so far {list(self.best)}"] if self.best else []
-        done = self._spent() - self._before
+        running = {id(one): one.under_way for one in (self.quality, self.rough)}
+        done = self._spent() - self._before + sum(running.values())
         left = self._expected() - done
         if done > 0 and left > 0:
             seconds = (time.monotonic() - self._begun) * left / done

@@ -96,6 +96,7 @@ class RemovalQuality:
         self._lengths = [len(one.ids) for one in data.sequences]
         compares = not COMPARING.isdisjoint(mixture)
         self.token_cost, self.work = TokenCost.of(stack, compares=compares), 0.0
+        self.under_way = 0.0  # of the work, what the measurement that runs has done
         self.deadline: float | None = None
         self._items = [one.item for one in data.sequences]
         names: dict[Callable[..., Measure], list[str]] = {}
@@ -314,7 +315,7 @@ class RemovalQuality:
         mine = self._portion(todo)
         if any(any(missing) for _, missing in mine):
             self.stack.prepare()
-        total = sum(self._work(chunk, missing) for chunk, missing in mine)
+        total, self.under_way = sum(self._work(chunk, missing) for chunk, missing in mine), 0.0
         with evaluating(self.stack.model), Progress(label, total, counts=False) as stage:
             calls = [partial(self._measure, *one, stage) for one in mine]
             for _ in self.stack.run_all(calls):
@@ -322,6 +323,7 @@ class RemovalQuality:
         if working_together() > 1:
             self._exchange(mine, todo)
         self.work += sum(self._work(chunk, missing) for chunk, missing in todo)
+        self.under_way = 0.0
 
     def work_for(self, layer_sets: Iterable[LayerSet], subset: Subset | None = None) -> float:
         """Multiply-adds that `measure` would take; what is known already is free."""
@@ -419,6 +421,7 @@ class RemovalQuality:
             self._values[removed, chunk] = values
             if self._journal:
                 self._journal.append(self._key, removed, chunk, values.tolist())
+            self.under_way += each
             stage.advance(each)
             if working_together() == 1:  # otherwise all stop at the same place
                 self._refuse_late()

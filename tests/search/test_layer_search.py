@@ -12,6 +12,7 @@ from conftest import items, tiny_llama
 
 from llm_pruner.errors import InvalidPlanError, UnsupportedModelError
 from llm_pruner.model.layer_stack import LayerStack
+from llm_pruner.search import moves
 from llm_pruner.search.layer_search import depth_curve, search_layers, single_removals
 from llm_pruner.search.moves import ROUNDING, WIDTHS, LayerSearch
 from llm_pruner.search.removal_quality import RemovalQuality, TimeIsUp
@@ -497,3 +498,18 @@ def test_single_removals_are_measured_in_one_run():
     changes = single_removals(quality, [4, 2])
     assert quality.asked == [((4,), 16), ((2,), 16)]
     assert list(changes.items()) == [(4, quality.change([4])), (2, quality.change([2]))]
+
+
+def test_the_time_left_counts_what_is_being_measured(tokenizer, monkeypatch):
+    """A measurement may take most of a search: what it has done so far counts, too."""
+    now = [100.0]
+    monkeypatch.setattr(moves.time, "monotonic", lambda: now[0])
+    quality = RemovalQuality(LayerStack(tiny_llama()), tokenizer, items(8))
+    search = moves.LayerSearch(quality, range(1, 7))
+    search.wanted = 2
+    assert search.note() == ""
+    now[0] += 30
+    quality.under_way = search._expected() / 4
+    assert search.note() == "about 1 min 30 s left to the end of the search"
+    quality.measure([(3,)])
+    assert (quality.under_way, quality.work > 0) == (0, True)
