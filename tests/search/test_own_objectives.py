@@ -59,12 +59,12 @@ def test_the_change_is_that_of_the_mean_over_items_whatever_the_direction(name, 
 
 
 def test_a_search_finds_the_best_set_of_two(tokenizer):
-    model = tiny_llama()
+    model = tiny_llama(6)
     pruner = get_strategy("smart")(
         model, tokenizer, objective=f"{FILE}:loss", protect=(0, 0), batch_size=4
     )
     plan = pruner.plan(DATA, n_layers=2)
-    best = min(combinations(range(8), 2), key=lambda two: slow(model, tokenizer, two))
+    best = min(combinations(range(6), 2), key=lambda two: slow(model, tokenizer, two))
     assert plan.remove == best
     assert plan.options["objective"] == {f"{FILE}:loss": 1.0}
 

@@ -90,7 +90,7 @@ CASES = {
         {**RESIDUAL, "model": tiny_llama(80), "pruned_layers": range(50, 70)},
     ],
     "plot_semantic_comparison": [
-        {**TWO, "prompt": ["the cat", LONG, "m" * 300], "max_new_tokens": 40},
+        {**TWO, "prompt": ["the cat", LONG, "m" * 300], "max_new_tokens": 12},
         {**TWO, "prompt": "the cat", "max_new_tokens": 4},
     ],
 }
