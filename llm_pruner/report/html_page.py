@@ -179,7 +179,7 @@ def _choice(plan: PruningPlan) -> str:
         cost = f"{change:+.2%}" if isinstance(change, float) else ""
         outcome = "kept" if step.get("kept") else "rolled back"
         rows.append((summary.step_text(step), cost, str(step.get("samples", "")), outcome))
-    caption = "The search, step by step: changes on different sequences cannot be compared"
+    caption = "The search, step by step; changes on few sequences are rough"
     return body + _table(caption, ("step", "total change", "sequences", "outcome"), rows)
 
 

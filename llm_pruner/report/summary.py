@@ -262,13 +262,13 @@ def weights_text(report: PruningReport) -> str:
     row = next((one for one in report.comparisons if one.name == "weights"), None)
     if row is None or row.after <= row.before:
         return ""
-    dtype = report.machine.get("dtype", "")
-    smaller = " --dtype bfloat16 halves them;" if dtype == "float32" else ""
+    dtype = report.machine.get("dtype", "another one")
+    half = ", or --dtype bfloat16 from the start halves them" if dtype == "float32" else ""
     return (
         f"The weights take more room than before, {number_text(row.before)} MB then and "
-        f"{number_text(row.after)} MB now: what has changed is written in {dtype or 'full'}, not "
-        f"in the precision of the source.{smaller} quantise the result to make it smaller still."
-    ).replace(". quantise", ". Quantise")
+        f"{number_text(row.after)} MB now: what has changed is not written in the precision of the "
+        f"source, but in {dtype}. Quantising the result makes them smaller{half}."
+    )
 
 
 def remarks(report: PruningReport) -> list[str]:
