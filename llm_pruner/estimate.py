@@ -127,7 +127,7 @@ def estimate(
     tokens, name = quality.tokens, f"choosing ({pruner.name})"
     stages = [Stage(name, exact + rough, tokens, (exact * full + rough * faster) * tokens)]
     if figures and isinstance(pruner, SmartPruner) and budget.threshold is None:
-        passes = pruner.passes_of_scores(quality)
+        passes = pruner.passes_of_scores(quality) * pruner.share_to_draw(quality)
         stages.append(Stage("layer scores for figures", passes, tokens, passes * faster * tokens))
     how = Healing.of(heal)
     if how.heals:

@@ -35,6 +35,7 @@ from .lm_eval.task_results import TaskResult, compare_results
 from .model.forward import require_language_model
 from .output_rules import FIGURES, PAGE_FILE, REPORT_FILE
 from .pruners.base import BasePruner
+from .pruners.measured import SmartPruner
 from .report.model_card import pruned_gguf
 from .report.summary import IN_GGUF
 from .results import DepthCurve, PruningPlan, PruningReport
@@ -145,8 +146,8 @@ def with_scores(
     """`plan` with the layer scores that its figures show, computed if its search did without."""
     if plan.scores is not None or plan.strategy != pruner.name:
         return plan
-    logger.info("Measuring each layer alone, which the search did not, for the figures")
-    scores = pruner.compute_layer_scores(calibration)
+    draws = pruner.scores_to_draw if isinstance(pruner, SmartPruner) else None
+    scores = (draws or pruner.compute_layer_scores)(calibration)
     return replace(plan, scores=scores if isinstance(scores, LayerScores) else LayerScores(scores))
 
 

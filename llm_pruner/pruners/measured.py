@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..data.items import EvalItem, fingerprint, prompt_keys, refuse_overlap
+from ..data.sampling import DataSplit
 from ..engines.layer_sets import Fits
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..goals.budget import Budget
@@ -163,6 +164,7 @@ class MeasuredPruner(BasePruner):
 
 SMALL = 1e12  # multiply-adds that any search may take: some seconds
 EXACT = 4.0  # passes in full precision that a search ends with: the best sets, and the full model
+SHARE_TO_DRAW = 0.25  # of the data, for the scores in a figure, where all of it takes long
 FEW = 4  # items of which a single pass gives the first result of a search
 
 
@@ -352,6 +354,25 @@ class SmartPruner(MeasuredPruner):
             logger.info("No first result by block influence: %s", error)
             return None
         return {layer: influence[layer] for layer in self.candidates}
+
+    def scores_to_draw(self, eval_data: Sequence[EvalItem]) -> LayerScores:
+        """Layer scores for figures, which the search did without; on part of much data."""
+        share = self.share_to_draw(self.quality(eval_data))
+        some = list(eval_data)
+        if share < 1:
+            n_tokens = max(1, round(share * self.quality(eval_data).tokens))
+            some = DataSplit(some, [], []).within(self.tokenizer, n_tokens, self.max_length).scoring
+        of_items = f"{len(some)} of {len(eval_data)} items"
+        logger.info("Measuring each layer alone for the figures, on %s", of_items)
+        scores = self.compute_layer_scores(some)
+        if len(some) < len(eval_data):
+            scores.unit = f"{scores.unit}, {of_items}"
+        return scores
+
+    def share_to_draw(self, quality: RemovalQuality) -> float:
+        """The share of the data that `scores_to_draw` measures on: all of it in some seconds."""
+        pass_over_all = quality.token_cost.of_pass(self.num_layers) * quality.tokens
+        return 1.0 if self.passes_of_scores(quality) * pass_over_all <= SMALL else SHARE_TO_DRAW
 
     def comparing(self, eval_data: Sequence[EvalItem], budget: Budget) -> RemovalQuality:
         """By divergence or by likelihood, see the class."""

@@ -6,7 +6,7 @@ import math
 from itertools import combinations, pairwise
 
 import pytest
-from conftest import make_identity, tiny_llama
+from conftest import items, make_identity, tiny_llama
 from oracles import BOTH, DEPTH, MIXED, close, random_llama, slow_change, slow_loss
 from torch import nn
 
@@ -14,6 +14,7 @@ from llm_pruner import get_strategy
 from llm_pruner.data.items import of_kind
 from llm_pruner.errors import InvalidDataError, InvalidPlanError
 from llm_pruner.model.layer_stack import LayerStack
+from llm_pruner.pruners import measured
 from llm_pruner.pruners.measured import AblationPruner, SmartPruner
 from llm_pruner.results import DepthCurve, PruningPlan
 from llm_pruner.search import layer_search
@@ -391,3 +392,17 @@ def test_layers_that_one_kind_of_data_misses_are_named(tokenizer, monkeypatch, c
     assert asked == [(layer,) for layer in chosen]
     said = f"disagree about layers, alone: {chosen[1]} (b -50.0 %, a -10.0 %)"
     assert caplog.text.count(said) == 1
+
+
+def test_figures_show_scores_on_part_of_much_data(tokenizer, monkeypatch):
+    data = [f"{one['prompt']} {one['reference']}" for one in items(24)]
+    pruner = SmartPruner(tiny_llama(), tokenizer)
+    every = pruner.scores_to_draw(data)
+    assert every == pruner.compute_layer_scores(data)
+    assert every.unit == pruner.quality(data).unit
+    monkeypatch.setattr(measured, "SMALL", 0.0)
+    some = pruner.scores_to_draw(data)
+    count = int(some.unit.removeprefix(f"{every.unit}, ").removesuffix(" of 24 items"))
+    assert 2 <= count <= 8
+    assert some != every
+    assert some.keys() == every.keys()
