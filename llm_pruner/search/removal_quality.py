@@ -268,7 +268,8 @@ class RemovalQuality:
 
     def cost(self, removed: Iterable[int]) -> dict[str, Any]:
         """What removing layers costs on all data, as `PruningPlan.held_out` describes it."""
-        layers = tuple(removed)
+        layers = check_layers(removed, len(self.stack))
+        self.measure([layers], label="Measuring what the choice costs")
         low, high = self.interval(layers)
         kinds = self.by_kind(layers)
         return {
