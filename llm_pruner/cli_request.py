@@ -206,6 +206,8 @@ class Request:
     def keeps_journal(self) -> bool:
         """Whether measurements are kept beside the output; a dry run does where it can."""
         folder = self.beside("journal.jsonl").parent
+        if self.dry_run and not self.resume and self.beside("journal.jsonl").exists():
+            return False  # it is of another run, to be read with --resume
         writable = not self.dry_run or os.access(folder, os.W_OK)
         return self.chooses and not self.estimate and writable
 

@@ -178,8 +178,11 @@ def resolve_model_id(model_id: str | Path) -> str:
 
     Raises:
         MissingDependencyError: the package that holds the model is not installed.
+        LoadError: a path of which there is nothing.
     """
     name = str(model_id)
+    if name.startswith(("./", "../", "/", "~")) and not os.path.lexists(user_path(name)):
+        raise LoadError(f"There is no folder or file {name!r}: name one, or an id of the hub.")
     if name == DEMO_MODEL:
         return str(DEMO_DIR)
     return _smollm2() if name == SMOLLM2 else name

@@ -306,7 +306,12 @@ def _model_figures(
 
     prompt = report.samples[0]["prompt"] if report.samples else str(held_out[0])[:PROMPT_LENGTH]
     model, tokenizer, removed = pruner.model, pruner.tokenizer, report.plan.remove
+    title = None
+    if report.heal.get("method", "none") != "none":
+        count = f"{len(removed)} of {pruner.num_layers}"
+        title = f"Residual stream with {count} layers removed, before healing"
+    streams = plot_activation_comparison(model, tokenizer, prompt, removed, title=title)
     return {
-        "activation_comparison": plot_activation_comparison(model, tokenizer, prompt, removed),
+        "activation_comparison": streams,
         "semantic_comparison": plot_semantic_comparison(model, pruned, tokenizer, prompt),
     }

@@ -175,6 +175,19 @@ def test_layers_alone_are_removed_on_disk(run, saved, tmp_path, monkeypatch):
     assert all(torch.equal(tensor, disk[name]) for name, tensor in memory.items())
 
 
+def test_a_plan_of_a_healed_model_heals_only_if_that_is_asked_for(run, tmp_path, capsys, caplog):
+    words = ["--layers", "2,5", "--heal", "linear", "--output", "healed", "--quiet"]
+    assert run(*words, data="more.jsonl")[0] == 0
+    plan = tmp_path / "healed" / "pruning_plan.json"
+    assert main(["--show", "healed"]) == 0
+    shown = capsys.readouterr().out
+    assert "--plan healed/pruning_plan.json --heal linear --output NEW" in shown
+    run("--plan", str(plan), "--output", "cut", data=None)
+    assert "was healed (linear), and the one that is written now is not" in caplog.text
+    assert "Weights: not healed." in (tmp_path / "cut" / "README.md").read_text()
+    assert PruningPlan.load(tmp_path / "cut" / "pruning_plan.json").healing == {}
+
+
 def test_named_layers_are_judged_without_being_written(run, tmp_path):
     code, out, _ = run("--layers", "2,5", "--dry-run", "--json")
     plan = PruningPlan.from_json(out)

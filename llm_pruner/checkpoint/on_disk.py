@@ -132,6 +132,8 @@ def prune_on_disk(
     """`prune_checkpoint`, and the plan as it was carried out."""
     check_output(output_dir, overwrite=overwrite, reads=[resolve_model_id(str(model_id))])
     serve_with = check_engines(serve_with)
+    if isinstance(layers, PruningPlan):
+        layers = _not_healed(layers)
     if paths := find_gguf(model_id):
         refuse_other_engines(serve_with)
         if link:
@@ -293,6 +295,17 @@ def carry_along(
         with target.open("wb") as opened:
             source.copy(file, 0, source.size(file), opened)
     return left
+
+
+def _not_healed(plan: PruningPlan) -> PruningPlan:
+    """`plan` without the record of a healing, which removing layers on disk does not repeat."""
+    if plan.healing.get("method", "none") != "none":
+        logger.warning(
+            "The model of this plan was healed (%s), and the one that is written now is not: "
+            "--heal %s heals it.",
+            *[plan.healing["method"]] * 2,
+        )
+    return replace(plan, healing={})
 
 
 def _checked_plan(

@@ -428,7 +428,11 @@ def _say_rival(quality: RemovalQuality, chosen: LayerSet) -> None:
     if not chosen or (rival := quality.rival(chosen)) is None:
         return
     layers, gap, half = rival
-    apart = "clearly" if gap > half else "which more data could reverse: --n-tokens"
+    apart = (
+        "clearly"
+        if gap > half and quality.size() > 1
+        else "which more data could reverse: --n-tokens"
+    )
     logger.info(
         "Runner-up: layers %s, %.1f %% worse (+- %.1f %%, on %s tokens), %s",
         *(list(layers), 100 * gap, 100 * half, f"{quality.tokens:,}", apart),

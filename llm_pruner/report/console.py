@@ -29,6 +29,7 @@ def plan_text(plan: PruningPlan) -> str:
         lines.append(f"{summary.step_text(step)}: {change}{rolled_back}")
     lines.append(_headline("Would remove", plan))
     lines.append(f"Its cost: {held_out_text(plan.held_out)}" if plan.held_out else UNMEASURED)
+    lines += [summary.GAINED] * summary.gained(plan)
     lines += filter(None, [summary.goals_text(plan), summary.engines_text(plan)])
     return "\n".join(lines) + "\n"
 
@@ -124,7 +125,8 @@ def output_text(
         text = manifest_text(manifest, plan, folder)
     else:
         text = saved_text(plan, folder)
-    source = plan.data.get("source")
+    source, method = plan.data.get("source"), plan.healing.get("method", "none")
+    heal = "" if method == "none" else f" --heal {method}"
     asked = [f"{name}={value}" for name, value in plan.options.items() if name != "goals"]
     lines = [
         f"Made from {plan.model_id or 'a model in memory'} ({plan.num_layers} layers).",
@@ -133,7 +135,7 @@ def output_text(
         *[f"Made by: {report.command}" for report in [report] if report and report.command],
         "To do it again:",
         f"  llm-pruner --model {shlex.quote(plan.model_id or 'MODEL')} --plan "
-        f"{shlex.quote(f'{folder}/{PLAN_FILE}')} --output NEW",
+        f"{shlex.quote(f'{folder}/{PLAN_FILE}')}{heal} --output NEW",
     ]
     return text + "\n" + "\n".join(lines) + "\n"
 
@@ -199,6 +201,7 @@ def _footnote(report: PruningReport) -> str:
     lines = [
         *filter(None, [summary.goals_text(report.plan, report.comparisons)]),
         _cost(report.plan, " (not healed)" if healing else ""),
+        *[summary.GAINED] * summary.gained(report.plan),
         *healing,
         *summary.remarks(report),
         f"Quality on {summary.evaluated_on(report)}.",

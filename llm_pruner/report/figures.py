@@ -131,7 +131,7 @@ TEXTS = {  # caption and alternative text of each figure on the page, filled in 
         "Line chart of {cost} against the number of layers removed. {points}",
     ),
     "activation_comparison": (
-        "The residual stream, with and without the removed layers.",
+        "The residual stream, with and without the removed layers (weights as they were).",
         "Two line charts along the depth: the size of the state that enters each layer in the full "
         "and in the pruned model, and the cosine similarity of both, removed layers shaded.",
     ),

@@ -127,14 +127,17 @@ def _drop_text(one: Mapping[str, Any], rows: Mapping[str, Comparison]) -> str:
         return f"{drop:+.1%}" if share else f"{drop:+.3f}"
 
     text = (
-        f"{name} worse by at most {one['asked']}: {said(one['predicted'])} (at most "
+        f"{name} worse by at most {one['asked']}: {said(one['predicted'])} (95 % interval up to "
         f"{said(one['high'])}) on the {one['items']} items that checked it"
     )
     row = rows.get({"mean": "task mean"}.get(name, name))
     if row is None:
         return text
     drop = row.change if name == "perplexity" else -row.change
-    return f"{text}, {said(drop / row.before if share and row.before else drop)} on those reported"
+    found = drop / row.before if share and row.before else drop
+    limit = float(one["asked"].rstrip("%")) / (100 if share else 1)
+    more = ", which is more than that (--confident leaves room for chance)" * (found > limit)
+    return f"{text}, {said(found)} on those reported{more}"
 
 
 def _measured(plan: PruningPlan, goal: str, rows: Mapping[str, Comparison]) -> float | None:
@@ -155,12 +158,24 @@ def _measured(plan: PruningPlan, goal: str, rows: Mapping[str, Comparison]) -> f
     return weights + (cache.after * context if cache else 0.0)
 
 
+GAINED = (
+    "A cost above 0 means that the items are likelier without these layers, not that answers are "
+    "as good: look at tasks, answers and KL divergence."
+)
+
+
 def held_out_text(held_out: Mapping[str, Any]) -> str:
     """What a plan costs on held-out items, with its interval and unit, and on each kind of them."""
     items = counted(held_out["items"], "held-out item")
     text = f"{cost_text(held_out, '95 % interval ')}, {held_out['unit']}, {items}"
     kinds = [f"{kind} {cost_text(one)}" for kind, one in held_out.get("kinds", {}).items()]
     return f"{text}: {', '.join(kinds)}" if kinds else text
+
+
+def gained(plan: PruningPlan) -> bool:
+    """Whether held-out items are clearly likelier without the layers of a plan."""
+    low = plan.held_out.get("low")
+    return low is not None and low > 0
 
 
 def evaluated_on(report: PruningReport) -> str:
@@ -275,8 +290,22 @@ def remarks(report: PruningReport) -> list[str]:
     """What has to be known to read the numbers of a report, a sentence or two each."""
     untimed = "" if any(one.group == "speed" for one in report.comparisons) else UNTIMED
     gguf = report.protocol.get("checkpoint") == IN_GGUF
-    found = quality_text(report), weights_text(report), untimed if gguf else ""
-    return [text for text in found if text]
+    found = quality_text(report), _below_floor(report.comparisons), weights_text(report)
+    return [text for text in (*found, untimed if gguf else "") if text]
+
+
+def _below_floor(comparisons: Iterable[Comparison]) -> str:
+    """The scores that were above what guessing gives and are not any more; empty without any."""
+    low = [
+        f"{one.name} ({number_text(one.after, 3)}, floor {number_text(one.floor, 3)})"
+        for one in comparisons
+        if one.group in ("tasks", "answers")
+        and one.floor is not None
+        and one.after <= one.floor < one.before
+    ]
+    if not low:
+        return ""
+    return f"No better than guessing, or than unrelated answers, is now: {', '.join(low)}."
 
 
 def label(entry: Comparison) -> str:

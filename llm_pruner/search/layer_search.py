@@ -96,7 +96,7 @@ def search_layers(
 
 def _cut(search: LayerSearch, most: int, tolerance: float | None) -> LayerSet:
     """Cut after cut, `most` layers or as many as the tolerance allows."""
-    quality, begin = search.quality, time.monotonic()
+    quality = search.quality
     removed: LayerSet = ()
     while len(removed) < most:
         try:
@@ -126,7 +126,7 @@ def _cut(search: LayerSearch, most: int, tolerance: float | None) -> LayerSet:
             f"layer {step['layer']}" if "layer" in step else f"layers {step['layers']}",
             quality.change(removed) if swaps else step["change"],
             counted(step["samples"], "sequence"),
-            duration(time.monotonic() - begin),
+            duration(time.monotonic() - search.begun),
         )
     return removed
 

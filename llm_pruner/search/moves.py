@@ -67,7 +67,7 @@ class LayerSearch:
         self._work = work
         self._gains: dict[int, tuple[float, float]] = {}  # layer -> (sum of gains, weight)
         self._turn = 0
-        self._begun, self._before = time.monotonic(), self._spent()
+        self.begun, self._before = time.monotonic(), self._spent()
 
     def begin(self, scores: Mapping[int, float]) -> None:
         """Take the set of lowest scores for a first result, measured on a part of the data."""
@@ -132,7 +132,7 @@ class LayerSearch:
         done = self._spent() - self._before + sum(running.values())
         left = self._expected() - done
         if done > 0 and left > 0:
-            seconds = (time.monotonic() - self._begun) * left / done
+            seconds = (time.monotonic() - self.begun) * left / done
             if self.quality.deadline is not None:
                 seconds = min(seconds, self.quality.deadline - time.monotonic())
             said.append(f"about {duration(max(0.0, seconds))} left to the end of the search")

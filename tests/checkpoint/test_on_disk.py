@@ -420,7 +420,7 @@ def test_impossible_layers_and_folders_are_refused(source, tmp_path):
     for layers in ([8], [], [1, 1], range(8)):
         with pytest.raises(InvalidPlanError):
             prune_checkpoint(source, layers, tmp_path / "out")
-    with pytest.raises(LoadError, match="is not a folder"):
+    with pytest.raises(LoadError, match="There is no folder or file"):
         prune_checkpoint(tmp_path / "nothing", REMOVED, tmp_path / "out")
     with pytest.raises(OutputError, match="is not empty"):
         prune_checkpoint(source, REMOVED, source)

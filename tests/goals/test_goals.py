@@ -312,8 +312,8 @@ def test_what_was_asked_and_measured_is_said(tokenizer):
     ]
     assert goals_text(plan, rows) == (
         "Asked for: at most 40.0 MB of weights: 38.5 MB of weights; at least 1.20 times the speed: "
-        "1.25 times the speed, 1.30 predicted; mean worse by at most 10%: +4.0% (at most +20.0%) "
-        "on the 9 items that checked it."
+        "1.25 times the speed, 1.30 predicted; mean worse by at most 10%: +4.0% (95 % interval "
+        "up to +20.0%) on the 9 items that checked it."
     )
     rows.append(Comparison("task mean", "tasks", "", 0.8, 0.6, True, 9))
-    assert "that checked it, +25.0% on those reported." in goals_text(plan, rows)
+    assert "checked it, +25.0% on those reported, which is more than" in goals_text(plan, rows)

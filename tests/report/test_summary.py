@@ -50,6 +50,26 @@ def test_a_change_in_words(entry, change, verdict):
     assert verdict_text(entry) == verdict
 
 
+def test_scores_that_fell_below_their_floor_are_named():
+    rows = [
+        Comparison("answer similarity", "answers", "", 0.829, 0.289, True, 9, floor=0.435),
+        Comparison("quiz (acc)", "tasks", "", 0.2, 0.2, True, 9, floor=0.25),
+        Comparison("facts (acc)", "tasks", "", 0.9, 0.25, True, 9, floor=0.25),
+        Comparison("sums (acc)", "tasks", "", 0.9, 0.3, True, 9, floor=0.25),
+    ]
+    assert remarks(replace(make_report(), comparisons=rows)) == [
+        "No better than guessing, or than unrelated answers, is now: answer similarity (0.289, "
+        "floor 0.435), facts (acc) (0.250, floor 0.250)."
+    ]
+
+
+@pytest.mark.parametrize(("low", "said"), [(0.1, True), (-0.1, False), (None, False)])
+def test_a_cost_above_0_is_explained(low, said):
+    held_out = {"change": 0.2, "low": low, "high": 0.3, "unit": "likelihood", "items": 20}
+    plan = PruningPlan("demo", 12, (3, 4), held_out=held_out)
+    assert ("likelier without these layers" in plan_text(plan)) == said
+
+
 def test_an_output_larger_than_its_source_is_explained():
     grown = Comparison("weights", "size", "MB", 96.6, 439.2, False)
     report = replace(make_report(), comparisons=[grown], machine={"dtype": "float32"})

@@ -75,7 +75,7 @@ def test_a_path_in_the_home_folder_is_found(tmp_path, monkeypatch):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(LoadError, match=r"There is no file '.*none\.gguf'"):
+    with pytest.raises(LoadError, match=r"There is no folder or file '.*none\.gguf'"):
         find_gguf(tmp_path / "none.gguf")
 
 
