@@ -150,10 +150,16 @@ def test_a_model_is_required():
 def test_what_this_machine_cannot_do_is_refused(words, error, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_test")
+    (tmp_path / "here").mkdir()
     with pytest.raises(error) as caught:
         check_request(parsed(words, model=str(tmp_path / "here")))
     assert message in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
+
+
+def test_a_path_of_which_there_is_nothing_is_no_model(tmp_path):
+    with pytest.raises(LoadError, match=r"There is no folder or file '.*gone': name one"):
+        check_request(parsed("--n-layers 2", model=str(tmp_path / "gone")))
 
 
 def test_training_needs_peft(monkeypatch):

@@ -201,7 +201,6 @@ def _footnote(report: PruningReport) -> str:
     lines = [
         *filter(None, [summary.goals_text(report.plan, report.comparisons)]),
         _cost(report.plan, " (not healed)" if healing else ""),
-        *[summary.GAINED] * summary.gained(report.plan),
         *healing,
         *summary.remarks(report),
         f"Quality on {summary.evaluated_on(report)}.",

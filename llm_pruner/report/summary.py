@@ -290,8 +290,14 @@ def remarks(report: PruningReport) -> list[str]:
     """What has to be known to read the numbers of a report, a sentence or two each."""
     untimed = "" if any(one.group == "speed" for one in report.comparisons) else UNTIMED
     gguf = report.protocol.get("checkpoint") == IN_GGUF
-    found = quality_text(report), _below_floor(report.comparisons), weights_text(report)
-    return [text for text in (*found, untimed if gguf else "") if text]
+    found = (
+        GAINED if gained(report.plan) else "",
+        quality_text(report),
+        _below_floor(report.comparisons),
+        weights_text(report),
+        untimed if gguf else "",
+    )
+    return [text for text in found if text]
 
 
 def _below_floor(comparisons: Iterable[Comparison]) -> str:

@@ -6,9 +6,10 @@ import pytest
 from samples import COMPARISONS, make_depth_curve, make_report
 
 from llm_pruner.report import figures as report_pictures
-from llm_pruner.report.console import curve_text, plan_text
+from llm_pruner.report.console import curve_text, plan_text, report_text
 from llm_pruner.report.figures import report_figures, save_figures
 from llm_pruner.report.html_page import write_html
+from llm_pruner.report.model_card import card_text
 from llm_pruner.report.summary import (
     IN_GGUF,
     by_group,
@@ -68,6 +69,9 @@ def test_a_cost_above_0_is_explained(low, said):
     held_out = {"change": 0.2, "low": low, "high": 0.3, "unit": "likelihood", "items": 20}
     plan = PruningPlan("demo", 12, (3, 4), held_out=held_out)
     assert ("likelier without these layers" in plan_text(plan)) == said
+    report = replace(make_report(), plan=plan)
+    for text in (report_text(report), card_text(plan, report=report)):
+        assert ("likelier without these layers" in text) == said
 
 
 def test_an_output_larger_than_its_source_is_explained():
