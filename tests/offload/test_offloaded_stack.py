@@ -227,9 +227,7 @@ def test_layers_run_and_bytes_are_read_once(folder):
     ran.clear()
     ablation.compute_layer_scores(texts())
     assert ablation.layers.bytes_read - before == total
-    # Rarely a result is not shared (one that may have changed never is), and its layer runs again.
-    needed = batches * (depth + depth * (depth - 1) // 2)
-    assert needed <= len(ran) <= needed + batches
+    assert len(ran) == batches * (depth + depth * (depth - 1) // 2)
     assert len(ran) <= 0.55 * batches * depth * (depth + 1)
 
 
